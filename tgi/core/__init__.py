@@ -1,0 +1,1 @@
+"""Data that every process shares: settings, messages, errors, telemetry. No torch, no sockets."""

@@ -1,0 +1,77 @@
+"""The resolved settings that the launcher hands to its children, as data."""
+
+from pathlib import Path
+
+import msgspec
+
+BLOCK_SIZE = 16
+"""Tokens per page of the KV cache, and the grain of the prefix cache."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds on what clients may ask and on what the engine may hold; all resolved, none open."""
+
+    max_concurrent_requests: int = 128
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_input_tokens: int
+    max_total_tokens: int
+    max_batch_prefill_tokens: int
+    """Tokens that one step may compute, prompts and decodes together."""
+    max_batch_total_tokens: int
+    """Tokens of KV cache, a multiple of BLOCK_SIZE."""
+    max_batch_size: int
+    """Requests that may run at once."""
+    max_client_batch_size: int = 4
+    validation_workers: int = 2
+    payload_limit: int = 2_000_000
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model lies on this machine. A GGUF file has its metadata as JSON files in ``folder`` beside the cache."""
+
+    model_id: str
+    """As the operator named it; what /info and /v1/models say."""
+    revision: str | None = None
+    sha: str | None = None
+    pipeline_tag: str | None = None
+    folder: str
+    """Holds config.json, tokenizer.json and, where the model has them, tokenizer_config.json, generation_config.json,
+    chat_template.jinja; for GGUF also gguf_index.json."""
+    weights: list[str]
+    """Absolute paths: safetensors files, or one GGUF file."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the launcher resolved, written once to RUN_DIR/settings.json (mode 0600) and read by its children."""
+
+    model: ModelFiles
+    limits: Limits
+    run_dir: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    rope_scaling: str | None = None
+    rope_factor: float | None = None
+    memory_bytes: int
+    """Bytes the engine may use in all; from the ledger."""
+    ledger: dict[str, int] = {}
+    """The memory ledger: name → bytes, in the order it is printed; shown at /info."""
+    prefix_caching: bool = True
+    api_key: str | None = None
+    cors_allow_origin: list[str] = []
+    tokenizer_config_path: str | None = None
+    disable_grammar_support: bool = False
+    compute_type: str = "cpu"
+    json_output: bool = False
+    log_level: str = "info"
+    graceful_termination_timeout: float = 90.0
+
+    @property
+    def socket(self) -> Path:
+        """The engine's Unix socket; its folder has mode 0700."""
+        return Path(self.run_dir) / "engine.sock"
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Settings":
+        return msgspec.json.decode(Path(path).read_bytes(), type=cls)

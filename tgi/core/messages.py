@@ -1,0 +1,162 @@
+"""What router, engine and launcher say to each other: tagged MessagePack arrays over Unix sockets and pipes.
+
+A frame is a 4-byte little-endian length and the encoded message. Token ids travel, never text; times are
+``time.monotonic()`` seconds, which processes of one machine share.
+"""
+
+import struct
+from typing import Literal
+
+import msgspec
+
+FRAME = struct.Struct("<I")
+MAX_FRAME = 1 << 28
+
+FinishReason = Literal["length", "eos_token"]
+"""Why the engine stopped. Stop strings are found by the router, which sees text."""
+
+
+class Sampling(msgspec.Struct, array_like=True, frozen=True):
+    """How the next token is chosen. Defaults are neutral; neutral values cost nothing."""
+
+    greedy: bool = True
+    seed: int = 0
+    """64 bits; a draw is a pure function of (seed, position)."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    top_n_tokens: int = 0
+
+
+class Submit(msgspec.Struct, tag=1, array_like=True, frozen=True):
+    """Run this request. A resumed request carries the ids generated so far behind its prompt."""
+
+    id: int
+    token_ids: list[int]
+    prompt_length: int
+    max_new_tokens: int
+    stop_token_ids: list[int]
+    sampling: Sampling
+    arrived: float
+    prompt_logprobs: bool = False
+    cache_salt: bytes = b""
+    """Blocks are shared only between requests of equal salt."""
+
+
+class Cancel(msgspec.Struct, tag=2, array_like=True, frozen=True):
+    """The client is gone or the router has seen enough; unknown ids are ignored."""
+
+    id: int
+
+
+class Ping(msgspec.Struct, tag=3, array_like=True, frozen=True):
+    """Asks the step loop, not the socket, whether it is alive."""
+
+    nonce: int
+
+
+ToEngine = Submit | Cancel | Ping
+
+
+class Token(msgspec.Struct, array_like=True, frozen=True):
+    """One generated token with the model's own log-probability (before penalties and warpers)."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+    """The ``top_n_tokens`` most likely (id, logprob), best first."""
+
+
+class Delta(msgspec.Struct, array_like=True, frozen=True):
+    """What one step added to one request; applied only if ``index`` equals the number of tokens known so far."""
+
+    id: int
+    index: int
+    tokens: list[Token]
+    finish: FinishReason | None = None
+    started: float = 0.0
+    """When the request was first scheduled."""
+    cached: int = 0
+    """Prompt tokens found in the prefix cache at the first admission."""
+    prompt_logprobs: list[float] = []
+    """Log-probabilities of the next prompt tokens, in order; the first prompt token has none."""
+
+
+class Fault(msgspec.Struct, array_like=True, frozen=True):
+    """This request, and no other, ends with an error."""
+
+    id: int
+    message: str
+
+
+class StepStats(msgspec.Struct, array_like=True, frozen=True):
+    """One step in numbers, for the metrics."""
+
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
+    decode_rows: int = 0
+    duration: float = 0.0
+    forward: float = 0.0
+    sample: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    batch_tokens: int = 0
+    """Tokens of KV cache that the running requests hold."""
+    admitted: int = 0
+    preempted: int = 0
+
+
+class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):
+    """First message on a connection: the engine has loaded and serves."""
+
+    epoch: int
+
+
+class Step(msgspec.Struct, tag=12, array_like=True, frozen=True):
+    """All that one step has for one router."""
+
+    deltas: list[Delta]
+    faults: list[Fault]
+    stats: StepStats
+
+
+class Pong(msgspec.Struct, tag=13, array_like=True, frozen=True):
+    """The step loop answers a Ping."""
+
+    nonce: int
+
+
+ToRouter = Hello | Step | Pong
+
+
+class Loading(msgspec.Struct, tag="loading", frozen=True):
+    """Child → launcher, one JSON line on the status pipe: bytes of weights loaded so far."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """Child → launcher: it serves."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """Child → launcher: it can't go on, and why, in words for the operator."""
+
+    message: str
+
+
+Status = Loading | Ready | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: ToEngine | ToRouter) -> bytes:
+    """Length-prefixed MessagePack of one message."""
+    body = _encoder.encode(message)
+    return FRAME.pack(len(body)) + body
