@@ -1,0 +1,73 @@
+"""What a model asks of attention, and how a backend is chosen. Knows no model and no scheduler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tgi.core.errors import StartupError
+
+
+@dataclass(frozen=True, slots=True)
+class AttnSpec:
+    """One layer's attention, fixed at load."""
+
+    heads: int
+    """Query heads on this rank."""
+    kv_heads: int
+    head_dim: int
+    scale: float
+    """Multiplies q·k before the softmax."""
+    window: int | None = None
+    """A token sees itself and the ``window - 1`` tokens before it."""
+    softcap: float | None = None
+    """Scores become ``softcap * tanh(score / softcap)``."""
+
+
+class Attend(Protocol):
+    """The one thing a model's forward knows of attention and cache."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store k, v of the step's tokens and attend.
+
+        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], rotated where the model rotates.
+        Returns [tokens, heads * head_dim].
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of one request's tokens inside the step's flat token axis."""
+
+    start: int
+    """Position of its first token in the request; as many tokens are in the cache before it."""
+    length: int
+    blocks: Sequence[int]
+    """Pages of the request in order; they cover ``start + length`` tokens."""
+
+
+class AttentionBackend(Protocol):
+    """A kernel family. One instance serves one run of layers with equal specs."""
+
+    name: str
+
+    @staticmethod
+    def declines(spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend can't serve the spec; None if it can."""
+
+    @staticmethod
+    def allocate(spec: AttnSpec, blocks: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """One layer's zeroed pages, laid out as this backend reads them."""
+
+
+def choose(
+    spec: AttnSpec, dtype: torch.dtype, device: torch.device, backends: Sequence[type[AttentionBackend]]
+) -> type[AttentionBackend]:
+    """The first backend that serves ``spec``; if none does, an error with each one's reason."""
+    reasons = []
+    for backend in backends:
+        if (reason := backend.declines(spec, dtype, device)) is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise StartupError(f"no attention backend serves {spec} in {dtype} on {device}: " + "; ".join(reasons))
