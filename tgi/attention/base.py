@@ -48,7 +48,7 @@ class Segment:
 
 
 class AttentionBackend(Protocol):
-    """A kernel family. One instance serves one run of layers with equal specs."""
+    """A kernel family, serving all layers of one spec. Pages are passed in: a backend holds no state of requests."""
 
     name: str
 
@@ -56,9 +56,20 @@ class AttentionBackend(Protocol):
     def declines(spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend can't serve the spec; None if it can."""
 
-    @staticmethod
-    def allocate(spec: AttnSpec, blocks: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def __init__(self, spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> None: ...
+
+    def allocate(self, blocks: int) -> torch.Tensor:
         """One layer's zeroed pages, laid out as this backend reads them."""
+
+    def prepare(self, segments: Sequence[Segment]) -> "PreparedAttention":
+        """What a step's layers share: masks, indices, launch plans. The token axis holds the segments in order."""
+
+
+class PreparedAttention(Protocol):
+    """One step, ready to run layer by layer."""
+
+    def run(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k, v into the layer's ``pages`` and attend; shapes as in Attend."""
 
 
 def choose(

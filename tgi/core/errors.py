@@ -27,7 +27,9 @@ SUFFIX = Kind(
     "Suffix is not supported and can be achieved by preprocessing the prompt.",
     "validation",
 )
-BATCH_SIZE = Kind("batch size exceeded", 422, "Number of prompts exceeds the maximum allowed batch size of ", "validation")
+BATCH_SIZE = Kind(
+    "batch size exceeded", 422, "Number of prompts exceeds the maximum allowed batch size of ", "validation"
+)
 
 
 class RequestError(Exception):

@@ -120,9 +120,10 @@ class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):
 class Step(msgspec.Struct, tag=12, array_like=True, frozen=True):
     """All that one step has for one router."""
 
-    deltas: list[Delta]
-    faults: list[Fault]
-    stats: StepStats
+    deltas: list[Delta] = []
+    faults: list[Fault] = []
+    stats: StepStats | None = None
+    """Each step's numbers go to one router, so that sums over routers are right."""
 
 
 class Pong(msgspec.Struct, tag=13, array_like=True, frozen=True):

@@ -1,0 +1,157 @@
+"""Paged attention from plain torch operations: gathers pages, then scaled_dot_product_attention. Runs on any device.
+
+Decoding requests of similar length are one padded batch; every longer chunk runs by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tgi.attention.base import AttnSpec, PreparedAttention, Segment
+from tgi.core.config import BLOCK_SIZE
+
+
+class SdpaAttention:
+    """Pages lie as [block, slot, k or v, kv head, dim]: one token's keys and values are one run of memory."""
+
+    name = "sdpa"
+
+    @staticmethod
+    def declines(spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None if spec.softcap is None else "no soft-capping of scores"
+
+    def __init__(self, spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = spec
+        self._dtype = dtype
+        self._device = device
+        self._workspace = torch.empty(0, dtype=dtype, device=device)
+
+    def allocate(self, blocks: int) -> torch.Tensor:
+        # Zeroed, since a masked score of 0 times garbage could be NaN. Zero pages cost nothing until they are written.
+        shape = (blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
+        slots: list[int] = []
+        parts: list[_Part] = []
+        at = 0
+        for group in _group(segments):
+            tokens = sum(segment.length for segment in group)
+            parts.append(self._part(at, tokens, group))
+            at += tokens
+        for segment in segments:
+            blocks = segment.blocks
+            for position in range(segment.start, segment.start + segment.length):
+                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        return _Prepared(self, parts, torch.tensor(slots, device=self._device))
+
+    def gather(self, pages: torch.Tensor, part: "_Part") -> torch.Tensor:
+        """The part's keys and values, [batch, context, 2, kv heads, dim].
+
+        Into one buffer that all layers reuse: fresh memory for each would cost more in page faults than the copy.
+        """
+        shape = (part.blocks.numel(), *pages.shape[1:])
+        size = part.blocks.numel() * pages[0].numel()
+        if self._workspace.numel() < size:
+            self._workspace = torch.empty(size, dtype=self._dtype, device=self._device)
+        out = self._workspace[:size].view(shape)
+        torch.index_select(pages, 0, part.blocks, out=out)
+        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context]
+
+    def _part(self, at: int, tokens: int, group: Sequence[Segment]) -> "_Part":
+        """Blocks and mask of one group. Only the blocks that the window reaches are gathered."""
+        firsts = [self._first_block(segment) for segment in group]
+        contexts = [s.start + s.length - first * BLOCK_SIZE for s, first in zip(group, firsts, strict=True)]
+        context = max(contexts)
+        width = -(-context // BLOCK_SIZE)
+        blocks: list[int] = []
+        for segment, first in zip(group, firsts, strict=True):
+            used = segment.blocks[first : first + width]
+            blocks += used
+            blocks += [used[0]] * (width - len(used))
+        length = group[0].length
+        causal = length > 1 and group[0].start == 0 and self.spec.window is None
+        return _Part(
+            at,
+            tokens,
+            len(group),
+            context,
+            torch.tensor(blocks, device=self._device),
+            causal,
+            None if causal or (length == 1 and min(contexts) == context) else self._mask(contexts, length),
+        )
+
+    def _first_block(self, segment: Segment) -> int:
+        if self.spec.window is None:
+            return 0
+        return max(segment.start - self.spec.window + 1, 0) // BLOCK_SIZE
+
+    def _mask(self, contexts: list[int], length: int) -> torch.Tensor:
+        """Additive mask [batch, 1, length, context]; query i of a row sees keys up to its own place."""
+        ends = torch.tensor(contexts, device=self._device).view(-1, 1, 1, 1)
+        query = ends - length + torch.arange(length, device=self._device).view(1, 1, -1, 1)
+        key = torch.arange(max(contexts), device=self._device)
+        hidden = key > query
+        if self.spec.window is not None:
+            hidden |= key <= query - self.spec.window
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Segments of equal length that run as one batch: tokens ``at … at + tokens`` of the step."""
+
+    at: int
+    tokens: int
+    batch: int
+    context: int
+    blocks: torch.Tensor
+    causal: bool
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    backend: SdpaAttention
+    parts: list[_Part]
+    slots: torch.Tensor
+
+    def run(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        flat = pages.view(-1, *pages.shape[2:])
+        flat[:, 0].index_copy_(0, self.slots, k)
+        flat[:, 1].index_copy_(0, self.slots, v)
+        outs = [self._attend(pages, part, q[part.at : part.at + part.tokens]) for part in self.parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _attend(self, pages: torch.Tensor, part: _Part, q: torch.Tensor) -> torch.Tensor:
+        spec = self.backend.spec
+        kv = self.backend.gather(pages, part)
+        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        length = part.tokens // part.batch
+        if length == 1:
+            # Query heads that share a kv head become its query rows: keys and values are read once.
+            q = q.view(part.batch, spec.kv_heads, -1, spec.head_dim)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=spec.scale)
+        else:
+            q = q.view(part.batch, length, spec.heads, spec.head_dim).transpose(1, 2)
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=True
+            ).transpose(1, 2)
+        return out.reshape(part.tokens, spec.heads * spec.head_dim)
+
+
+def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Neighbours of one token each share a batch while padding at most doubles the shorter one's work."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        last = groups[-1] if groups else None
+        if last and segment.length == last[0].length == 1:
+            longest = max(last[0].start, last[-1].start, segment.start)
+            shortest = min(last[0].start, last[-1].start, segment.start)
+            if longest <= 2 * shortest + 4 * BLOCK_SIZE:
+                last.append(segment)
+                continue
+        groups.append([segment])
+    return groups

@@ -1,0 +1,49 @@
+"""What the launcher's children have in common: their arguments, their log, and the pipe on which they report."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from tgi.core import telemetry
+from tgi.core.config import Settings
+from tgi.core.errors import StartupError
+from tgi.core.messages import Failed, Status
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[Status], None]
+"""Tell the launcher how it goes."""
+
+Serve = Callable[[Settings, int | None, Report], None]
+"""(settings, descriptor of the listening socket, report): the child's whole life."""
+
+
+def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
+    """Parse ``--settings PATH --status-fd N [--listen-fd M]``, serve, and return the exit code.
+
+    Whatever ends the child early is reported as Failed, in words for the operator.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--settings", required=True)
+    parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int)
+    arguments = parser.parse_args(argv)
+    settings = Settings.read(arguments.settings)
+    telemetry.setup(target, settings.log_level, settings.json_output)
+
+    def report(status: Status) -> None:
+        os.write(arguments.status_fd, msgspec.json.encode(status) + b"\n")
+
+    try:
+        serve(settings, arguments.listen_fd, report)
+    except StartupError as error:
+        report(Failed(str(error)))
+        return 1
+    except Exception as error:
+        log.exception("this should not happen")
+        report(Failed(f"{type(error).__name__}: {error}"))
+        return 1
+    return 0

@@ -1,0 +1,39 @@
+"""What the scheduler hands to the runner for one chunk, and what it gets back. Data only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tgi.core.messages import Submit, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute ``length`` tokens of a request from position ``start``; all before it is in the cache."""
+
+    submit: Submit
+    tokens: Sequence[int]
+    """All ids of the request, prompt and generated; not to be changed."""
+    start: int
+    length: int
+    blocks: Sequence[int]
+    """Pages of the request in order."""
+    scratch: dict[str, Any]
+    """Belongs to the request and dies with it: what the runtime remembers of it, always possible to rebuild."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the end of the request, so that it yields the next token."""
+        return self.start + self.length == len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the device made of one chunk."""
+
+    token: Token | None = None
+    """None if the chunk doesn't reach the end of the request."""
+    prompt_logprobs: Sequence[float] = ()
+    """Of the prompt tokens at ``start + 1 …``, if the request asked."""
+    error: str | None = None
+    """The request can't go on; others can."""

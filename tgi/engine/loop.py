@@ -1,0 +1,93 @@
+"""The step loop: the one place where messages, scheduler and device meet. It should fit on a screen."""
+
+import logging
+import time
+from collections import defaultdict
+
+from tgi.core.messages import Cancel, Delta, Fault, Ping, Pong, Step, StepStats, Submit
+from tgi.engine.mailbox import Gone, Mailbox
+from tgi.engine.request import Request
+from tgi.engine.scheduler import Plan, Scheduler
+from tgi.runtime.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """take messages → schedule → launch → sample → commit → send."""
+
+    def __init__(self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner) -> None:
+        self._mailbox = mailbox
+        self._scheduler = scheduler
+        self._runner = runner
+
+    def run(self) -> None:
+        """Until the process ends. An error of one request ends that request; any other error ends the engine."""
+        while True:
+            self.take()
+            if not self._scheduler.idle:
+                self.step()
+
+    def take(self) -> None:
+        """Apply what routers sent; with nothing to run, sleep until they send something."""
+        idle = self._scheduler.idle
+        if idle:
+            self._scheduler.check_integrity()
+        for router, message in self._mailbox.poll(wait=idle):
+            match message:
+                case Submit():
+                    self._submit(router, message)
+                case Cancel():
+                    self._scheduler.cancel(router, message.id)
+                case Ping():
+                    self._mailbox.send(router, Pong(message.nonce))
+                case Gone():
+                    self._scheduler.cancel(router)
+
+    def step(self) -> None:
+        begin = time.monotonic()
+        plan = self._scheduler.schedule()
+        launched = self._runner.launch([chunk.work() for chunk in plan.chunks])
+        forward = time.monotonic()
+        results = self._runner.sample(launched)
+        sampled = time.monotonic()
+        messages = self._scheduler.commit(plan, results)
+        self._send(messages, self._stats(plan, begin, forward, sampled))
+
+    def _submit(self, router: int, submit: Submit) -> None:
+        request = Request(router, submit, list(submit.token_ids))
+        if any(not 0 <= token < self._runner.vocab_size for token in submit.token_ids):
+            fault: Fault | None = Fault(submit.id, "a token id lies outside the vocabulary")
+        else:
+            fault = self._scheduler.add(request)
+        if fault is not None:
+            self._mailbox.send(router, Step(faults=[fault]))
+
+    def _send(self, messages: list[tuple[int, Delta | Fault]], stats: StepStats) -> None:
+        """One message per router that has news; the step's numbers go to the oldest one."""
+        deltas: dict[int, list[Delta]] = defaultdict(list)
+        faults: dict[int, list[Fault]] = defaultdict(list)
+        for router, message in messages:
+            if isinstance(message, Delta):
+                deltas[router].append(message)
+            else:
+                faults[router].append(message)
+        first = self._mailbox.oldest
+        for router in {first} | deltas.keys() | faults.keys():
+            self._mailbox.send(router, Step(deltas[router], faults[router], stats if router == first else None))
+
+    def _stats(self, plan: Plan, begin: float, forward: float, sampled: float) -> StepStats:
+        prefills = [chunk for chunk in plan.chunks if chunk.prefills]
+        return StepStats(
+            prefill_rows=len(prefills),
+            prefill_tokens=sum(chunk.length for chunk in prefills),
+            decode_rows=len(plan.chunks) - len(prefills),
+            duration=time.monotonic() - begin,
+            forward=forward - begin,
+            sample=sampled - forward,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            batch_tokens=self._scheduler.held_tokens,
+            admitted=plan.admitted,
+            preempted=plan.preempted,
+        )

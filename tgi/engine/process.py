@@ -1,0 +1,52 @@
+"""The engine process: loads, opens the mailbox, says ready, steps for ever. Run by the launcher."""
+
+import gc
+import logging
+import os
+import sys
+import time
+
+from tgi.core import child
+from tgi.core.config import BLOCK_SIZE, Settings
+from tgi.core.messages import Loading, Ready
+from tgi.engine.mailbox import Mailbox
+from tgi.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings, _listen: int | None, report: child.Report) -> None:
+    """Load the model and run the step loop until the process is ended. Raises StartupError."""
+    begin = time.monotonic()
+    from tgi.engine.loop import Loop  # torch: over a second
+    from tgi.runtime.runner import Runner
+
+    limits = settings.limits
+    runner = Runner.load(settings, lambda done, total: report(Loading(done, total)))
+    scheduler = Scheduler(
+        blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
+        step_tokens=limits.max_batch_prefill_tokens,
+        max_running=limits.max_batch_size,
+        prefix_caching=settings.prefix_caching,
+    )
+    mailbox = Mailbox(settings.socket, epoch=time.time_ns())
+    # What was loaded lives as long as the process: the collector need not look at it in the middle of a step.
+    gc.collect()
+    gc.freeze()
+    log.info(
+        "Model loaded in %.1f s: %s in %s on %s, %d blocks of %d tokens",
+        time.monotonic() - begin,
+        settings.model.model_id,
+        settings.dtype,
+        settings.device,
+        limits.max_batch_total_tokens // BLOCK_SIZE,
+        BLOCK_SIZE,
+    )
+    report(Ready())
+    Loop(mailbox, scheduler, runner).run()
+
+
+if __name__ == "__main__":
+    code = child.run("text_generation_engine", serve)
+    sys.stdout.flush()
+    os._exit(code)  # no tear-down of torch: it may hang on the device that has just failed

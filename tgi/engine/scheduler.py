@@ -1,0 +1,220 @@
+"""Decides which tokens of which requests run in the next step, and books what came of it.
+
+There are no phases: a request has ``computed`` tokens in the cache and catches up with ``len(tokens)``. Prefill, its
+chunks, prefix hits, decoding, preemption and resumption are that one rule. Runs without torch.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tgi.core.config import BLOCK_SIZE
+from tgi.core.messages import Delta, Fault
+from tgi.core.plan import Sampled, Work
+from tgi.engine.blocks import BlockHasher, BlockPool
+from tgi.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """``length`` tokens of a request from position ``start``; everything before ``start`` is in the cache."""
+
+    request: Request
+    start: int
+    length: int
+
+    @property
+    def prefills(self) -> bool:
+        return self.start < self.request.submit.prompt_length
+
+    def work(self) -> Work:
+        """The chunk as the runner sees it."""
+        request = self.request
+        return Work(request.submit, request.tokens, self.start, self.length, request.blocks, request.scratch)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. Each request appears at most once."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    admitted: int = 0
+    preempted: int = 0
+
+
+class Scheduler:
+    """First come, first served; running requests before new ones; the youngest is preempted when blocks run out."""
+
+    def __init__(
+        self,
+        *,
+        blocks: int,
+        step_tokens: int,
+        max_running: int,
+        prefix_caching: bool = True,
+        secret: bytes | None = None,
+    ) -> None:
+        """``step_tokens``: tokens that one step may compute, all requests together."""
+        assert blocks > 0 and step_tokens > 0 and max_running > 0
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.pool = BlockPool(blocks)
+        self._hasher = BlockHasher(secret)
+        self._step_tokens = step_tokens
+        self._max_running = max_running
+        self._prefix_caching = prefix_caching
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        yield from self.running
+        yield from self.waiting
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of KV cache held by running requests; shared blocks count once."""
+        return (self.pool.size - self.pool.free) * BLOCK_SIZE
+
+    def add(self, request: Request) -> Fault | None:
+        """Queue a request; a Fault if it could never run."""
+        submit = request.submit
+        most = submit.prompt_length + submit.max_new_tokens
+        capacity = self.pool.size * BLOCK_SIZE
+        if not 0 < submit.prompt_length <= len(request.tokens) or submit.max_new_tokens < 1:
+            return Fault(submit.id, "a request needs a prompt and room for a token")
+        if most > capacity:
+            return Fault(submit.id, f"{most} tokens don't fit into the cache of {capacity} tokens")
+        self.waiting.append(request)
+        return None
+
+    def cancel(self, router: int, request_id: int | None = None) -> None:
+        """Forget one request, or all of a router."""
+        for request in [r for r in self.requests if r.router == router and request_id in (None, r.submit.id)]:
+            (self.running if request in self.running else self.waiting).remove(request)
+            self._release(request)
+            request.done = True
+
+    def schedule(self) -> Plan:
+        """The next step: every running request goes on as far as the budget reaches, then waiting ones are admitted."""
+        plan = Plan()
+        budget = self._step_tokens
+        at = 0
+        while at < len(self.running) and budget:
+            request = self.running[at]
+            length = min(len(request.tokens) - request.computed, budget)
+            if not self._reserve(request, request.computed + length):
+                self._preempt(self.running.pop())  # the youngest, at worst this one: try again or leave the loop
+                plan.preempted += 1
+                continue
+            plan.chunks.append(Chunk(request, request.computed, length))
+            budget -= length
+            at += 1
+        while self.waiting and budget and len(self.running) < self._max_running and not plan.preempted:
+            if not self._admit(self.waiting[0]):
+                break
+            request = self.waiting.popleft()
+            self.running.append(request)
+            length = min(len(request.tokens) - request.computed, budget)
+            plan.chunks.append(Chunk(request, request.computed, length))
+            plan.admitted += 1
+            budget -= length
+        return plan
+
+    def commit(self, plan: Plan, results: Sequence[Sampled]) -> list[tuple[int, Delta | Fault]]:
+        """Book a step's results, in the order of ``plan.chunks``. Returns (router, message) for every change."""
+        out: list[tuple[int, Delta | Fault]] = []
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            request = chunk.request
+            if request.done or request.computed != chunk.start:
+                continue  # cancelled or preempted while the step was under way
+            if result.error is not None:
+                self._end(request)
+                out.append((request.router, Fault(request.submit.id, result.error)))
+                continue
+            request.computed = chunk.start + chunk.length
+            self._publish(request)
+            if (delta := self._delta(request, chunk, result)) is not None:
+                out.append((request.router, delta))
+        return out
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if blocks leak or are held twice; called when the engine goes idle and by tests."""
+        self.pool.check_integrity([request.blocks for request in self.requests])
+        assert all(not r.blocks and r.computed == 0 for r in self.waiting), "a waiting request holds blocks"
+
+    def _delta(self, request: Request, chunk: Chunk, result: Sampled) -> Delta | None:
+        submit = request.submit
+        index = request.generated
+        skip = request.scored - (chunk.start + 1)
+        scores = list(result.prompt_logprobs[max(skip, 0) :])
+        request.scored += len(scores)
+        finish = None
+        if result.token is not None:
+            request.tokens.append(result.token.id)
+            finish = request.finish_reason()
+            if finish is not None:
+                self._end(request)
+        elif not scores:
+            return None
+        tokens = [] if result.token is None else [result.token]
+        return Delta(submit.id, index, tokens, finish, request.started, request.cached, scores)
+
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request its cached prefix and the blocks of all its tokens, if there are enough."""
+        found: list[int] = []
+        if self._prefix_caching and not request.submit.prompt_logprobs:
+            self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
+            # At least one token must be computed: its logits give the next one.
+            found = self.pool.find(request.hashes[: (len(request.tokens) - 1) // BLOCK_SIZE])
+        need = _blocks_for(len(request.tokens)) - len(found)
+        if need > self.pool.free_without(found):
+            return False
+        self.pool.claim(found)
+        request.blocks = found + self.pool.take(need)
+        request.published = len(found)
+        request.computed = len(found) * BLOCK_SIZE
+        if not request.started:
+            request.started = time.monotonic()
+            request.cached = min(request.computed, request.submit.prompt_length)
+        return True
+
+    def _reserve(self, request: Request, tokens: int) -> bool:
+        """Make the request's blocks cover ``tokens``; False if the pool is short of blocks."""
+        need = _blocks_for(tokens) - len(request.blocks)
+        if need > self.pool.free:
+            return False
+        if need > 0:
+            request.blocks += self.pool.take(need)
+        return True
+
+    def _publish(self, request: Request) -> None:
+        """Make the blocks that this step has filled findable."""
+        full = request.computed // BLOCK_SIZE
+        if self._prefix_caching and full > request.published:
+            self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
+            for at in range(request.published, full):
+                self.pool.publish(request.blocks[at], request.hashes[at])
+            request.published = full
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the front of the queue; what it had computed is recomputed, or found again in the prefix cache."""
+        self._release(request)
+        self.waiting.appendleft(request)
+
+    def _end(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.done = True
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+        request.published = request.computed = 0
+
+
+def _blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)

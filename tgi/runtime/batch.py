@@ -1,0 +1,41 @@
+"""A step's chunks as tensors: one flat token axis, no padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tgi.attention.base import Segment
+from tgi.core.plan import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of all chunks, one chunk behind the other."""
+
+    token_ids: torch.Tensor
+    """[T] int64."""
+    positions: torch.Tensor
+    """[T] int64."""
+    segments: list[Segment]
+
+    logit_rows: torch.Tensor
+    """Indices into T of the last token of each chunk that samples, in order."""
+
+    @classmethod
+    def build(cls, works: Sequence[Work], device: torch.device) -> "Batch":
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        rows: list[int] = []
+        for work in works:
+            end = work.start + work.length
+            ids += work.tokens[work.start : end]
+            positions += range(work.start, end)
+            segments.append(Segment(work.start, work.length, work.blocks))
+            if work.samples:
+                rows.append(len(ids) - 1)
+        # One transfer for all three.
+        packed = torch.tensor(ids + positions + rows).to(device, non_blocking=True)
+        tokens = len(ids)
+        return cls(packed[:tokens], packed[tokens : 2 * tokens], segments, packed[2 * tokens :])

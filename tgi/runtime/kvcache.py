@@ -1,0 +1,32 @@
+"""The paged KV cache of all layers: who reads it and how its pages lie is the attention backends' affair."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Segment, choose
+from tgi.attention.sdpa import SdpaAttention
+
+BACKENDS: tuple[type[AttentionBackend], ...] = (SdpaAttention,)
+"""In order of preference."""
+
+
+class KVCache:
+    """``blocks`` pages of BLOCK_SIZE tokens in every layer; block ids mean the same in all layers."""
+
+    def __init__(self, specs: Sequence[AttnSpec], blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises StartupError if no backend serves a layer."""
+        self._specs = list(specs)
+        self._backends = {
+            spec: choose(spec, dtype, device, BACKENDS)(spec, dtype, device) for spec in dict.fromkeys(specs)
+        }
+        self._pages = [self._backends[spec].allocate(blocks) for spec in specs]
+
+    def attend(self, segments: Sequence[Segment]) -> Attend:
+        """The attention of one step, as the model's forward sees it."""
+        prepared = {spec: backend.prepare(segments) for spec, backend in self._backends.items()}
+
+        def run(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return prepared[self._specs[layer]].run(self._pages[layer], q, k, v)
+
+        return run

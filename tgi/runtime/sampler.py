@@ -1,0 +1,228 @@
+"""The next token of every row: penalties, warpers, draw. All rows run together; a feature costs those that use it.
+
+A draw is a pure function of (seed, position): the same request gives the same tokens alone, in a batch, after
+preemption and after a restart. Log-probabilities are the model's own, before penalties and warpers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tgi.core.messages import Sampling, Token
+from tgi.core.plan import Work
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_CANDIDATES = 1024
+"""Top-p looks at this many of the most likely tokens before it sorts the whole vocabulary."""
+_BUCKET = 256
+"""The draw first finds a bucket of this many tokens, then the token in it."""
+
+
+def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
+    """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row.
+
+    A row whose logits are not numbers gets an error text instead of a token.
+    """
+    if not works:
+        return []
+    samplings = [work.submit.sampling for work in works]
+    raw = logits
+    norm = raw.logsumexp(-1)
+    if penalized := [row for row, s in enumerate(samplings) if _penalizes(s)]:
+        logits = logits.clone()
+        for row in penalized:
+            _History.of(works[row], logits.device).apply(logits[row], samplings[row])
+    ids = logits.argmax(-1)
+    if drawn := [row for row, s in enumerate(samplings) if not s.greedy]:
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen = [samplings[row] for row in drawn]
+        warped = _warp(logits[rows], chosen)
+        points = [uniform(samplings[row].seed, len(works[row].tokens)) for row in drawn]
+        ids[rows] = _draw(warped, torch.tensor(points, dtype=torch.float64, device=logits.device))
+    logprobs = raw.gather(1, ids[:, None]).squeeze(1) - norm
+    tops = _top(raw, norm, samplings)
+    finite = norm.isfinite().tolist()
+    return [
+        Token(token, logprob, top) if fine else "the model's output is not a number"
+        for token, logprob, top, fine in zip(ids.tolist(), logprobs.tolist(), tops, finite, strict=True)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that decides the token at ``position``: SplitMix64 (Steele, Lea & Flood 2014) as a
+    counter-based generator, 53 bits."""
+    return (_mix(_mix(seed & _MASK) + position * _GOLDEN) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def _penalizes(s: Sampling) -> bool:
+    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0 or bool(s.logit_bias)
+
+
+class _History:
+    """Which ids a request holds and how often it generated each, kept up to date token by token.
+
+    Lives in the request's scratch; built from its ids whenever it isn't there.
+    """
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        self._device = device
+        self._seen = 0
+        self._places: dict[int, int] = {}
+        self._ids = torch.empty(0, dtype=torch.int64, device=device)
+        self._counts = torch.empty(0, dtype=torch.float32, device=device)
+        bias = work.submit.sampling.logit_bias
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
+        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    @classmethod
+    def of(cls, work: Work, device: torch.device) -> "_History":
+        history = work.scratch.get("history")
+        if history is None:
+            history = work.scratch["history"] = cls(work, device)
+        assert isinstance(history, cls)
+        history._catch_up(work)
+        return history
+
+    def apply(self, row: torch.Tensor, s: Sampling) -> None:
+        """Change one row of logits in place.
+
+        Repetition penalty (Keskar et al. 2019) over prompt and generated ids, once per distinct id; frequency and
+        presence penalties by OpenAI's formula over generated ids; bias added as given.
+        """
+        ids = self._ids[: len(self._places)]
+        counts = self._counts[: len(self._places)]
+        values = row[ids]
+        if s.repetition_penalty != 1.0:
+            values = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+        if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
+            values = values - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
+        row[ids] = values
+        if s.logit_bias:
+            row[self._bias_ids] += self._bias
+
+    def _catch_up(self, work: Work) -> None:
+        places = self._places
+        known = len(places)
+        fresh = work.tokens[self._seen :]
+        for token in fresh:
+            places.setdefault(token, len(places))
+        if len(places) > len(self._ids):
+            room = max(256, 2 * len(places))
+            self._ids = _grown(self._ids, room)
+            self._counts = _grown(self._counts, room)
+        if len(places) > known:
+            new = list(places)[known:]
+            self._ids[known : len(places)] = torch.tensor(new, device=self._device)
+        if generated := work.tokens[max(self._seen, work.submit.prompt_length) :]:
+            at = torch.tensor([places[token] for token in generated], device=self._device)
+            self._counts.index_add_(0, at, torch.ones(len(generated), device=self._device))
+        self._seen = len(work.tokens)
+
+
+def _grown(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    grown = tensor.new_zeros(size)
+    grown[: len(tensor)] = tensor
+    return grown
+
+
+@dataclass(frozen=True, slots=True)
+class _Warper:
+    """One field of Sampling that removes tokens: its neutral value and what it does to the rows that use it."""
+
+    field: str
+    neutral: float
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _warp(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Temperature, then the warpers in TGI's order; removed tokens are -inf. logits: [rows, vocabulary]."""
+    temperatures = torch.tensor([s.temperature for s in samplings], device=logits.device)
+    # The largest becomes 0, so that no temperature, however small, makes infinities of two tokens.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
+    for warper in _WARPERS:
+        values = [getattr(s, warper.field) for s in samplings]
+        if users := [row for row, value in enumerate(values) if value != warper.neutral]:
+            rows = torch.tensor(users, device=logits.device)
+            bounds = torch.tensor([values[row] for row in users], device=logits.device)
+            logits[rows] = warper.apply(logits[rows], bounds)
+    return logits
+
+
+def _top_k(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Keep the k largest of each row, and ties with the last. k: int64 [rows]."""
+    k = k.clamp(max=logits.shape[1])
+    best = logits.topk(int(k.max())).values
+    return logits.masked_fill(logits < best.gather(1, k[:, None] - 1), float("-inf"))
+
+
+def _top_p(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Nucleus sampling (Holtzman et al. 2020): keep the most likely tokens until their mass reaches p. p: [rows]."""
+    count = min(_CANDIDATES, logits.shape[1])
+    norm = logits.logsumexp(-1, keepdim=True)
+    while True:
+        best = logits.topk(count).values
+        probs = (best - norm).exp()
+        mass = probs.cumsum(-1)
+        if count == logits.shape[1] or bool((mass[:, -1] >= p).all()):
+            break
+        count = logits.shape[1]
+    kept = (mass - probs < p[:, None]).sum(-1).clamp(min=1)
+    return logits.masked_fill(logits < best.gather(1, kept[:, None] - 1), float("-inf"))
+
+
+def _typical_p(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Locally typical sampling (Meister et al. 2022): keep tokens of information closest to the entropy. p: [rows]."""
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).nansum(-1, keepdim=True)
+    distance, order = (-logprobs - entropy).abs().sort(-1)
+    mass = logprobs.gather(1, order).exp().cumsum(-1)
+    # Up to and including the token whose mass reaches p.
+    last = (mass < p[:, None]).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+    return logits.masked_fill((-logprobs - entropy).abs() > distance.gather(1, last), float("-inf"))
+
+
+_WARPERS = (_Warper("top_k", 0, _top_k), _Warper("top_p", 1.0, _top_p), _Warper("typical_p", 1.0, _typical_p))
+
+
+def _draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Invert the distribution function at ``points`` (float64 [rows], in [0, 1)), tokens in the order of their ids."""
+    rows, size = logits.shape
+    probs = logits.softmax(-1)
+    if padding := -size % _BUCKET:
+        probs = torch.nn.functional.pad(probs, (0, padding))
+    probs = probs.view(rows, -1, _BUCKET)
+    buckets = probs.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = points[:, None] * buckets[:, -1:]
+    bucket = torch.searchsorted(buckets, target, right=True).clamp(max=probs.shape[1] - 1)
+    inside = probs.gather(1, bucket[:, :, None].expand(-1, -1, _BUCKET)).squeeze(1)
+    mass = inside.cumsum(-1, dtype=torch.float64)
+    before = buckets.gather(1, bucket) - mass[:, -1:]
+    place = (mass + before <= target).sum(-1, keepdim=True)
+    # Rounding may point behind the bucket's last possible token.
+    last = (inside > 0).to(torch.int64).mul(torch.arange(1, _BUCKET + 1, device=logits.device)).amax(
+        -1, keepdim=True
+    ) - 1
+    return (bucket * _BUCKET + torch.minimum(place, last)).squeeze(1)
+
+
+def _top(raw: torch.Tensor, norm: torch.Tensor, samplings: Sequence[Sampling]) -> list[list[tuple[int, float]]]:
+    """The ``top_n_tokens`` most likely (id, logprob) of each row that asks."""
+    tops: list[list[tuple[int, float]]] = [[] for _ in samplings]
+    if askers := [row for row, s in enumerate(samplings) if s.top_n_tokens]:
+        rows = torch.tensor(askers, device=raw.device)
+        most = min(max(samplings[row].top_n_tokens for row in askers), raw.shape[1])
+        values, ids = raw[rows].topk(most)
+        values = values - norm[rows, None]
+        for row, row_ids, row_values in zip(askers, ids.tolist(), values.tolist(), strict=True):
+            count = samplings[row].top_n_tokens
+            tops[row] = list(zip(row_ids[:count], row_values[:count], strict=True))
+    return tops
