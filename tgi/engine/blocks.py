@@ -86,7 +86,7 @@ class BlockPool:
             self._by_hash[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference each. Blocks without content are reused first, the end of a prefix before its beginning."""
+        """Give up one reference each. Reused first: blocks without content, then the ends of prefixes."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
