@@ -2,29 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from tgi.core.messages import Delta, Sampling, StepStats, Submit
+import msgspec
+
+from tgi.core.errors import GENERATION, RequestError
+from tgi.core.messages import (
+    FRAME,
+    MAX_FRAME,
+    Cancel,
+    Delta,
+    Hello,
+    Ping,
+    Pong,
+    Sampling,
+    Step,
+    StepStats,
+    Submit,
+    ToEngine,
+    ToRouter,
+    frame,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY = 0.1
+"""Seconds between attempts to connect: the engine may load for minutes, and a refused Unix socket costs nothing."""
+
+CHUNK = 1 << 18
+"""Bytes read at once; in one wake-up all the frames that they hold."""
 
 
 class Ticket:
-    submit: Submit
-    output_ids: list[int]
-    submitted: float
-    started: float = 0.0
-    first_token: float = 0.0
-    finished: float = 0.0
+    """One request: what was asked (``submit``) and what has come of it (``output_ids``).
+
+    ``async for delta in ticket`` yields the engine's deltas in order, each token once, and ends behind the one with
+    ``finish``; a fault or the engine's end raises RequestError instead. Leaving ``with ticket:`` cancels what is not
+    finished. Times are ``time.monotonic()`` seconds, 0.0 until they happen.
+    """
+
+    def __init__(self, submit: Submit, on_cancel: Callable[[Ticket], None]) -> None:
+        self.submit = submit
+        self.output_ids: list[int] = []
+        self.submitted = submit.arrived
+        self.started = 0.0
+        """When the engine first scheduled it."""
+        self.first_token = 0.0
+        self.finished = 0.0
+        self._on_cancel = on_cancel
+        # Holds at most max_new_tokens deltas: a slow client never holds up the reader of the socket.
+        self._deltas: deque[Delta] = deque()
+        self._error: RequestError | None = None
+        self._news = asyncio.Event()
+
+    def apply(self, delta: Delta) -> None:
+        """Add what is new. A delta seen before changes nothing; one that skips tokens raises RequestError."""
+        known = len(self.output_ids)
+        if self.finished or delta.index < known:
+            return
+        if delta.index > known:
+            raise RequestError(GENERATION, f"Server error: tokens {known} to {delta.index - 1} never arrived")
+        now = time.monotonic()
+        self.output_ids += [token.id for token in delta.tokens]
+        self.started = self.started or delta.started
+        if delta.tokens and not self.first_token:
+            self.first_token = now
+        if delta.finish is not None:
+            self.finished = now
+        self._deltas.append(delta)
+        self._news.set()
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error, behind the deltas that have arrived."""
+        if not self.finished:
+            self._error = error
+            self.finished = time.monotonic()
+            self._news.set()
+
+    def cancel(self) -> None:
+        """Tell the engine to stop, and end. Does nothing to a ticket that has ended."""
+        if not self.finished:
+            self.finished = time.monotonic()
+            self._deltas.clear()
+            self._news.set()
+            self._on_cancel(self)
 
     def __aiter__(self) -> Ticket:
         return self
 
     async def __anext__(self) -> Delta:
-        raise NotImplementedError
-
-    def cancel(self) -> None:
-        raise NotImplementedError
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            if self.finished:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._deltas.popleft()
 
     def __enter__(self) -> Ticket:
         return self
@@ -36,29 +117,74 @@ class Ticket:
 
 
 class EngineClient:
+    """One router's connection to the engine, for all its requests. Everything runs on one event loop."""
+
     def __init__(self, socket: Path, on_stats: Callable[[StepStats], None]) -> None:
-        raise NotImplementedError
+        self._socket = socket
+        self._on_stats = on_stats
+        self._ids = itertools.count(1)
+        self._nonces = itertools.count(1)
+        self._tickets: dict[int, Ticket] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._hello = asyncio.Event()
+        self._ping: tuple[int, asyncio.Future[bool]] | None = None
+        """The ping under way and its answer: False if the engine is lost meanwhile."""
 
     async def run(self) -> None:
-        raise NotImplementedError
+        """Keep connected until cancelled. When the engine is lost every open ticket ends with an error."""
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(self._socket)
+            except OSError:
+                await asyncio.sleep(RETRY)
+                continue
+            reason = "the router is stopping"
+            self._writer = writer
+            try:
+                await self._read(reader)
+                reason = "it closed the connection"
+            except (OSError, msgspec.MsgspecError, _ProtocolError) as error:
+                reason = str(error)
+            finally:
+                self._lose(reason)
+                writer.close()
+            logger.warning("lost the engine: %s", reason)
+            await asyncio.sleep(RETRY)
 
     @property
     def connected(self) -> bool:
-        raise NotImplementedError
+        """Whether the engine has loaded and can be given requests."""
+        return self._hello.is_set()
 
     async def wait_connected(self, timeout: float) -> bool:
-        raise NotImplementedError
+        """Wait up to ``timeout`` seconds; returns ``connected``."""
+        try:
+            await asyncio.wait_for(self._hello.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
 
     async def healthy(self, timeout: float = 5.0) -> bool:
-        raise NotImplementedError
+        """Whether the engine's step loop answers in time. Calls made while a ping is under way wait for that one."""
+        if not self.connected:
+            return False
+        if self._ping is None:
+            self._ping = next(self._nonces), asyncio.get_running_loop().create_future()
+            self._send(Ping(self._ping[0]))
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._ping[1]), timeout)
+        except TimeoutError:
+            return False
 
     @property
     def queued(self) -> int:
-        raise NotImplementedError
+        """Requests that the engine has not begun."""
+        return sum(not ticket.started for ticket in self._tickets.values())
 
     @property
     def open(self) -> int:
-        raise NotImplementedError
+        """Requests that have not ended."""
+        return len(self._tickets)
 
     def submit(
         self,
@@ -70,4 +196,100 @@ class EngineClient:
         prompt_logprobs: bool = False,
         cache_salt: bytes = b"",
     ) -> Ticket:
-        raise NotImplementedError
+        """Hand a request to the engine. Raises RequestError if there is none."""
+        if not self.connected:
+            raise RequestError(GENERATION, "Server error: the engine is not running")
+        submit = Submit(
+            id=next(self._ids),
+            token_ids=token_ids,
+            prompt_length=len(token_ids),
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            sampling=sampling,
+            arrived=time.monotonic(),
+            prompt_logprobs=prompt_logprobs,
+            cache_salt=cache_salt,
+        )
+        ticket = self._tickets[submit.id] = Ticket(submit, self._cancel)
+        self._send(submit)
+        return ticket
+
+    def _send(self, message: ToEngine) -> None:
+        # No back-pressure here: what can pile up is bounded by the number of requests that validation lets in.
+        if self._writer is not None:
+            self._writer.write(frame(message))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.submit.id, None) is not None:
+            self._send(Cancel(ticket.submit.id))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Take messages until the engine closes the connection."""
+        decoder = msgspec.msgpack.Decoder(ToRouter)
+        received = bytearray()
+        while chunk := await reader.read(CHUNK):
+            received += chunk
+            for body in _take_frames(received):
+                self._take(decoder.decode(body))
+
+    def _take(self, message: ToRouter) -> None:
+        match message:
+            case Hello():
+                self._hello.set()
+            case _ if not self.connected:
+                raise _ProtocolError(f"it began with {type(message).__name__} instead of Hello")
+            case Step():
+                for delta in message.deltas:
+                    self._apply(delta)
+                for fault in message.faults:
+                    if ticket := self._tickets.pop(fault.id, None):
+                        ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
+                self._on_stats(message.stats)
+            case Pong():
+                if self._ping is not None and self._ping[0] == message.nonce:
+                    self._answer_ping(True)
+
+    def _apply(self, delta: Delta) -> None:
+        if (ticket := self._tickets.get(delta.id)) is None:
+            return  # cancelled while the delta was on its way
+        try:
+            ticket.apply(delta)
+        except RequestError as error:
+            ticket.fail(error)
+            self._cancel(ticket)
+        if ticket.finished:
+            self._tickets.pop(delta.id, None)
+
+    def _answer_ping(self, alive: bool) -> None:
+        if self._ping is not None:
+            self._ping[1].set_result(alive)
+            self._ping = None
+
+    def _lose(self, reason: str) -> None:
+        self._writer = None
+        self._hello.clear()
+        self._answer_ping(False)
+        tickets, self._tickets = self._tickets, {}
+        for ticket in tickets.values():
+            ticket.fail(RequestError(GENERATION, f"Server error: the engine stopped: {reason}"))
+
+
+class _ProtocolError(Exception):
+    """The engine sent what no engine of this version sends."""
+
+
+def _take_frames(received: bytearray) -> Iterator[bytes]:
+    """Cut the whole frames off the front of ``received``."""
+    start = 0
+    try:
+        while len(received) - start >= FRAME.size:
+            (length,) = FRAME.unpack_from(received, start)
+            if length > MAX_FRAME:
+                raise _ProtocolError(f"it sent a frame of {length} bytes; the limit is {MAX_FRAME}")
+            end = start + FRAME.size + length
+            if end > len(received):
+                break
+            yield bytes(received[start + FRAME.size : end])
+            start = end
+    finally:
+        del received[:start]

@@ -3,30 +3,249 @@ of a model folder; knows no request."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from tgi.core.errors import StartupError
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece spells a single byte that no token covers."""
+
+UNBOUNDED = 10**9
+"""Files say "no limit" with a ``model_max_length`` of 1e30."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character → byte of byte-level BPE (Radford et al. 2019): printable Latin-1 stands for itself, the other bytes
+    for the characters from U+0100 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
+    """A model's tokenizer. Safe to share between threads; ``encode`` and ``spans`` leave the interpreter lock."""
+
     special_ids: frozenset[int]
+    """Tokens that steer the model and are no text."""
     eos_ids: frozenset[int]
+    """Tokens that end a generation: those that generation_config.json names (one or a list) and the tokenizer's own
+    end token. Only if neither names any, config.json's. A chat model's end-of-turn is often in only one of the two."""
     bos_token: str | None
     eos_token: str | None
     vocab_size: int
+    """Every token id is below it."""
     model_max_length: int | None
     chat_templates: dict[str, str]
+    """Name → Jinja source, "default" first. An operator's own tokenizer config has the last word, then
+    chat_template.jinja and additional_chat_templates/, then chat_template.json, then tokenizer_config.json."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: _Files) -> None:
+        # A tokenizer.json can carry its training set-up; requests are cut by validation, with a word to the client.
+        backend.no_truncation()
+        backend.no_padding()
+        named = {key: text for key in files.token_keys() if (text := files.token(key)) is not None}
+        # A token that only the config calls special must not be decoded as text. One that the vocabulary lacks is left
+        # out: adding it would make an id that the model has no embedding for.
+        backend.add_special_tokens([text for text in named.values() if backend.token_to_id(text) is not None])
+        added = backend.get_added_tokens_decoder()
+
+        self._backend = backend
+        self._bytes: dict[int, bytes] = {}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), *(id + 1 for id in added), 0)
+        self.bos_token = named.get("bos_token")
+        self.eos_token = named.get("eos_token")
+        own_eos = None if self.eos_token is None else backend.token_to_id(self.eos_token)
+        self.eos_ids = (
+            files.eos_ids("generation_config.json") | ({own_eos} if own_eos is not None else set())
+        ) or files.eos_ids("config.json")
+        self.model_max_length = files.model_max_length()
+        self.chat_templates = files.chat_templates()
+        self._anchor = self._find_anchor()
+        self._before = self._decode([self._anchor])
+        self._after = self._decode([self._anchor, self._anchor]).removeprefix(self._before)
 
     @classmethod
     def load(cls, folder: Path, tokenizer_config_path: Path | None = None) -> Tokenizer:
-        raise NotImplementedError
+        """Read tokenizer.json and, where there are any, the files beside it.
+
+        ``tokenizer_config_path`` is read in place of the folder's tokenizer_config.json. Raises StartupError naming the
+        file that is missing or can't be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise StartupError(
+                f"{path} is missing: a fast tokenizer is needed. Where the model has only a slow one, transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise StartupError(f"{path} can't be read: {error}") from error
+        return cls(backend, _Files(folder, tokenizer_config_path))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        raise NotImplementedError
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
-        raise NotImplementedError
+        """Each token as (id, the piece of ``text`` it covers, start, stop), counted in UTF-8 bytes.
 
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        raise NotImplementedError
+        Special tokens that were added cover nothing; tokens that share a character cover all of it.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # The library counts characters here.
+        at = list(accumulate((len(char.encode()) for char in text), initial=0))
+        return [
+            (id, text[start:stop], at[start], at[stop])
+            for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of a whole sequence. For a generation, which continues its prompt, see ``stream.Detokenizer``."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token_id: int) -> str:
-        raise NotImplementedError
+        """The text of one token decoded alone; specials keep their name, a part of a character is U+FFFD."""
+        return self._decode([token_id])
+
+    def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        """What this token adds to a text, in UTF-8 that can begin or end inside a character.
+
+        ``first``: no text precedes it, and SentencePiece's space in front of a word falls away. Ids that no token has
+        add nothing. Holds for every decoder that turns tokens into text one by one, whatever it does at both ends of
+        the whole (strip a space, spare a suffix): the token is decoded between two copies of a plain one.
+        """
+        if first:
+            return self._measure([], token_id)
+        if (data := self._bytes.get(token_id)) is None:
+            data = self._bytes[token_id] = self._measure([self._anchor], token_id)
+        return data
+
+    def _measure(self, context: list[int], token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        text = self._decode([*context, token_id, self._anchor]).removesuffix(self._after)
+        if context:
+            text = text.removeprefix(self._before)
+        if "\ufffd" in text:
+            raw = _raw_bytes(token)
+            if raw is not None and raw.decode(errors="replace") == text:
+                return raw
+        return text.encode()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _find_anchor(self) -> int:
+        """A plain token that reads the same whatever stands before it: a letter, if the vocabulary has one."""
+        letters = (self._backend.token_to_id(letter) for letter in string.ascii_lowercase)
+        for id in chain(letters, range(self.vocab_size)):
+            if id is None or id in self.special_ids:
+                continue
+            once, twice = self._decode([id]), self._decode([id, id])
+            if once and "\ufffd" not in twice and twice != once and twice.startswith(once):
+                return id
+        raise StartupError("tokenizer.json has no token that decodes to plain text")
+
+
+def _raw_bytes(token: str) -> bytes | None:
+    """The bytes that a token of byte-level BPE or of SentencePiece's byte fallback spells; None for other tokens."""
+    if match := BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    if all(char in BYTE_ALPHABET for char in token):
+        return bytes(BYTE_ALPHABET[char] for char in token)
+    return None
+
+
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _Files:
+    """The JSON and Jinja files beside tokenizer.json; each may be absent."""
+
+    def __init__(self, folder: Path, tokenizer_config_path: Path | None) -> None:
+        self._folder = folder
+        self._own_path = tokenizer_config_path
+        if tokenizer_config_path is not None and not tokenizer_config_path.is_file():
+            raise StartupError(f"--tokenizer-config-path {tokenizer_config_path}: no such file")
+        self._config_path = tokenizer_config_path or folder / "tokenizer_config.json"
+        self._config = self._read(self._config_path)
+        self._map = self._read(folder / "special_tokens_map.json")
+
+    def token_keys(self) -> Iterator[str]:
+        """The names under which the files declare special tokens: bos_token, eos_token, pad_token, …"""
+        names = dict.fromkeys((*self._config, *self._map))
+        return (name for name in names if name.endswith("_token"))
+
+    def token(self, key: str) -> str | None:
+        """A special token's text, declared as a string or as ``{"content": …}``."""
+        value = self._config.get(key) or self._map.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+    def eos_ids(self, name: str) -> frozenset[int]:
+        path = self._folder / name
+        config = self._read(path)
+        value = config.get("eos_token_id")
+        if value is None and isinstance(text_config := config.get("text_config"), Mapping):
+            value = text_config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(id) is int for id in ids):
+            raise StartupError(f"{path}: eos_token_id must be an integer or a list of integers, not {value!r}")
+        return frozenset(ids)
+
+    def model_max_length(self) -> int | None:
+        value = self._config.get("model_max_length")
+        return int(value) if isinstance(value, int | float) and 0 < value < UNBOUNDED else None
+
+    def chat_templates(self) -> dict[str, str]:
+        found = self._named(self._config.get("chat_template"), self._config_path)
+        if self._own_path is None or not found:
+            legacy = self._folder / "chat_template.json"
+            found |= self._named(self._read(legacy).get("chat_template"), legacy)
+            jinja = self._folder / "chat_template.jinja"
+            if jinja.is_file():
+                found["default"] = _text(jinja)
+            for path in sorted((self._folder / "additional_chat_templates").glob("*.jinja")):
+                found[path.stem] = _text(path)
+        return dict(sorted(found.items(), key=lambda item: item[0] != "default"))
+
+    def _named(self, value: object, path: Path) -> dict[str, str]:
+        """``chat_template`` is one source or several with names."""
+        try:
+            templates = msgspec.convert(value, str | list[_NamedTemplate] | None)
+        except msgspec.ValidationError as error:
+            raise StartupError(f"{path}: chat_template must be a string or a list of name and template") from error
+        if isinstance(templates, str):
+            return {"default": templates}
+        return {item.name: item.template for item in templates or []}
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        if not path.is_file():
+            return {}
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.DecodeError) as error:
+            raise StartupError(f"{path} can't be read: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"{path} can't be read: {error}") from error
