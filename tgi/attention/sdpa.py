@@ -72,7 +72,9 @@ class SdpaAttention:
             blocks += used
             blocks += [used[0]] * (width - len(used))
         length = group[0].length
-        causal = length > 1 and group[0].start == 0 and self.spec.window is None
+        # Without a window a first chunk is causal by itself, and single tokens of equal context see all of it.
+        causal = self.spec.window is None and length > 1 and group[0].start == 0
+        free = self.spec.window is None and length == 1 and min(contexts) == context
         return _Part(
             at,
             tokens,
@@ -80,7 +82,7 @@ class SdpaAttention:
             context,
             torch.tensor(blocks, device=self._device),
             causal,
-            None if causal or (length == 1 and min(contexts) == context) else self._mask(contexts, length),
+            None if causal or free else self._mask(contexts, length),
         )
 
     def _first_block(self, segment: Segment) -> int:

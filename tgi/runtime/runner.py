@@ -48,6 +48,7 @@ class Runner:
             device,
             rope_scaling=settings.rope_scaling,
             rope_factor=settings.rope_factor,
+            max_total_tokens=settings.limits.max_total_tokens,
             progress=progress,
         )
         blocks = settings.limits.max_batch_total_tokens // BLOCK_SIZE

@@ -1,0 +1,71 @@
+"""Every backend against attention written out per token, over shuffled pages."""
+
+import random
+
+import pytest
+import torch
+
+from tgi.attention.base import AttnSpec, Segment, choose
+from tgi.attention.sdpa import SdpaAttention
+from tgi.core.config import BLOCK_SIZE
+from tgi.core.errors import StartupError
+
+BLOCKS = 64
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def reference(spec: AttnSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int) -> torch.Tensor:
+    """One token's attention. q: [heads, dim]; k, v: [context, kv heads, dim] up to the token itself."""
+    first = 0 if spec.window is None else max(position - spec.window + 1, 0)
+    outs = []
+    for head in range(spec.heads):
+        kv = head // (spec.heads // spec.kv_heads)
+        scores = (k[first : position + 1, kv].double() @ q[head].double()) * spec.scale
+        outs.append(scores.softmax(0) @ v[first : position + 1, kv].double())
+    return torch.cat(outs).float()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed: int):
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    kv_heads = chance.choice([1, 2, 3])
+    spec = AttnSpec(kv_heads * chance.choice([1, 3]), kv_heads, chance.choice([8, 16]), 0.3, window)
+    backend = SdpaAttention(spec, torch.float32, torch.device(device))
+    pages = backend.allocate(BLOCKS)
+    free = chance.sample(range(BLOCKS), BLOCKS)
+    requests = []
+    for _ in range(6):
+        total = chance.randrange(1, 150)
+        table = [free.pop() for _ in range(-(-total // BLOCK_SIZE))]
+        q = torch.randn(total, spec.heads, spec.head_dim)
+        k, v = torch.randn(2, total, spec.kv_heads, spec.head_dim)
+        requests.append((total, table, q, k, v))
+    done = [0] * len(requests)
+    while any(at < request[0] for at, request in zip(done, requests, strict=True)):
+        segments, parts = [], []
+        for number, (total, table, q, k, v) in enumerate(requests):
+            length = min(chance.choice([1, 1, 1, 5, 16, 33]), total - done[number])
+            if length and chance.random() < 0.9:
+                span = slice(done[number], done[number] + length)
+                segments.append(Segment(done[number], length, table))
+                parts.append((number, span, q[span], k[span], v[span]))
+        if not segments:
+            continue
+        packed = [torch.cat([part[i] for part in parts]).to(device) for i in (2, 3, 4)]
+        out = backend.prepare(segments).run(pages, *packed).cpu()
+        at = 0
+        for number, span, _, _, _ in parts:
+            _, _, q, k, v = requests[number]
+            for position in range(span.start, span.stop):
+                torch.testing.assert_close(out[at], reference(spec, q[position], k, v, position), atol=2e-5, rtol=1e-4)
+                at += 1
+            done[number] = span.stop
+
+
+def test_no_backend_for_a_spec_is_an_error_with_each_reason():
+    spec = AttnSpec(2, 2, 8, 1.0, softcap=50.0)
+    with pytest.raises(StartupError, match="sdpa: no soft-capping"):
+        choose(spec, torch.float32, torch.device("cpu"), [SdpaAttention])

@@ -1,0 +1,198 @@
+"""The sampler against plain definitions of each rule, and its independence of the batch."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tgi.core.messages import Sampling, Submit, Token
+from tgi.core.plan import Work
+from tgi.runtime import sampler
+from tgi.runtime.sampler import sample, uniform
+
+VOCABULARY = 1000
+
+
+def work(sampling: Sampling, prompt: list[int], generated: list[int] | None = None) -> Work:
+    tokens = prompt + (generated or [])
+    submit = Submit(0, prompt, len(prompt), 100, [], sampling, 0.0)
+    return Work(submit, tokens, len(tokens) - 1, 1, [0], {})
+
+
+def drawn(logits: torch.Tensor, *works: Work) -> list[Token]:
+    tokens = sample(logits, works)
+    assert all(isinstance(token, Token) for token in tokens)
+    return [token for token in tokens if isinstance(token, Token)]
+
+
+def support(logits: torch.Tensor, **fields: Any) -> set[int]:
+    """All tokens that come up in many draws of one row."""
+    works = [work(Sampling(greedy=False, seed=seed, **fields), [1]) for seed in range(2000)]
+    return {token.id for token in drawn(logits.expand(len(works), -1), *works)}
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(8, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
+
+
+def test_greedy_takes_the_largest_with_the_models_own_logprob(logits: torch.Tensor):
+    tokens = drawn(logits, *[work(Sampling(repetition_penalty=1.0), [1])] * 8)
+    assert [token.id for token in tokens] == logits.argmax(-1).tolist()
+    expected = logits.log_softmax(-1).amax(-1).tolist()
+    assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-5)
+
+
+def test_logprobs_are_taken_before_penalties_and_temperature(logits: torch.Tensor):
+    row = logits[:1]
+    best = int(row.argmax())
+    (token,) = drawn(row, work(Sampling(logit_bias={best: -100.0}), [1]))
+    assert token.id == int(row[0].topk(2).indices[1])
+    assert token.logprob == pytest.approx(float(row.log_softmax(-1)[0, token.id]), abs=1e-5)
+
+
+def test_top_tokens_are_the_most_likely_in_order_and_no_more_than_asked(logits: torch.Tensor):
+    works = [work(Sampling(top_n_tokens=n), [1]) for n in (0, 3, 1, 5, 0, 0, 2, 4)]
+    for row, (token, item) in enumerate(zip(drawn(logits, *works), works, strict=True)):
+        expected = logits[row].log_softmax(-1).topk(item.submit.sampling.top_n_tokens)
+        assert [id for id, _ in token.top] == expected.indices.tolist()
+        assert [p for _, p in token.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
+
+
+def test_repetition_penalty_hits_each_id_of_prompt_and_text_once(logits: torch.Tensor):
+    row = logits[0].clone()
+    prompt, generated = [5, 5, 6], [7, 7, 7]
+    row[0] = 100.0  # no padding id is penalised unless it is there
+    expected = row.clone()
+    for token in (5, 6, 7):
+        expected[token] = row[token] / 1.7 if row[token] > 0 else row[token] * 1.7
+    assert torch.equal(_penalized(row, Sampling(repetition_penalty=1.7), prompt, generated), expected)
+
+
+def test_frequency_and_presence_penalties_count_generated_tokens(logits: torch.Tensor):
+    row = logits[0]
+    prompt, generated = [5, 5, 6], [6, 7, 7, 7]
+    expected = row.clone()
+    expected[6] -= 0.5 * 1 + 0.25
+    expected[7] -= 0.5 * 3 + 0.25
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    torch.testing.assert_close(_penalized(row, sampling, prompt, generated), expected)
+
+
+def test_history_built_step_by_step_equals_history_built_at_once(logits: torch.Tensor):
+    chance = random.Random(0)
+    sampling = Sampling(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.2, logit_bias={3: 2.5})
+    tokens = [chance.randrange(VOCABULARY) for _ in range(900)]
+    submit = Submit(0, tokens[:10], 10, 2000, [], sampling, 0.0)
+    scratch: dict[str, Any] = {}
+    for end in (10, 11, 12, 200, 201, 899, 900):
+        stepped = Work(submit, tokens[:end], end - 1, 1, [0], scratch)
+        fresh = Work(submit, tokens[:end], end - 1, 1, [0], {})
+        rows = []
+        for item in (stepped, fresh):
+            row = logits[0].clone()
+            sampler._History.of(item, row.device).apply(row, sampling)
+            rows.append(row)
+        assert torch.equal(*rows)
+
+
+def _penalized(row: torch.Tensor, sampling: Sampling, prompt: list[int], generated: list[int]) -> torch.Tensor:
+    row = row.clone()
+    sampler._History.of(work(sampling, prompt, generated), row.device).apply(row, sampling)
+    return row
+
+
+def test_top_k_keeps_k(logits: torch.Tensor):
+    assert support(logits[:1] / 10, top_k=5) == set(logits[0].topk(5).indices.tolist())
+    assert support(logits[:1], top_k=1) == {int(logits[0].argmax())}
+    assert len(support(logits[:1] / 100, top_k=10 * VOCABULARY)) > VOCABULARY / 2
+
+
+@pytest.mark.parametrize("flat", [1.0, 30.0])
+@pytest.mark.parametrize("candidates", [4, 1024])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(
+    logits: torch.Tensor, flat: float, candidates: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampler, "_CANDIDATES", candidates)  # few: the sorted path
+    row = logits[:1] / flat
+    probs, order = row[0].softmax(-1).sort(descending=True)
+    count = int((probs.cumsum(-1) < 0.6).sum()) + 1
+    kept = sampler._top_p(row, torch.tensor([0.6]))[0].isfinite().nonzero().squeeze(1)
+    assert set(kept.tolist()) == set(order[:count].tolist())
+    assert support(row, top_p=1e-6) == {int(row.argmax())}
+
+
+def test_typical_p_keeps_the_tokens_nearest_to_the_entropy(logits: torch.Tensor):
+    row = logits[0]
+    logprobs = row.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum()
+    order = (-logprobs - entropy).abs().argsort()
+    mass = logprobs.exp()[order].cumsum(-1)
+    count = int((mass < 0.4).sum()) + 1
+    kept = sampler._typical_p(logits[:1], torch.tensor([0.4]))[0].isfinite().nonzero().squeeze(1)
+    assert set(kept.tolist()) == set(order[:count].tolist())
+
+
+def test_draws_follow_the_distribution():
+    row = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
+    count = 20_000
+    works = [work(Sampling(greedy=False, seed=seed, temperature=0.7), [1]) for seed in range(count)]
+    ids = torch.tensor([token.id for token in drawn(row.expand(count, -1), *works)])
+    expected = (row[0] / 0.7).softmax(-1)
+    observed = torch.bincount(ids, minlength=5) / count
+    assert observed[4] == 0
+    for p, q in zip(expected.tolist(), observed.tolist(), strict=True):
+        assert abs(p - q) < 5 * math.sqrt(p * (1 - p) / count) + 1e-9
+
+
+def test_uniform_is_spread_over_seeds_and_positions():
+    for points in ([uniform(seed, 3) for seed in range(10_000)], [uniform(3, at) for at in range(10_000)]):
+        assert all(0.0 <= point < 1.0 for point in points)
+        counts = torch.histc(torch.tensor(points), 20, 0, 1)
+        assert float(((counts - 500) ** 2 / 500).sum()) < 50  # chi-squared, 19 degrees of freedom
+    assert uniform(2**64 - 1, 0) != uniform(0, 0)
+
+
+@pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-53])
+def test_the_draw_never_falls_on_a_removed_token(point: float):
+    row = torch.full((3, 700), float("-inf"))
+    row[0, 0] = row[1, 699] = row[2, 300] = row[2, 400] = 1.0
+    ids = sampler._draw(row, torch.full((3,), point, dtype=torch.float64))
+    assert ids[:2].tolist() == [0, 699]
+    assert int(ids[2]) in (300, 400)
+
+
+def test_a_row_draws_the_same_alone_and_among_others(logits: torch.Tensor):
+    chance = random.Random(2)
+    works = []
+    for row in range(8):
+        sampling = Sampling(
+            greedy=row == 0,
+            seed=row * 77,
+            temperature=chance.choice([0.5, 1.0, 1.4]),
+            top_k=chance.choice([0, 7, 300]),
+            top_p=chance.choice([1.0, 0.8]),
+            typical_p=chance.choice([1.0, 0.9]),
+            repetition_penalty=chance.choice([1.0, 1.2]),
+            frequency_penalty=chance.choice([0.0, 0.7]),
+            top_n_tokens=chance.choice([0, 2]),
+        )
+        works.append(work(sampling, [1, 2, 3], [4] * row))
+    together = drawn(logits, *works)
+    for row, item in enumerate(works):
+        (alone,) = drawn(logits[row : row + 1], item)
+        assert alone.id == together[row].id
+        assert alone.logprob == pytest.approx(together[row].logprob, abs=1e-6)
+
+
+def test_a_tiny_temperature_is_greedy(logits: torch.Tensor):
+    works = [work(Sampling(greedy=False, seed=seed, temperature=1e-40), [1]) for seed in range(8)]
+    assert [token.id for token in drawn(logits, *works)] == logits.argmax(-1).tolist()
+
+
+def test_a_row_that_is_not_a_number_is_an_error_of_its_own(logits: torch.Tensor):
+    logits[3, 5] = float("nan")
+    tokens = sample(logits, [work(Sampling(greedy=seed % 2 == 0, seed=seed), [1]) for seed in range(8)])
+    assert [isinstance(token, str) for token in tokens] == [row == 3 for row in range(8)]
