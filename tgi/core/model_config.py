@@ -1,0 +1,232 @@
+"""What a Hugging Face config.json says about a decoder's sizes and its rotary embedding, read strictly. No torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tgi.core.errors import StartupError
+
+Raw = Mapping[str, Any]
+"""A parsed config.json."""
+
+_REQUIRED = object()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StartupError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise StartupError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise StartupError(f"{path}: expected a JSON object")
+    return raw
+
+
+def integer(raw: Raw, key: str, default: Any = _REQUIRED) -> Any:
+    """A positive integer; a missing or null key takes ``default``."""
+    value = raw.get(key)
+    if value is None:
+        return _default(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StartupError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    return value
+
+
+def number(raw: Raw, key: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
+    """A finite number as a float; a missing or null key takes ``default``."""
+    value = raw.get(key)
+    if value is None:
+        return _default(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise StartupError(f"config.json: {key}: expected a number, got {value!r}")
+    if positive and value <= 0:
+        raise StartupError(f"config.json: {key}: expected a number above 0, got {value!r}")
+    return float(value)
+
+
+def flag(raw: Raw, key: str, default: bool) -> bool:
+    """A boolean; a missing or null key takes ``default``."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise StartupError(f"config.json: {key}: expected true or false, got {value!r}")
+    return value
+
+
+def _default(key: str, default: Any) -> Any:
+    if default is _REQUIRED:
+        raise StartupError(f"config.json: {key} is missing")
+    return default
+
+
+def architecture(raw: Raw) -> str:
+    """The one name in ``architectures``."""
+    match raw.get("architectures"):
+        case [str(name)]:
+            return name
+        case other:
+            raise StartupError(f"config.json: architectures: expected a list of one name, got {other!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding, either spelling: ``rope_scaling`` + ``rope_theta``, or ``rope_parameters``."""
+
+    type: str
+    theta: float
+    partial: float = 1.0
+    """Share of a head's dimensions that rotate."""
+    factor: float = 1.0
+    original: int = 0
+    """Positions that the model was first trained on."""
+    attention_factor: float | None = None
+    """Multiplies cos and sin; None: the type's own rule."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": {"factor"},
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+}
+"""Keys of each type beside the common ones; any other key is refused, since it would change the angles."""
+_ROPE_COMMON = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "finetuned",
+}
+_ROPE_ALIASES = {"su": "longrope"}
+
+
+def read_rope(raw: Raw, *, scaling: str | None = None, factor: float | None = None) -> Rope:
+    """The config's rotary embedding; ``scaling`` (linear or dynamic) and ``factor`` are the operator's override.
+
+    As in TGI a lone factor means linear scaling, a lone scaling means a factor of 1.
+    """
+    spelling = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(spelling) or {}
+    if not isinstance(rope, dict):
+        raise StartupError(f"config.json: {spelling}: expected an object, got {rope!r}")
+    positions = integer(raw, "max_position_embeddings")
+    theta = number(rope, "rope_theta", None) or number(raw, "rope_theta", 10_000.0)
+    partial = number(rope, "partial_rotary_factor", None) or number(raw, "partial_rotary_factor", 1.0)
+    if partial > 1:
+        raise StartupError(f"config.json: partial_rotary_factor: expected at most 1, got {partial}")
+    if scaling is not None or factor is not None:
+        scaling = scaling or "linear"
+        if scaling not in ("linear", "dynamic"):
+            raise StartupError(f"--rope-scaling: expected linear or dynamic, got {scaling!r}")
+        return Rope(scaling, theta, partial, 1.0 if factor is None else factor, positions)
+
+    name = rope.get("rope_type") or rope.get("type") or "default"
+    name = _ROPE_ALIASES.get(str(name), str(name))
+    if name not in _ROPE_KEYS:
+        raise StartupError(f"config.json: {spelling}: type {name!r} is not implemented; known: {', '.join(_ROPE_KEYS)}")
+    if unknown := sorted(set(rope) - _ROPE_COMMON - _ROPE_KEYS[name]):
+        raise StartupError(f"config.json: {spelling}: {unknown[0]} is not implemented for type {name!r}")
+    original = integer(raw, "original_max_position_embeddings", None) or integer(
+        rope, "original_max_position_embeddings", positions
+    )
+    if name in ("linear", "dynamic", "llama3"):
+        stretch = number(rope, "factor")
+    else:
+        stretch = 1.0 if name == "default" else number(rope, "factor", positions / original)
+    return Rope(
+        name,
+        theta,
+        partial,
+        stretch,
+        positions if name in ("default", "linear", "dynamic") else original,
+        number(rope, "attention_factor", None),
+        number(rope, "beta_fast", 32.0),
+        number(rope, "beta_slow", 1.0),
+        number(rope, "mscale", None, positive=False),
+        number(rope, "mscale_all_dim", None, positive=False),
+        flag(rope, "truncate", True),
+        number(rope, "low_freq_factor") if name == "llama3" else 1.0,
+        number(rope, "high_freq_factor") if name == "llama3" else 4.0,
+        _numbers(rope, "short_factor") if name == "longrope" else (),
+        _numbers(rope, "long_factor") if name == "longrope" else (),
+    )
+
+
+def _numbers(raw: Raw, key: str) -> tuple[float, ...]:
+    values = raw.get(key)
+    if not isinstance(values, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise StartupError(f"config.json: {key}: expected a list of numbers, got {values!r}")
+    return tuple(float(v) for v in values)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder: enough to know its memory before anything is loaded."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_position_embeddings: int
+    """Tokens that a request may total: what the config states, stretched where rope scaling is meant to stretch it."""
+    tied: bool
+
+    @classmethod
+    def read(cls, raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> "ModelShape":
+        """From a config.json; ``rope_scaling`` and ``rope_factor`` are the operator's override of the config."""
+        hidden, heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
+        kv_heads = integer(raw, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise StartupError(f"config.json: num_key_value_heads: {kv_heads} does not divide {heads} attention heads")
+        head_dim = integer(raw, "head_dim", None)
+        if head_dim is None:
+            if hidden % heads:
+                raise StartupError(f"config.json: num_attention_heads: {heads} does not divide hidden_size {hidden}")
+            head_dim = hidden // heads
+        positions = integer(raw, "max_position_embeddings")
+        return cls(
+            architecture(raw),
+            integer(raw, "num_hidden_layers"),
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            integer(raw, "intermediate_size"),
+            integer(raw, "vocab_size"),
+            _reach(read_rope(raw, scaling=rope_scaling, factor=rope_factor), positions, rope_scaling, rope_factor),
+            flag(raw, "tie_word_embeddings", False),
+        )
+
+
+def _reach(rope: Rope, positions: int, scaling: str | None, factor: float | None) -> int:
+    """Dynamic scaling and an operator's factor stretch what the config states. Yarn configs state the length either
+    before or after stretching. All others state what the model reaches."""
+    if rope.type == "dynamic" or scaling is not None or factor is not None:
+        return int(positions * max(rope.factor, 1.0))
+    if rope.type == "yarn":
+        return max(positions, int(rope.original * rope.factor))
+    return positions

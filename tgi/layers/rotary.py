@@ -1,0 +1,120 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) and the ways to stretch it.
+
+The angle of a token depends on its position alone: cached keys are already rotated and are shared between requests of
+any length. Types whose frequencies depend on the sequence's length (dynamic, longrope) therefore choose them once, by
+the longest request that the server admits.
+"""
+
+import math
+
+import torch
+
+from tgi.core.errors import StartupError
+from tgi.core.model_config import Rope
+
+
+class Rotary:
+    """Turns position into angles once per step, and rotates queries and keys by them in every layer.
+
+    ``reach`` is the longest sequence served; see ``frequencies``.
+    """
+
+    __slots__ = ("_dtype", "_frequencies", "_scale", "_size")
+
+    def __init__(self, rope: Rope, head_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._size = int(head_dim * rope.partial)
+        if self._size % 2 or self._size < 2:
+            raise StartupError(f"config.json: {self._size} rotary dimensions of a head; expected an even number")
+        frequencies, self._scale = inverse_frequencies(rope, self._size, reach)
+        self._frequencies = frequencies.to(device)
+        self._dtype = dtype
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [tokens] → (cos, sin), each [tokens, 1, rotary dims], computed in float32.
+
+        The first half of sin is negated: it multiplies the swapped halves of ``rotate``.
+        """
+        angles = positions[:, None, None].float() * self._frequencies
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        if self._scale != 1.0:
+            cos, sin = cos * self._scale, sin * self._scale
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[tokens, heads, head dim] → the same, rotated, contiguous. Dimension i turns against i + half."""
+        size = self._size
+        if x.shape[-1] == size:
+            return x.mul(cos).add_(x.roll(size // 2, -1).mul_(sin))
+        turning, still = x[..., :size], x[..., size:]
+        return torch.cat((turning.mul(cos).add_(turning.roll(size // 2, -1).mul_(sin)), still), dim=-1)
+
+
+def inverse_frequencies(rope: Rope, size: int, reach: int) -> tuple[torch.Tensor, float]:
+    """float32 [size / 2] radians per position, and the factor on cos and sin.
+
+    ``reach`` is the longest sequence served. Dynamic scaling stretches the base to reach it (bloc97's NTK-aware
+    formula); up to the trained length it is the plain embedding. Longrope (Ding et al., arXiv 2402.13753) takes the
+    long factors if it exceeds the trained length, else the short ones. transformers decides by each forward's length:
+    the two agree for every request of a server that stays within the trained length, and for prompts of length
+    ``reach`` (dynamic) or longer than the trained length (longrope).
+    """
+    steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    plain = 1.0 / rope.theta**steps
+    match rope.type:
+        case "linear":
+            return plain / rope.factor, 1.0
+        case "dynamic":
+            length = max(reach, rope.original)
+            growth = rope.factor * length / rope.original - (rope.factor - 1)
+            return 1.0 / (rope.theta * growth ** (size / (size - 2))) ** steps, 1.0
+        case "yarn":
+            return _yarn(rope, size, plain)
+        case "llama3":
+            return _llama3(rope, plain), 1.0
+        case "longrope":
+            return _longrope(rope, steps, reach)
+    return plain, 1.0
+
+
+def _yarn(rope: Rope, size: int, plain: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al., arXiv 2309.00071): fast dimensions keep their speed, slow ones are slowed by ``factor``, with
+    a ramp between the dimensions that turn ``beta_fast`` and ``beta_slow`` times over the trained length."""
+
+    def dimension(turns: float) -> float:
+        return size * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    slowed = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp_(0, 1)
+    frequencies = plain / rope.factor * slowed + plain * (1 - slowed)
+    if rope.attention_factor is not None:
+        return frequencies, rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return frequencies, _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return frequencies, _mscale(rope.factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _llama3(rope: Rope, plain: torch.Tensor) -> torch.Tensor:
+    """Llama 3.1's rule: long waves are slowed by ``factor``, short ones kept, those between interpolated."""
+    turns = rope.original * plain / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp_(0, 1)
+    return (1 - kept) * plain / rope.factor + kept * plain
+
+
+def _longrope(rope: Rope, steps: torch.Tensor, reach: int) -> tuple[torch.Tensor, float]:
+    name, factors = ("long", rope.long_factor) if reach > rope.original else ("short", rope.short_factor)
+    if len(factors) != len(steps):
+        raise StartupError(f"config.json: {name}_factor: expected {len(steps)} numbers, got {len(factors)}")
+    scale = rope.attention_factor
+    if scale is None:
+        scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))
+    return 1.0 / (torch.tensor(factors) * rope.theta**steps), scale

@@ -1,0 +1,96 @@
+"""Which architectures are implemented and where: one table. Importing it imports no torch."""
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from tgi.core.config import ModelFiles
+from tgi.core.errors import StartupError
+from tgi.core.model_config import ModelShape, Raw, architecture, read_config
+from tgi.models.config import dense_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from tgi.attention.base import Attend, AttnSpec
+
+
+class Row(NamedTuple):
+    """An architecture: its class, how its config is read, and what it is."""
+
+    module: str
+    name: str
+    config: Callable[..., Any]
+    description: str
+
+
+_DENSE = ("tgi.models.dense", "DenseDecoder", dense_config)
+
+ARCHITECTURES: dict[str, Row] = {
+    "LlamaForCausalLM": Row(*_DENSE, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
+    "MistralForCausalLM": Row(*_DENSE, "Mistral 7B and relatives, sliding window"),
+    "Qwen2ForCausalLM": Row(*_DENSE, "Qwen 2 and 2.5, QwQ"),
+    "Qwen3ForCausalLM": Row(*_DENSE, "Qwen 3, dense sizes"),
+    "Phi3ForCausalLM": Row(*_DENSE, "Phi 3, 3.5 and 4"),
+    "GraniteForCausalLM": Row(*_DENSE, "Granite 3, dense sizes"),
+}
+
+
+class Model(Protocol):
+    """What the runtime knows of a model."""
+
+    @property
+    def specs(self) -> "list[AttnSpec]":
+        """One per layer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
+        """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
+
+    def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """[rows, hidden] → float32 [rows, vocab]."""
+
+
+def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> Any:
+    """The model's own config from a config.json; StartupError, naming the key, if anything in it is not implemented."""
+    name = architecture(raw)
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise StartupError(f"config.json: architectures: {name!r} is not implemented; known: {known}")
+    return ARCHITECTURES[name].config(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+
+
+def load_model(
+    files: ModelFiles,
+    dtype: "torch.dtype",
+    device: "torch.device",
+    *,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    max_total_tokens: int | None = None,
+    progress: Callable[[int, int], None],
+) -> Model:
+    """Read the weights into memory, ready to run.
+
+    ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
+    choose by it (None: all that the config allows). ``progress`` gets (bytes done, bytes in all).
+    """
+    raw = read_config(files.folder)
+    config = check(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+    shape = ModelShape.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+
+    import torch
+
+    from tgi.layers.checkpoint import Checkpoint
+    from tgi.models.weights import open_weights
+    from tgi.parallel import Group
+
+    row = ARCHITECTURES[shape.architecture]
+    model_class = getattr(importlib.import_module(row.module), row.name)
+    with torch.inference_mode(), open_weights(files, tied=shape.tied, progress=progress) as tensors:
+        reach = max_total_tokens or shape.max_position_embeddings
+        model: Model = model_class(config, Checkpoint(tensors, dtype, device, Group()), reach)
+        tensors.finish()
+    return model
