@@ -16,7 +16,7 @@ from jinja2.utils import Namespace
 
 from tgi.core.errors import TEMPLATE, RequestError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -53,7 +53,7 @@ class ChatTemplate:
             self._template = environment.from_string(tree)
         except TemplateError as error:
             self._error = f"the model's chat template doesn't compile: {error}"
-            logger.warning("%s; chat requests will be refused", self._error)
+            log.warning("%s; chat requests will be refused", self._error)
 
     @property
     def takes_tools(self) -> bool:

@@ -31,7 +31,7 @@ from tgi.core.messages import (
     frame,
 )
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 RETRY = 0.1
 """Seconds between attempts to connect: the engine may load for minutes, and a refused Unix socket costs nothing."""
@@ -148,7 +148,7 @@ class EngineClient:
             finally:
                 self._lose(reason)
                 writer.close()
-            logger.warning("lost the engine: %s", reason)
+            log.warning("lost the engine: %s", reason)
             await asyncio.sleep(RETRY)
 
     @property
@@ -159,7 +159,8 @@ class EngineClient:
     async def wait_connected(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds; returns ``connected``."""
         try:
-            await asyncio.wait_for(self._hello.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._hello.wait()
         except TimeoutError:
             return False
         return True
@@ -172,7 +173,8 @@ class EngineClient:
             self._ping = next(self._nonces), asyncio.get_running_loop().create_future()
             self._send(Ping(self._ping[0]))
         try:
-            return await asyncio.wait_for(asyncio.shield(self._ping[1]), timeout)
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(self._ping[1])
         except TimeoutError:
             return False
 
@@ -244,7 +246,8 @@ class EngineClient:
                 for fault in message.faults:
                     if ticket := self._tickets.pop(fault.id, None):
                         ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
-                self._on_stats(message.stats)
+                if message.stats is not None:
+                    self._on_stats(message.stats)
             case Pong():
                 if self._ping is not None and self._ping[0] == message.nonce:
                     self._answer_ping(True)
