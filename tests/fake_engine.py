@@ -53,7 +53,7 @@ class FakeEngine:
     max_new_tokens, "eos_token" at a stop token; a reply that runs out ends with "eos_token", too. The n-th token has
     the log-probability -n/8, its alternatives and the prompt's tokens -1, -2, ….
 
-    reply: the ids that a request will get, or a message to fault it with.
+    reply: the ids that a request will get, at least one, or a message to fault it with.
     delay: seconds between steps.
     per_step: tokens that a step adds to a request.
     die_after: drop all connections and stop listening after so many steps; ``start`` brings the engine back.
@@ -114,10 +114,10 @@ class FakeEngine:
         self._run(send())
 
     def pause(self) -> None:
-        self._loop.call_soon_threadsafe(self._going.clear)
+        self._run(self._hold(True))
 
     def resume(self) -> None:
-        self._loop.call_soon_threadsafe(self._going.set)
+        self._run(self._hold(False))
 
     def __enter__(self) -> FakeEngine:
         self._thread.start()
@@ -134,6 +134,12 @@ class FakeEngine:
 
     def _run(self, coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
+
+    async def _hold(self, held: bool) -> None:
+        if held:
+            self._going.clear()
+        else:
+            self._going.set()
 
     async def _listen(self) -> None:
         self._epoch += 1
