@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -141,9 +142,10 @@ class EngineClient:
             reason = "the router is stopping"
             self._writer = writer
             try:
-                await self._read(reader)
+                with contextlib.suppress(OSError):
+                    await self._read(reader)
                 reason = "it closed the connection"
-            except (OSError, msgspec.MsgspecError, _ProtocolError) as error:
+            except (msgspec.MsgspecError, _ProtocolError) as error:
                 reason = str(error)
             finally:
                 self._lose(reason)

@@ -1,0 +1,421 @@
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.fake_engine import FakeEngine
+from tgi.core.errors import GENERATION, RequestError
+from tgi.core.messages import FRAME, MAX_FRAME, Delta, Hello, Sampling, Step, StepStats, Submit, Token, frame
+from tgi.router.client import EngineClient, Ticket, _take_frames
+
+Scenario = Callable[[EngineClient, FakeEngine], Awaitable[None]]
+
+
+def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, list[StepStats]]:
+    """Run a scenario against a connected client and a fake engine made with ``options``."""
+    stats: list[StepStats] = []
+
+    async def main() -> None:
+        client = EngineClient(folder / "engine.sock", stats.append)
+        running = asyncio.create_task(client.run())
+        assert await client.wait_connected(10)
+        try:
+            await asyncio.wait_for(scenario(client, engine), 20)
+        finally:
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+
+    with FakeEngine(folder / "engine.sock", **options) as engine:
+        asyncio.run(main())
+    return engine, stats
+
+
+def submit(client: EngineClient, ids: list[int], count: int = 5, **options: Any) -> Ticket:
+    options = {"stop_token_ids": [], "sampling": Sampling(), **options}
+    return client.submit(token_ids=ids, max_new_tokens=count, **options)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def collect(ticket: Ticket) -> list[Delta]:
+    return [delta async for delta in ticket]
+
+
+def error_of(caught: pytest.ExceptionInfo[RequestError]) -> str:
+    assert caught.value.kind is GENERATION
+    return caught.value.detail
+
+
+def test_a_request_runs_to_its_end(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        before = time.monotonic()
+        ticket = submit(client, [7, 8, 9], sampling=Sampling(top_n_tokens=2), prompt_logprobs=True, cache_salt=b"x")
+        assert client.open == client.queued == 1
+        deltas = await collect(ticket)
+        assert [token.id for delta in deltas for token in delta.tokens] == ticket.output_ids == [7, 8, 9, 7, 8]
+        assert [delta.index for delta in deltas] == [0, 1, 2, 3, 4]
+        assert [delta.finish for delta in deltas] == [None] * 4 + ["length"]
+        assert deltas[0].prompt_logprobs == [-1.0, -2.0]
+        assert deltas[0].tokens[0].top == [(7, -1.0), (8, -2.0)]
+        assert before <= ticket.submitted <= ticket.started <= ticket.first_token <= ticket.finished
+        assert client.open == client.queued == 0
+        ticket.cancel()
+
+    engine, stats = play(tmp_path, scenario)
+    (sent,) = engine.submits
+    assert sent == Submit(
+        id=sent.id,
+        token_ids=[7, 8, 9],
+        prompt_length=3,
+        max_new_tokens=5,
+        stop_token_ids=[],
+        sampling=Sampling(top_n_tokens=2),
+        arrived=sent.arrived,
+        prompt_logprobs=True,
+        cache_salt=b"x",
+    )
+    assert engine.cancels == []
+    assert len(stats) == 5
+
+
+def test_many_requests_at_once(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        tickets = [submit(client, [n, n + 1], 10) for n in range(50)]
+        for deltas in await asyncio.gather(*map(collect, tickets)):
+            assert deltas[-1].finish == "length"
+        assert [ticket.output_ids for ticket in tickets] == [[n, n + 1] * 5 for n in range(50)]
+
+    play(tmp_path, scenario, per_step=3)
+
+
+def test_the_end_token_ends(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        ticket = submit(client, [5, 6, 2, 5], 9, stop_token_ids=[2])
+        deltas = await collect(ticket)
+        assert deltas[-1].finish == "eos_token"
+        assert ticket.output_ids == [5, 6, 2]
+
+    play(tmp_path, scenario)
+
+
+def test_queued_until_the_engine_begins(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets = [submit(client, [1]), submit(client, [2])]
+        await until(lambda: len(engine.submits) == 2)
+        assert (client.queued, client.open) == (2, 2)
+        engine.resume()
+        await tickets[0].__anext__()
+        await tickets[1].__anext__()
+        assert client.queued == 0
+        await asyncio.gather(*map(collect, tickets))
+        assert client.open == 0
+
+    play(tmp_path, scenario)
+
+
+def test_a_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        slow, quick = submit(client, [1], 2000), submit(client, [2], 2000)
+        await collect(quick)
+        assert slow.output_ids == [1] * 2000  # the truth doesn't wait for its reader
+        assert len(await collect(slow)) == 2000
+
+    play(tmp_path, scenario)
+
+
+# Cancelling
+
+
+def test_leaving_the_block_cancels(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        with submit(client, [1], 10**6) as ticket:
+            async for _ in ticket:
+                if len(ticket.output_ids) >= 3:
+                    break
+        known = len(ticket.output_ids)
+        assert client.open == 0
+        await until(lambda: engine.cancels == [ticket.submit.id])
+        assert await collect(submit(client, [2]))  # whatever was on its way has arrived before this
+        assert len(ticket.output_ids) == known
+        assert await collect(ticket) == []
+        ticket.cancel()
+
+    engine, _ = play(tmp_path, scenario)
+    assert len(engine.cancels) == 1
+
+
+def test_leaving_the_block_after_the_end_cancels_nothing(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        with submit(client, [1]) as ticket:
+            await collect(ticket)
+        assert await client.healthy()
+
+    engine, _ = play(tmp_path, scenario)
+    assert engine.cancels == []
+
+
+def test_cancel_wakes_a_waiting_reader(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        ticket = submit(client, [1])
+        reading = asyncio.create_task(collect(ticket))
+        await until(lambda: len(engine.submits) == 1)
+        ticket.cancel()
+        assert await reading == []
+
+    play(tmp_path, scenario)
+
+
+# Faults and losses
+
+
+def test_a_fault_ends_one_request(tmp_path: Path) -> None:
+    def reply(submit: Submit) -> list[int] | str:
+        return "no such adapter" if submit.token_ids == [0] else [3, 4]
+
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        bad, good = submit(client, [0]), submit(client, [1])
+        with pytest.raises(RequestError) as caught:
+            await collect(bad)
+        assert error_of(caught) == "Server error: no such adapter"
+        assert caught.value.message == "Request failed during generation: Server error: no such adapter"
+        await collect(good)
+        assert good.output_ids == [3, 4]
+        assert client.open == 0
+
+    engine, _ = play(tmp_path, scenario, reply=reply)
+    assert engine.cancels == []
+
+
+def test_the_engine_s_end_ends_every_request(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets = [submit(client, [n], 100) for n in (1, 2, 3)]
+        await until(lambda: len(engine.submits) == 3)
+        engine.resume()
+        for ticket in tickets:
+            with pytest.raises(RequestError) as caught:
+                await collect(ticket)
+            assert error_of(caught) == "Server error: the engine stopped: it closed the connection"
+            assert ticket.output_ids == ticket.submit.token_ids * 4
+            assert ticket.finished
+        assert (client.connected, client.open) == (False, 0)
+        assert not await client.healthy()
+        with pytest.raises(RequestError) as caught:
+            submit(client, [1])
+        assert error_of(caught) == "Server error: the engine is not running"
+
+        engine.start()
+        assert await client.wait_connected(10)
+        assert len(await collect(submit(client, [1]))) == 5
+
+    engine, _ = play(tmp_path, scenario, die_after=4)
+    assert len({submit.id for submit in engine.submits}) == 4
+
+
+def test_deltas_before_the_end_are_delivered(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        ticket = submit(client, [1], 100)
+        await until(lambda: bool(ticket.finished))
+        deltas = []
+        with pytest.raises(RequestError):
+            async for delta in ticket:
+                deltas.append(delta)
+        assert len(deltas) == len(ticket.output_ids) == 4
+
+    play(tmp_path, scenario, die_after=4)
+
+
+def test_stopping_the_router_ends_its_requests(tmp_path: Path) -> None:
+    tickets: list[Ticket] = []
+
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets.append(submit(client, [1]))
+
+    play(tmp_path, scenario)
+    with pytest.raises(RequestError, match="the router is stopping"):
+        asyncio.run(collect(tickets[0]))
+
+
+def test_waits_for_an_engine_that_comes_later(tmp_path: Path) -> None:
+    async def main() -> None:
+        client = EngineClient(tmp_path / "engine.sock", lambda _: None)
+        running = asyncio.create_task(client.run())
+        assert not await client.wait_connected(0.01)
+        assert not await client.healthy()
+        with FakeEngine(tmp_path / "engine.sock"):
+            assert await client.wait_connected(10)
+            assert await client.healthy()
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        assert not client.connected
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (FRAME.pack(MAX_FRAME + 1), "it sent a frame of 268435457 bytes"),
+        (FRAME.pack(3) + b"abc", "Invalid|Expected"),
+        (FRAME.pack(1) + b"\x90", "Expected"),
+        (FRAME.pack(2) + b"\x91\x63", "Invalid value 99"),
+    ],
+)
+def test_nonsense_from_the_engine_ends_the_connection(tmp_path: Path, data: bytes, reason: str) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        ticket = submit(client, [1])
+        await until(lambda: len(engine.submits) == 1)
+        engine.send_raw(data)
+        with pytest.raises(RequestError, match=f"the engine stopped: ({reason})"):
+            await collect(ticket)
+        engine.resume()
+        assert await client.wait_connected(10)
+        assert len(await collect(submit(client, [1]))) == 5
+
+    engine, _ = play(tmp_path, scenario)
+    assert engine.connections == 2
+
+
+def test_nothing_counts_before_hello(tmp_path: Path) -> None:
+    async def main() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(frame(Step()))
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_unix_server(serve, tmp_path / "engine.sock")
+        client = EngineClient(tmp_path / "engine.sock", lambda _: None)
+        running = asyncio.create_task(client.run())
+        assert not await client.wait_connected(0.2)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(main())
+
+
+# Health
+
+
+def test_healthy_asks_the_step_loop(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        assert await client.healthy()
+        engine.pause()
+        answers = [asyncio.create_task(client.healthy(10)) for _ in range(5)]
+        assert not await client.healthy(0.05)
+        engine.resume()
+        assert await asyncio.gather(*answers) == [True] * 5
+        assert await client.healthy()
+
+    engine, _ = play(tmp_path, scenario)
+    assert len(engine.received) == 3  # the six calls of the middle shared one ping
+
+
+def test_a_loop_that_never_answers_is_not_healthy(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        assert not await client.healthy(0.05)
+        assert not await client.healthy(0.05)
+        assert len(await collect(submit(client, [1]))) == 5
+
+    engine, _ = play(tmp_path, scenario, pong=False)
+    assert len(engine.received) == 2
+
+
+def test_losing_the_engine_answers_a_ping(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        asking = asyncio.create_task(client.healthy(10))
+        await until(lambda: len(engine.received) == 1)
+        engine.die()
+        assert not await asking
+        engine.start()
+        assert await client.wait_connected(10)
+        assert not await client.healthy(0.05)
+
+    engine, _ = play(tmp_path, scenario, pong=False)
+    assert len(engine.received) == 2
+
+
+# The parts
+
+
+def ticket_of(cancelled: list[Ticket]) -> Ticket:
+    sampling = Sampling()
+    return Ticket(Submit(1, [1], 1, 9, [], sampling, time.monotonic()), cancelled.append)
+
+
+def delta(index: int, *ids: int, **rest: Any) -> Delta:
+    return Delta(1, index, [Token(id, -1.0) for id in ids], **rest)
+
+
+def test_each_token_counts_once() -> None:
+    async def main() -> None:
+        ticket = ticket_of([])
+        for piece in (delta(0), delta(0, 5, 6), delta(0, 5), delta(1, 6, 7), delta(2, 7), delta(3, finish="length")):
+            ticket.apply(piece)
+        assert ticket.output_ids == [5, 6, 7]
+        assert [(piece.index, len(piece.tokens)) for piece in await collect(ticket)] == [(0, 0), (0, 2), (2, 1), (3, 0)]
+
+    asyncio.run(main())
+
+
+def test_a_gap_is_an_error(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        ticket = submit(client, [1])
+        await until(lambda: len(engine.submits) == 1)
+        id = ticket.submit.id
+        engine.send_raw(frame(Step(deltas=[Delta(id, 0, [Token(4, -1.0)]), Delta(id, 3, [Token(5, -1.0)])])))
+        with pytest.raises(RequestError) as caught:
+            await collect(ticket)
+        assert error_of(caught) == "Server error: tokens 1 to 2 never arrived"
+        assert ticket.output_ids == [4]
+        assert client.open == 0
+        await until(lambda: engine.cancels == [id])
+        assert client.connected
+
+    play(tmp_path, scenario)
+
+
+def test_a_failed_ticket_fails_again() -> None:
+    async def main() -> None:
+        cancelled: list[Ticket] = []
+        ticket = ticket_of(cancelled)
+        ticket.fail(RequestError(GENERATION, "gone"))
+        ticket.fail(RequestError(GENERATION, "gone twice"))
+        for _ in range(2):
+            with pytest.raises(RequestError, match=r"gone$"):
+                await collect(ticket)
+        ticket.cancel()
+        ticket.apply(delta(0, 1))
+        assert ticket.output_ids == []
+        assert cancelled == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 1000])
+def test_frames_are_found_however_they_arrive(cut: int) -> None:
+    messages = [Hello(n) for n in range(5)] + [Hello(1 << 40)]
+    data = b"".join(map(frame, messages))
+    received, found = bytearray(), []
+    for start in range(0, len(data), cut):
+        received += data[start : start + cut]
+        found += [msgspec.msgpack.decode(body, type=Hello) for body in _take_frames(received)]
+    assert found == messages
+    assert not received
