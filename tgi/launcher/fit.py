@@ -1,0 +1,282 @@
+"""Draws up the memory ledger before anything is loaded, and derives from it every limit that the operator left open.
+
+Knows the model's sizes and the machine's memory; loads nothing and imports no torch.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import struct
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles
+from tgi.core.errors import StartupError
+from tgi.core.model_config import ModelShape, read_config
+from tgi.launcher.errors import ArgumentValidation
+from tgi.launcher.flags import Options, check
+from tgi.launcher.progress import size
+
+log = logging.getLogger(__name__)
+
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number."""
+
+PREFILL = {"cuda": 4096, "cpu": 512}
+"""Default tokens of a step: a GPU needs many to be busy; a CPU is busy with few, and longer steps delay decodes."""
+
+_PROCESS = 768 << 20
+"""Bytes of a process with torch loaded, and of the router, beside everything counted here."""
+_SLACK = {"cuda": 0.05, "cpu": 0.02}
+"""Share of the memory left alone: allocators round up and fragment."""
+_CPU_CACHE_SHARE = 0.5
+"""Share of what is left that the KV cache takes on CPU by itself: the machine has other programs, and every page of the
+cache gets used in the long run."""
+_SAMPLING_BYTES = 40
+"""Bytes per logit at the worst: scores, penalized and warped copies, a sort with its indices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the model will run."""
+
+    device: str
+    name: str
+    total: int
+    """Bytes of memory the device has."""
+    available: int
+    """Bytes of it that are free now."""
+
+    @property
+    def compute_type(self) -> str:
+        """As TGI names it: number of devices and their kind."""
+        return "cpu" if self.device == "cpu" else f"1-{self.name.lower().replace(' ', '-')}"
+
+
+def probe(device: str, visible: str | None) -> Machine:
+    """What is there. ``device``: auto, cpu or cuda. ``visible``: CUDA_VISIBLE_DEVICES."""
+    if device != "cpu":
+        gpu = _gpu(visible)
+        if gpu is not None:
+            return gpu
+        if device == "cuda":
+            raise ArgumentValidation("`--device cuda`: nvidia-smi finds no GPU")
+    return _cpu(Path("/"))
+
+
+def _gpu(visible: str | None) -> Machine | None:
+    """The first visible GPU, by nvidia-smi."""
+    if visible in ("", "-1"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if visible:
+        command += ["-i", visible.split(",")[0]]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        name, total, free = (part.strip() for part in lines[0].rsplit(",", 2))
+        return Machine("cuda", name, int(total) << 20, int(free) << 20)
+    except FileNotFoundError:
+        return None
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        log.warning("nvidia-smi is there but says nothing useful (%s)", error)
+        return None
+
+
+def _cpu(root: Path) -> Machine:
+    """Memory of the machine or, where smaller, what the control groups of this process leave."""
+    info = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+    total, available = (int(info[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
+    for limit, used in _groups(root):
+        total = min(total, limit)
+        available = min(available, max(limit - used, 0))
+    return Machine("cpu", "cpu", total, available)
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used without file cache) of the memory control groups, version 1 and 2, from the process's own upwards.
+
+    Inside a container the path in /proc/self/cgroup may not exist; its files then lie at the top.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        for group in dict.fromkeys((folder, *folder.parents, top)):
+            if not group.is_relative_to(top):
+                continue
+            try:
+                limit = (group / names[0]).read_text().strip()
+                used = int((group / names[1]).read_text())
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit.isdecimal():
+                yield int(limit), max(used - int(stat.get(names[2], 0)), 0)
+
+
+def choose_dtype(dtype: str, device: str, raw: Mapping[str, Any]) -> str:
+    """Resolve ``auto``: float32 on CPU; on GPU float16 if the checkpoint is, else bfloat16."""
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    return "float16" if raw.get("dtype", raw.get("torch_dtype")) == "float16" else "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the engine may do and hold."""
+
+    limits: Limits
+    dtype: str
+    memory: int
+    """Bytes the engine may use in all."""
+    ledger: dict[str, int]
+    """Name → bytes, in the order they are taken."""
+
+    def table(self) -> str:
+        rows = [(name, size(count)) for name, count in self.ledger.items()]
+        wide, right = (max(len(row[column]) for row in rows) for column in (0, 1))
+        return "\n".join(f"  {name:<{wide}}  {count:>{right}}" for name, count in rows)
+
+
+def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
+    """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
+    raw = read_config(files.folder)
+    shape = ModelShape.read(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
+    dtype = choose_dtype(options.dtype, machine.device, raw)
+    width = WIDTH[dtype]
+    made_for = min(shape.max_position_embeddings, _tokenizer_length(files, options))
+
+    options = check(options)
+    batch_size = options.max_batch_size or options.max_concurrent_requests
+    prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
+    rows = min(batch_size, prefill)
+    budget = int(options.cuda_memory_fraction * machine.total) - (machine.total - machine.available)
+    if machine.device == "cpu":
+        budget = int(options.cuda_memory_fraction * machine.available)
+    ledger = {
+        "weights": width
+        * (elements(files) + (shape.vocab * shape.hidden if shape.tied and machine.device == "cpu" else 0)),
+        f"activations of {prefill} tokens": prefill * _activation_bytes(shape, width),
+        f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
+        "programs": _PROCESS,
+        "slack": int(_SLACK[machine.device] * budget),
+    }
+    left = budget - sum(ledger.values())
+    page = BLOCK_SIZE * shape.layers * 2 * shape.kv_heads * shape.head_dim * width
+    if left < page:
+        raise ArgumentValidation(
+            f"{files.model_id} doesn't fit: {_sum(ledger)} make {size(sum(ledger.values()))}, but {machine.name} has "
+            f"{size(budget)} for it within `--cuda-memory-fraction` {options.cuda_memory_fraction:g}. Choose a smaller "
+            "model, or lower `--max-batch-prefill-tokens` or `--max-batch-size`."
+        )
+    room = left // page * BLOCK_SIZE
+    pages = _cache_tokens(options, made_for, room, machine.device) // BLOCK_SIZE
+    capacity = pages * BLOCK_SIZE
+    total = options.max_total_tokens or min(made_for, capacity)
+    if total > made_for:
+        raise ArgumentValidation(
+            f"`max_total_tokens` must be <= {made_for}, what the model was made for. Given: {total}"
+        )
+    if capacity < total:
+        raise ArgumentValidation(
+            f"Not enough memory to handle `max_total_tokens={total}`: there is room for {room} tokens of KV cache "
+            f"({size(left)} after {_sum(ledger)}). Lower `--max-total-tokens`."
+        )
+    prefill = min(prefill, capacity) if options.max_batch_prefill_tokens is None else prefill
+    options = check(
+        dataclasses.replace(
+            options,
+            max_total_tokens=total,
+            max_input_tokens=total - 1 if options.max_input_tokens is None else options.max_input_tokens,
+            max_batch_prefill_tokens=prefill,
+            max_batch_total_tokens=capacity,
+        )
+    )
+    assert options.max_input_tokens is not None
+    ledger[f"KV cache of {capacity} tokens"] = pages * page
+    limits = Limits(
+        max_concurrent_requests=options.max_concurrent_requests,
+        max_best_of=options.max_best_of,
+        max_stop_sequences=options.max_stop_sequences,
+        max_top_n_tokens=options.max_top_n_tokens,
+        max_input_tokens=options.max_input_tokens,
+        max_total_tokens=total,
+        max_batch_prefill_tokens=prefill,
+        max_batch_total_tokens=capacity,
+        max_batch_size=batch_size,
+        max_client_batch_size=options.max_client_batch_size,
+        validation_workers=options.validation_workers,
+        payload_limit=options.payload_limit,
+    )
+    return Plan(limits, dtype, budget, ledger)
+
+
+def _cache_tokens(options: Options, made_for: int, room: int, device: str) -> int:
+    """Tokens that the KV cache shall hold: what the operator says, else what can be used and is there."""
+    if (asked := options.max_batch_total_tokens) is not None:
+        if asked > room:
+            raise ArgumentValidation(
+                f"`max_batch_total_tokens` must be <= {room}, what the memory has room for. Given: {asked}"
+            )
+        return asked
+    total = options.max_total_tokens or made_for
+    useful = options.max_concurrent_requests * (-(-total // BLOCK_SIZE) * BLOCK_SIZE)
+    if device == "cpu":
+        room = max(int(room * _CPU_CACHE_SHARE), min(room, options.max_total_tokens or 0))
+    return min(useful, room)
+
+
+def _sum(ledger: Mapping[str, int]) -> str:
+    return " + ".join(f"{name} {size(count)}" for name, count in ledger.items())
+
+
+def _activation_bytes(shape: ModelShape, width: int) -> int:
+    """Bytes of one token at the widest place of a layer: residual, its norm, and either attention or the MLP."""
+    attention = 2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    mlp = 3 * shape.intermediate
+    return (3 * shape.hidden + max(attention, mlp)) * width
+
+
+def _tokenizer_length(files: ModelFiles, options: Options) -> int:
+    """``model_max_length`` of the tokenizer; some write a huge number for none."""
+    path = Path(options.tokenizer_config_path or Path(files.folder) / "tokenizer_config.json")
+    try:
+        length = json.loads(path.read_bytes()).get("model_max_length")
+    except FileNotFoundError:
+        length = None
+    except (OSError, ValueError, AttributeError) as error:
+        raise StartupError(f"{path}: {error}") from None
+    return int(length) if isinstance(length, int | float) and 1 <= length < 1e9 else 1 << 62
+
+
+def elements(files: ModelFiles) -> int:
+    """Numbers in all weights, from the files' headers."""
+    total = 0
+    for name in files.weights:
+        path = Path(name)
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > path.stat().st_size:
+                    raise ValueError("the header is longer than the file")
+                header = json.loads(file.read(length))
+            total += sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
+        except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
+            raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
+    return total

@@ -1,0 +1,94 @@
+"""From options to a running server: machine, model, ledger, settings, children. The order in which errors are found."""
+
+import dataclasses
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tgi import __version__
+from tgi.core.config import Settings
+from tgi.core.errors import StartupError
+from tgi.launcher.download import Store, resolve_model
+from tgi.launcher.fit import fit, probe
+from tgi.launcher.flags import Options, check
+from tgi.launcher.supervisor import bind, supervise
+
+log = logging.getLogger(__name__)
+
+_SECRETS = ("api_key", "hf_api_token", "ngrok_authtoken")
+
+
+def launch(options: Options, started: float) -> None:
+    """Serve until a signal comes. ``started``: time.monotonic(). Raises StartupError with the cause of another end."""
+    if options.env:
+        log.info("%s", _environment())
+    log.info("Args { %s }", _shown(options))
+    options = check(options)
+    if options.tokenizer_config_path is not None and not Path(options.tokenizer_config_path).is_file():
+        raise StartupError(f"`--tokenizer-config-path`: {options.tokenizer_config_path} is no file")
+    listener = bind(options.hostname, options.port)
+    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
+        machine = probe(options.device, options.cuda_visible_devices)
+        files = resolve_model(options.model_id, options.revision, store(options))
+        plan = fit(options, files, machine)
+        log.info("Memory on %s\n%s", machine.name, plan.table())
+        log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
+        log.info("Setting max batch total tokens to %d", plan.limits.max_batch_total_tokens)
+        settings = Settings(
+            model=files,
+            limits=plan.limits,
+            run_dir=run_dir,
+            device=machine.device,
+            dtype=plan.dtype,
+            rope_scaling=options.rope_scaling,
+            rope_factor=options.rope_factor,
+            memory_bytes=plan.memory,
+            ledger=plan.ledger,
+            prefix_caching=options.prefix_caching,
+            api_key=options.api_key,
+            cors_allow_origin=list(options.cors_allow_origin),
+            tokenizer_config_path=options.tokenizer_config_path,
+            disable_grammar_support=options.disable_grammar_support,
+            compute_type=options.compute_type or machine.compute_type,
+            json_output=options.json_output,
+            log_level=options.log_level,
+            graceful_termination_timeout=options.graceful_termination_timeout,
+        )
+        supervise(settings, listener, started)
+
+
+def store(options: Options) -> Store:
+    """Where models are kept, by the options."""
+    cache = Path(options.xdg_cache_home or Path.home() / ".cache") / "tgi"
+    weights = options.weights_cache_override
+    return Store(cache, options.huggingface_hub_cache, options.hf_api_token, None if weights is None else Path(weights))
+
+
+def _shown(options: Options) -> str:
+    """All options as one line; secrets are named, not shown."""
+    values = dataclasses.asdict(options)
+    shown = {key: "***" if key in _SECRETS and value is not None else value for key, value in values.items()}
+    return ", ".join(f"{key}: {value!r}" for key, value in shown.items())
+
+
+def _environment() -> str:
+    """What this machine is made of, for bug reports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "N/A"
+
+    nvidia = "N/A"
+    if shutil.which("nvidia-smi"):
+        nvidia = "\n" + subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    return (
+        f"Runtime environment:\ntgi: {__version__}\nTarget: {platform.platform()}\nPython: {sys.version.split()[0]}\n"
+        f"torch: {installed('torch')}\nnvidia-smi: {nvidia}"
+    )
