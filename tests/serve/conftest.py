@@ -1,0 +1,90 @@
+"""Real servers: the launcher's own command, real processes, the real model."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+LAUNCHER = [sys.executable, "-m", "tgi.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """One launcher with its children, in a process group of its own."""
+
+    def __init__(self, *arguments: str, log: Path, **environment: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [*LAUNCHER, "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_ready(self, seconds: float = 60) -> "Server":
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.output}")
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"the server is not ready after {seconds} s:\n{self.output}")
+
+    def children(self) -> dict[str, int]:
+        """Pids of the launcher's children by the module they run."""
+        found = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+                command = (stat.parent / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent == self.process.pid and b"-m" in command:
+                found[command[command.index(b"-m") + 1].decode()] = int(stat.parent.name)
+        return found
+
+    def generate(self, prompt: str, **parameters: object) -> dict[str, object]:
+        response = httpx.post(
+            f"{self.url}/generate", json={"inputs": prompt, "parameters": parameters}, timeout=120
+        ).raise_for_status()
+        answer: dict[str, object] = response.json()
+        return answer
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model, as a newcomer starts it."""
+    server = Server(log=tmp_path_factory.mktemp("serve") / "log").wait_ready(300)
+    yield server
+    assert server.stop() == 0, server.output
