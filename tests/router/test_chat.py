@@ -199,9 +199,11 @@ TEMPLATES = {
     "parts": PARTS,
 }
 
-SYSTEM = {"role": "system", "content": "You are <b>terse</b> & 'kind'."}
-USER = {"role": "user", "content": "  Hi — how are you?\n"}
-ASSISTANT = {"role": "assistant", "content": "Fine, 你呢?"}
+Message = dict[str, Any]
+
+SYSTEM: Message = {"role": "system", "content": "You are <b>terse</b> & 'kind'."}
+USER: Message = {"role": "user", "content": "  Hi — how are you?\n"}
+ASSISTANT: Message = {"role": "assistant", "content": "Fine, 你呢?"}
 TOOLS = [
     {
         "type": "function",
@@ -212,7 +214,7 @@ TOOLS = [
         },
     }
 ]
-CALL = {
+CALL: Message = {
     "role": "assistant",
     "content": None,
     "reasoning": "I should look.",
@@ -220,14 +222,14 @@ CALL = {
         {"id": "0", "type": "function", "function": {"name": "weather", "arguments": {"city": "Malmö", "days": [1, 2]}}}
     ],
 }
-RESULT = {"role": "tool", "content": "7 °C", "tool_call_id": "0"}
+RESULT: Message = {"role": "tool", "content": "7 °C", "tool_call_id": "0"}
 
 
-def theirs(source: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+def theirs(source: str, messages: list[Message], **kwargs: Any) -> str:
     """What transformers renders."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers' constructor has no types
         tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "?": 2}, unk_token="?")),
         bos_token="<s>",
         eos_token="</s>",
@@ -237,11 +239,11 @@ def theirs(source: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
     return text
 
 
-def ours(source: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+def ours(source: str, messages: list[Message], **kwargs: Any) -> str:
     return ChatTemplate(source, "<s>", "</s>").render(messages, **kwargs)
 
 
-def in_parts(message: dict[str, Any]) -> dict[str, Any]:
+def in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
@@ -387,7 +389,7 @@ def test_continues_the_last_text_part() -> None:
         ("{{ messages[0].content }}", [USER, ASSISTANT], "the template drops the final message"),
     ],
 )
-def test_what_can_t_be_continued(source: str, messages: list[dict[str, Any]], error: str) -> None:
+def test_what_can_t_be_continued(source: str, messages: list[Message], error: str) -> None:
     with pytest.raises(RequestError, match=error):
         ours(source, messages, continue_final_message=True)
 
@@ -395,7 +397,7 @@ def test_what_can_t_be_continued(source: str, messages: list[dict[str, Any]], er
 # Errors
 
 
-def refusal(source: str | None, messages: list[dict[str, Any]]) -> str:
+def refusal(source: str | None, messages: list[Message]) -> str:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source, "<s>", "</s>").render(messages)
     assert caught.value.body["error_type"] == "template_error"

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -16,7 +17,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return str(request.param)
 
 
 def test_byte_alphabet_is_the_library_s() -> None:
@@ -137,7 +138,7 @@ def test_a_special_token_that_the_vocabulary_lacks_gets_no_id(tmp_path: Path) ->
         ({}, set()),
     ],
 )
-def test_end_tokens(tmp_path: Path, files: dict[str, object], eos: set[int]) -> None:
+def test_end_tokens(tmp_path: Path, files: dict[str, Any], eos: set[int]) -> None:
     assert Tokenizer.load(write(tmp_path, **files)).eos_ids == eos
 
 
