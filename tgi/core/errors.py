@@ -21,6 +21,8 @@ INCOMPLETE_STREAM = Kind("incomplete_generation_stream", 500, "Incomplete genera
 TEMPLATE = Kind("template_error", 422, "Template error: ", "template")
 TOOL = Kind("tool_error", 422, "Tool error: ", "validation")
 UNHEALTHY = Kind("healthcheck", 503, "unhealthy")
+UNAVAILABLE = Kind("unavailable", 503, "The model is not ready: its engine is loading or starting again", "generation")
+INTERNAL = Kind("internal", 500, "Internal server error", "incomplete")
 SUFFIX = Kind(
     "suffix not supported",
     422,

@@ -5,6 +5,7 @@ TGI's names, labels and buckets, since dashboards query them. A generation count
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -60,9 +61,7 @@ TABLE = {
     ),
     "tgi_batch_inference_duration": Row(SECONDS, "Batch inference duration", *_METHOD),
     "tgi_batch_forward_duration": Row(SECONDS, "Batch forward duration per method (prefill or decode)", *_METHOD),
-    "tgi_batch_decode_duration": Row(
-        SECONDS, "Time spent decoding a batch per method (prefill or decode)", *_METHOD
-    ),
+    "tgi_batch_decode_duration": Row(SECONDS, "Time spent decoding a batch per method (prefill or decode)", *_METHOD),
     "tgi_batch_filter_duration": Row(
         SECONDS,
         "Time spent filtering batches and sending generated tokens per method (prefill or decode)",
@@ -71,12 +70,23 @@ TABLE = {
     "tgi_batch_concat": Row(COUNTER, "Times that requests joined a running batch, by reason", "reason", ("chunking",)),
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """A finished generation's seconds: in all, until the engine had it, until its first step, from then on."""
+
+    total: float
+    validation: float
+    queue: float
+    inference: float
+
+
 _FOREIGN = re.compile(rb"(?m)^(?:# \w+ )?\w+_created\b.*\n|(?<=\w)_total(?=[ {])")
 """What prometheus_client adds to TGI's names: ``_created`` series, and ``_total`` behind the names of counters."""
 
 
 class Metrics:
-    """One registry, filled by events. Not thread-safe beyond what prometheus_client promises: the event loop calls it."""
+    """One registry, filled by what happens to requests and in the engine's steps."""
 
     def __init__(self, limits: Limits) -> None:
         buckets: dict[str, Sequence[float]] = {
@@ -114,14 +124,13 @@ class Metrics:
         """One step of the engine gave one request so many tokens."""
         self._observe("tgi_request_skipped_tokens", tokens - 1)
 
-    def finished(self, *, total: float, validation: float, queue: float, inference: float, tokens: int) -> None:
-        """A generation is complete; times in seconds."""
+    def finished(self, times: Times, tokens: int) -> None:
         self._counters["tgi_request_success", ""].inc()
-        self._observe("tgi_request_duration", total)
-        self._observe("tgi_request_validation_duration", validation)
-        self._observe("tgi_request_queue_duration", queue)
-        self._observe("tgi_request_inference_duration", inference)
-        self._observe("tgi_request_mean_time_per_token_duration", inference / tokens)
+        self._observe("tgi_request_duration", times.total)
+        self._observe("tgi_request_validation_duration", times.validation)
+        self._observe("tgi_request_queue_duration", times.queue)
+        self._observe("tgi_request_inference_duration", times.inference)
+        self._observe("tgi_request_mean_time_per_token_duration", times.inference / tokens)
         self._observe("tgi_request_generated_tokens", tokens)
 
     def failed(self, kind: Kind) -> None:

@@ -3,7 +3,6 @@
 Types only. What a value may be beyond its type is decided in ``validate``.
 """
 
-import functools
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -34,20 +33,13 @@ def decode(body: bytes, kind: type[Body]) -> Body:
     Raises Unreadable: 400 for what is not JSON, 422 for JSON of another type, with the path of the wrong value.
     """
     try:
-        return _decoder(kind).decode(body)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         where = path.rstrip("`").removeprefix(".") + ": " if path else ""
-        raise Unreadable(
-            422, f"Failed to deserialize the JSON body into the target type: {where}{message}"
-        ) from error
+        raise Unreadable(422, f"Failed to deserialize the JSON body into the target type: {where}{message}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(400, f"Failed to parse the request body as JSON: {error}") from error
-
-
-@functools.cache
-def _decoder(kind: type[Body]) -> msgspec.json.Decoder[Body]:
-    return msgspec.json.Decoder(kind)
 
 
 # --- Native requests -------------------------------------------------------------------------------------------------
@@ -395,7 +387,7 @@ class Chunk(Struct, frozen=True, kw_only=True, tag_field="object", tag="text_com
     choices: list[CompletionChoice]
     model: str
     system_fingerprint: str
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class StreamErrorBody(Struct, frozen=True):

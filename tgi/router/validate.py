@@ -2,11 +2,12 @@
 
 import asyncio
 import dataclasses
+import functools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +19,8 @@ from tgi.router.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096
 """Longer texts are tokenised off the event loop: they would hold up every stream for milliseconds."""
+
+Result = TypeVar("Result")
 
 _NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "watermark": (False,),
@@ -118,16 +121,15 @@ class Validator:
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return await self._off_loop(len(text), self._tokenizer.encode, text, add_special_tokens)
+        encode = functools.partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._apart(encode, len(text))
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
         """As Tokenizer.spans."""
-        return await self._off_loop(len(text), self._tokenizer.spans, text, add_special_tokens)
+        spans = functools.partial(self._tokenizer.spans, text, add_special_tokens=add_special_tokens)
+        return await self._apart(spans, len(text))
 
-    async def _off_loop(self, size: int, tokenise: Any, text: str, add_special_tokens: bool) -> Any:
-        def work() -> Any:
-            return tokenise(text, add_special_tokens=add_special_tokens)
-
+    async def _apart(self, work: Callable[[], Result], size: int) -> Result:
         if size <= INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

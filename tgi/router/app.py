@@ -1,0 +1,178 @@
+"""The router process: the HTTP application around the table of routes, on a socket that the launcher holds."""
+
+import asyncio
+import hmac
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from tgi.core import child
+from tgi.core.config import Settings
+from tgi.core.errors import StartupError
+from tgi.core.messages import Ready
+from tgi.router import openapi, routes
+from tgi.router.call import Call
+from tgi.router.chat import ChatTemplate
+from tgi.router.client import EngineClient
+from tgi.router.metrics import Metrics
+from tgi.router.pipeline import Permits, Service
+from tgi.router.schema import Unreadable, decode
+from tgi.router.tokenizer import Tokenizer
+from tgi.router.validate import Validator
+
+log = logging.getLogger(__name__)
+
+_TEXT = "text/plain; charset=utf-8"
+
+
+class Endpoint:
+    """All methods of one path, as an ASGI application: key, body, handler, and what becomes of an error."""
+
+    def __init__(self, service: Service, rows: list[routes.Row]) -> None:
+        self._service = service
+        self._rows = {row.method: row for row in rows}
+        if "GET" in self._rows:
+            self._rows["HEAD"] = self._rows["GET"]
+        self._allow = ",".join(sorted(self._rows))
+        key = service.settings.api_key
+        self._authorization = None if key is None else b"Bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(scope, receive, send)
+        row = self._rows.get(scope["method"])
+        if row is None:
+            await call.answer(405, headers={"allow": self._allow})
+        elif row.protected and not self._may(call):
+            await call.answer(401)
+        else:
+            await self._serve(call, row)
+
+    def _may(self, call: Call) -> bool:
+        return self._authorization is None or hmac.compare_digest(call.header(b"authorization"), self._authorization)
+
+    async def _serve(self, call: Call, row: routes.Row) -> None:
+        try:
+            if row.body is None:
+                await row.handler(call, self._service, None)
+            else:
+                request = await self._request(call, row)
+                await call.while_connected(row.handler(call, self._service, request))
+        except Unreadable as error:
+            await call.answer(error.status, error.text.encode(), _TEXT)
+        except ConnectionError:
+            log.debug("a client left before its request was read")
+        except Exception as error:
+            judged = self._service.judge(error)
+            if not call.answered:
+                await call.json(judged.body, status=judged.kind.status)
+
+    async def _request(self, call: Call, row: routes.Row) -> object:
+        kind = call.header(b"content-type").partition(b";")[0].strip().lower()
+        if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+            raise Unreadable(415, "Expected request with `Content-Type: application/json`")
+        return decode(await call.body(self._service.settings.limits.payload_limit), row.body)
+
+
+def create(service: Service) -> Starlette:
+    """The application; it talks to the engine for as long as it lives."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        engine = asyncio.create_task(service.client.run())
+        engine.add_done_callback(_report_end)
+        yield
+        engine.cancel()
+        await asyncio.wait([engine])
+        service.validator.close()
+
+    rows = (*routes.ROUTES, *openapi.OWN_ROUTES)
+    app = Starlette(
+        routes=[Route(path, Endpoint(service, [r for r in rows if r.path == path])) for path in {r.path for r in rows}],
+        middleware=[
+            Middleware(
+                CORSMiddleware,
+                allow_origins=service.settings.cors_allow_origin or ["*"],
+                allow_methods=["GET", "POST"],
+                allow_headers=["content-type", "authorization"],
+            )
+        ],
+        exception_handlers={404: _not_found},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def build(settings: Settings) -> Service:
+    """The parts of a router. Raises StartupError for a model folder that it can't serve."""
+    path = settings.tokenizer_config_path
+    tokenizer = Tokenizer.load(Path(settings.model.folder), None if path is None else Path(path))
+    metrics = Metrics(settings.limits)
+    return Service(
+        settings=settings,
+        tokenizer=tokenizer,
+        template=ChatTemplate(tokenizer.chat_templates.get("default"), tokenizer.bos_token, tokenizer.eos_token),
+        validator=Validator(settings.limits, tokenizer),
+        client=EngineClient(settings.socket, metrics.stepped),
+        metrics=metrics,
+        permits=Permits(settings.limits.max_concurrent_requests),
+    )
+
+
+def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> None:
+    """Until SIGTERM or SIGINT; then open answers are finished, however long they take, and nothing new is accepted."""
+    if listen_fd is None:
+        raise StartupError("the router needs --listen-fd, a listening TCP socket")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn, when done, raises again the signal that ended it: that is a clean end.
+        signal.signal(number, lambda *_: sys.exit(0))
+    config = uvicorn.Config(
+        create(build(settings)),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+    )
+    _Server(config, lambda: report(Ready())).run([socket.socket(fileno=listen_fd)])
+
+
+class _Server(uvicorn.Server):
+    """Tells when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+async def _not_found(_: Request, __: Exception) -> Response:
+    return Response(status_code=404)
+
+
+def _report_end(engine: asyncio.Task[None]) -> None:
+    if not engine.cancelled() and (error := engine.exception()):
+        log.critical("the engine's client failed; /health will say so", exc_info=error)
+
+
+if __name__ == "__main__":
+    sys.exit(child.run("text_generation_router", serve))

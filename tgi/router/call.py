@@ -1,0 +1,117 @@
+"""One HTTP exchange on bare ASGI: a body in, an answer or a stream of events out. Knows no route and no request."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tgi.router.schema import Unreadable
+
+KEEP_ALIVE = 15.0
+"""Seconds of silence after which a stream says that it lives."""
+
+DONE = b"data: [DONE]\n\n"
+
+_encoder = msgspec.json.Encoder()
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event, framed as TGI frames it."""
+    return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+class Call:
+    """What a handler needs of its client."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.arrived = time.monotonic()
+        self.answered = False
+        """Whether the status line is out: after that an error can only be an event."""
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._receive = receive
+        self._send = send
+        self._spoke = 0.0
+
+    def header(self, name: bytes) -> bytes:
+        """By its lower-case name; empty if the client didn't send it."""
+        return self._headers.get(name, b"")
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body. Raises Unreadable (413) before more than ``limit`` bytes are held."""
+        too_large = Unreadable(413, "Failed to buffer the request body: length limit exceeded")
+        declared = self.header(b"content-length")
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
+        body, more = bytearray(), True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError("the client left before its request was read")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > limit:
+                raise too_large
+        return bytes(body)
+
+    async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work``, which is cancelled as soon as the client goes away. The body must have been read."""
+        tasks = {asyncio.ensure_future(work), gone := asyncio.ensure_future(self._disconnect())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for task in done - {gone}:
+            task.result()
+
+    async def answer(
+        self, status: int, content: bytes = b"", kind: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """A whole answer at once; ``kind`` is its content type."""
+        fields = {"content-length": str(len(content))} | ({"content-type": kind} if kind else {}) | dict(headers or {})
+        await self._start(status, fields)
+        await self._send({"type": "http.response.body", "body": content})
+
+    async def json(self, value: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> None:
+        await self.answer(status, _encoder.encode(value), "application/json", headers)
+
+    async def stream(
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], fail: Callable[[Exception], bytes]
+    ) -> None:
+        """Server-sent events as they come, comments when none come, ``fail``'s event for an error, and the end."""
+        fields = {"content-type": "text/event-stream", "cache-control": "no-cache"} | dict(headers)
+        await self._start(200, fields)
+        heartbeat = asyncio.ensure_future(self._heartbeat())
+        try:
+            async with aclosing(events):
+                async for data in events:
+                    self._spoke = time.monotonic()
+                    await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            last = b""
+        except Exception as error:
+            last = fail(error)
+        finally:
+            heartbeat.cancel()
+        await self._send({"type": "http.response.body", "body": last})
+
+    async def _start(self, status: int, headers: Mapping[str, str]) -> None:
+        self.answered = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _heartbeat(self) -> None:
+        self._spoke = time.monotonic()
+        while True:
+            await asyncio.sleep(self._spoke + KEEP_ALIVE - time.monotonic())
+            if time.monotonic() - self._spoke >= KEEP_ALIVE:
+                self._spoke = time.monotonic()
+                await self._send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+
+    async def _disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass

@@ -1,0 +1,222 @@
+"""What all routes share: a Generation goes to the engine and comes back as text, piece by piece, with its times.
+
+Knows tokens, text and metrics; knows no dialect and no connection.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from tgi.core.config import Settings
+from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
+from tgi.router.chat import ChatTemplate
+from tgi.router.client import EngineClient, Ticket
+from tgi.router.metrics import Metrics, Times
+from tgi.router.schema import FinishReason, Token
+from tgi.router.stream import Detokenizer, Stops
+from tgi.router.tokenizer import Tokenizer
+from tgi.router.validate import Generation, Validator
+
+ENGINE_PATIENCE = 60.0
+"""Seconds that a request waits for an engine that is still loading, or starting again."""
+
+log = logging.getLogger(__name__)
+
+
+class Permits:
+    """``max_concurrent_requests`` generations at once. Nobody waits: who gets no permit is sent away."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+
+    @contextmanager
+    def take(self, count: int = 1) -> Iterator[None]:
+        if self._free < count:
+            raise RequestError(OVERLOADED)
+        self._free -= count
+        try:
+            yield
+        finally:
+            self._free += count
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts that handlers work with."""
+
+    settings: Settings
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    validator: Validator
+    client: EngineClient
+    metrics: Metrics
+    permits: Permits
+
+    def judge(self, error: Exception) -> RequestError:
+        """The error as the client may see it, counted. What is no RequestError is a bug: logged, told as internal."""
+        if not isinstance(error, RequestError):
+            log.error("a handler failed", exc_info=error)
+            error = RequestError(INTERNAL)
+        self.metrics.failed(error.kind)
+        return error
+
+    def tokens(self, ranked: Iterable[tuple[int, float]]) -> list[Token]:
+        """(id, logprob) as tokens, each decoded alone."""
+        return [Token(i, self.tokenizer.piece(i), logprob, i in self.tokenizer.special_ids) for i, logprob in ranked]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token, and what it adds to the answer."""
+
+    token: Token
+    """Its text is what it adds behind the tokens before it; a special token's is its name."""
+    top: list[Token]
+    text: str
+    """What the answer grows by: nothing for a special token, or while a stop string may be under way."""
+    finish: FinishReason | None
+
+
+class Run:
+    """One generation on its way. ``async with`` it, so that the engine stops when nobody wants the rest."""
+
+    def __init__(
+        self, service: Service, generation: Generation, arrived: float, *, keep_stop: bool, counts: bool = True
+    ) -> None:
+        """``keep_stop``: a stop string stays in the text. ``counts``: the metrics see a request of its own in it."""
+        self.generation = generation
+        self.text = ""
+        self.tokens = 0
+        self.prompt_logprobs: list[float] = []
+        self.finish: FinishReason | None = None
+        self._service = service
+        self._arrived = arrived
+        self._keep_stop = keep_stop
+        self._counts = counts
+        self._ticket: Ticket
+
+    async def __aenter__(self) -> Self:
+        """Hand it to the engine; waits for one that is loading."""
+        service, generation = self._service, self.generation
+        if not await service.client.wait_connected(ENGINE_PATIENCE):
+            raise RequestError(UNAVAILABLE)
+        self._ticket = service.client.submit(
+            token_ids=generation.token_ids,
+            max_new_tokens=generation.max_new_tokens,
+            stop_token_ids=generation.stop_token_ids,
+            sampling=generation.sampling,
+            prompt_logprobs=generation.prompt_logprobs,
+        )
+        if self._counts:
+            service.metrics.validated(len(generation.token_ids), generation.max_new_tokens)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ticket.cancel()
+        if self.finish is None and self._counts and isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self._service.metrics.dropped()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Pieces until the generation is finished. Raises RequestError where the engine fails it."""
+        tokenizer, metrics, generation = self._service.tokenizer, self._service.metrics, self.generation
+        detokenizer = Detokenizer(tokenizer, generation.token_ids, skip_special_tokens=True)
+        stops = Stops(generation.stop, keep=self._keep_stop)
+        async for delta in self._ticket:
+            self.prompt_logprobs += delta.prompt_logprobs
+            if delta.tokens:
+                metrics.spoke(len(delta.tokens))
+            for at, token in enumerate(delta.tokens, 1):
+                self.tokens += 1
+                text = detokenizer.push(token.id)
+                grown, stop = stops.push(text)
+                if stop is None and delta.finish is not None and at == len(delta.tokens):
+                    self.finish = delta.finish
+                    rest = detokenizer.flush()
+                    more, stop = stops.push(rest)
+                    text += rest
+                    grown += more if stop is not None else more + stops.flush()
+                if stop is not None:
+                    self.finish = "stop_sequence"
+                self.text += grown
+                if self.finish is not None:
+                    self._ticket.cancel()
+                    self._record()
+                special = token.id in tokenizer.special_ids
+                shown = tokenizer.piece(token.id) if special else grown if self._keep_stop else text
+                top = self._service.tokens(token.top)
+                yield Piece(Token(token.id, shown, token.logprob, special), top, grown, self.finish)
+                if self.finish is not None:
+                    return
+        raise RequestError(INCOMPLETE)
+
+    @property
+    def times(self) -> Times:
+        ticket = self._ticket
+        return Times(
+            total=ticket.finished - self._arrived,
+            validation=ticket.submitted - self._arrived,
+            queue=ticket.started - ticket.submitted,
+            inference=ticket.finished - ticket.started,
+        )
+
+    def _record(self) -> None:
+        if self._counts:
+            self._service.metrics.finished(self.times, self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generation to its end."""
+
+    run: Run
+    pieces: list[Piece]
+
+
+async def collect(runs: Sequence[Run]) -> list[Answer]:
+    """All answers, in order. The first failure ends the others."""
+
+    async def follow(run: Run) -> Answer:
+        async with run:
+            return Answer(run, [piece async for piece in run])
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(follow(run)) for run in runs]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def interleave(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """(which run, its next piece) as they come; the first failure ends the others. The runs have been entered."""
+    if len(runs) == 1:
+        async for piece in runs[0]:
+            yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue(len(runs))
+
+    async def follow(index: int, run: Run) -> None:
+        try:
+            async for piece in run:
+                await queue.put((index, piece))
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.ensure_future(follow(index, run)) for index, run in enumerate(runs)]
+    try:
+        unfinished = len(runs)
+        while unfinished:
+            news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            unfinished -= news[1].finish is not None
+            yield news
+    finally:
+        for task in tasks:
+            task.cancel()
