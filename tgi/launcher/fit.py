@@ -266,17 +266,25 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
 
 
 def elements(files: ModelFiles) -> int:
-    """Numbers in all weights, from the files' headers."""
+    """Numbers in all weights, by the headers of the safetensors files or by the index of a GGUF file."""
+    index = Path(files.folder) / "gguf_index.json"
+    headers = [index] if files.weights[0].endswith(".gguf") else [Path(name) for name in files.weights]
     total = 0
-    for name in files.weights:
-        path = Path(name)
+    for path in headers:
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > path.stat().st_size:
-                    raise ValueError("the header is longer than the file")
-                header = json.loads(file.read(length))
-            total += sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
-        except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
-            raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
+            tensors = json.loads(path.read_bytes()) if path is index else _safetensors_header(path)
+            total += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+            raise StartupError(f"{path} can't be read: {error}") from None
     return total
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """Name → dtype and shape. The format: a 64-bit length and as many bytes of JSON, then the data."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        tensors: dict[str, Any] = json.loads(file.read(length))
+    tensors.pop("__metadata__", None)
+    return tensors

@@ -69,10 +69,14 @@ def store(options: Options) -> Store:
 
 
 def _shown(options: Options) -> str:
-    """All options as one line; secrets are named, not shown."""
+    """The model and the options that were set; secrets are named, not shown."""
     values = dataclasses.asdict(options)
-    shown = {key: "***" if key in _SECRETS and value is not None else value for key, value in values.items()}
-    return ", ".join(f"{key}: {value!r}" for key, value in shown.items())
+    plain = dataclasses.asdict(Options())
+    return ", ".join(
+        f"{key}: {'***' if key in _SECRETS else repr(value)}"
+        for key, value in values.items()
+        if value != plain[key] or key == "model_id"
+    )
 
 
 def _environment() -> str:

@@ -1,0 +1,82 @@
+"""What the files of a model repository are called, and whether a folder holds a whole model. Reads no weights."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tgi.launcher.errors import DownloadError
+
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "chat_template*",
+    "special_tokens_map.json",
+    "*.safetensors.index.json",
+)
+_NOT_WEIGHTS = ("arguments", "args", "training")
+"""A safetensors file with one of these in its name holds a training run's settings."""
+
+
+def weights(names: Iterable[str]) -> list[str]:
+    """The safetensors files at the root of a repository, without those of a training run."""
+    return sorted(
+        name
+        for name in names
+        if name.endswith(".safetensors") and "/" not in name and not any(word in name for word in _NOT_WEIGHTS)
+    )
+
+
+def needed(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
+    """The files to fetch. Small ones first: a broken download then lacks weights, which are counted."""
+    names = sorted(names)
+    small = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
+    if not with_weights:
+        return small
+    if not (large := weights(names)):
+        raise DownloadError(no_weights(names))
+    return small + large
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """Why there is nothing to serve among these files, and what to do."""
+    names = sorted(names)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f"there are only GGUF files; add the name of one to `--model-id`: {', '.join(gguf)}"
+    if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return (
+            f"there are no .safetensors files, only {', '.join(pickled[:3])}. Such files are Python pickles, which can "
+            "run code when they are read; convert them to safetensors or take a revision that has them."
+        )
+    return "there are no .safetensors files"
+
+
+def whole(folder: Path, weights_folder: Path) -> list[Path]:
+    """The weight files of a model folder; DownloadError names what is missing."""
+    for name, lack in (("config.json", "is missing"), ("tokenizer.json", "is missing, and no other tokenizer is read")):
+        if not (folder / name).exists():
+            raise DownloadError(f"{folder / name} {lack}")
+    names = [path.name for path in weights_folder.iterdir()]
+    found = weights(names)
+    if not found:
+        raise DownloadError(f"{weights_folder}: {no_weights(names)}")
+    if missing := _promised(weights_folder, found) - set(found):
+        raise DownloadError(f"{weights_folder / min(missing)} is missing")
+    return [weights_folder / name for name in found]
+
+
+def _promised(folder: Path, found: Sequence[str]) -> set[str]:
+    """Weight files that must be there by an index or by a numbering (``-00001-of-00003``)."""
+    promised: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            promised |= set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DownloadError(f"{index} is not a readable index: {error}") from None
+    for name in found:
+        if match := re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors)", name):
+            stem, digits, of, count, suffix = match.groups()
+            promised |= {f"{stem}{part:0{len(digits)}}{of}{count}{suffix}" for part in range(1, int(count) + 1)}
+    return promised
