@@ -288,6 +288,23 @@ def test_kwargs_reach_the_template() -> None:
     assert ours(QWEN, [USER], enable_thinking=False) != ours(QWEN, [USER])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        # what a template sees of a message: null keys are dropped, reasoning is there under every name
+        "{{ messages | tojson }}",
+        # a string stays one for a template that knows both forms
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+        "{{ documents }}{{ tools }}{{ nothing }}{{ none }}",
+    ],
+)
+def test_shows_templates_what_transformers_shows(source: str) -> None:
+    messages = [SYSTEM, {**USER, "name": None, "thinking": "Hm."}, {**ASSISTANT, "reasoning": "Oh."}]
+    assert ours(source, messages) == theirs(source, messages, add_generation_prompt=True)
+
+
 def test_absent_tokens_are_not_printed() -> None:
     assert ChatTemplate("{{ bos_token }}{{ messages[0].content }}", None, None).render([USER]) == USER["content"]
 
@@ -363,6 +380,11 @@ def test_continues_as_transformers(template: str) -> None:
     expected = theirs(TEMPLATES[template], for_them, continue_final_message=True)
     assert ours(TEMPLATES[template], messages, continue_final_message=True) == expected
     assert expected.endswith(ASSISTANT["content"])
+
+
+def test_a_continuation_has_no_generation_prompt() -> None:
+    source = "{{ 'early ' if add_generation_prompt }}{{ messages[-1].content }}"
+    assert ours(source, [ASSISTANT], continue_final_message=True) == ASSISTANT["content"]
 
 
 def test_a_continued_text_is_right_trimmed() -> None:

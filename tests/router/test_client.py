@@ -9,7 +9,7 @@ import pytest
 
 from tests.fake_engine import FakeEngine
 from tgi.core.errors import GENERATION, RequestError
-from tgi.core.messages import FRAME, MAX_FRAME, Delta, Hello, Sampling, Step, StepStats, Submit, Token, frame
+from tgi.core.messages import FRAME, MAX_FRAME, Delta, Hello, Pong, Sampling, Step, StepStats, Submit, Token, frame
 from tgi.router.client import EngineClient, Ticket, _take_frames
 
 Scenario = Callable[[EngineClient, FakeEngine], Awaitable[None]]
@@ -335,6 +335,16 @@ def test_a_loop_that_never_answers_is_not_healthy(tmp_path: Path) -> None:
 
     engine, _ = play(tmp_path, scenario, pong=False)
     assert len(engine.received) == 2
+
+
+def test_only_the_answer_to_this_ping_counts(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        asking = asyncio.create_task(client.healthy(0.2))
+        await until(lambda: len(engine.received) == 1)
+        engine.send_raw(frame(Pong(10**9)))
+        assert not await asking
+
+    play(tmp_path, scenario, pong=False)
 
 
 def test_losing_the_engine_answers_a_ping(tmp_path: Path) -> None:

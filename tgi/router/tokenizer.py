@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
-    """A model's tokenizer. Safe to share between threads; ``encode`` and ``spans`` leave the interpreter lock."""
+    """A model's tokenizer. Threads may share it; ``encode`` and ``spans`` work without the interpreter lock."""
 
     special_ids: frozenset[int]
     """Tokens that steer the model and are no text."""
     eos_ids: frozenset[int]
-    """Tokens that end a generation: those that generation_config.json names (one or a list) and the tokenizer's own
-    end token. Only if neither names any, config.json's. A chat model's end-of-turn is often in only one of the two."""
+    """Tokens that end a generation: those that generation_config.json names (one or a list), or else config.json, and
+    the tokenizer's own end token. A chat model's end of turn is often in only one of the two places."""
     bos_token: str | None
     eos_token: str | None
     vocab_size: int
@@ -54,7 +54,7 @@ class Tokenizer:
         # A tokenizer.json can carry its training set-up; requests are cut by validation, with a word to the client.
         backend.no_truncation()
         backend.no_padding()
-        named = {key: text for key in files.token_keys() if (text := files.token(key)) is not None}
+        named = files.special_tokens()
         # A token that only the config calls special must not be decoded as text. One that the vocabulary lacks is left
         # out: adding it would make an id that the model has no embedding for.
         backend.add_special_tokens([text for text in named.values() if backend.token_to_id(text) is not None])
@@ -67,9 +67,7 @@ class Tokenizer:
         self.bos_token = named.get("bos_token")
         self.eos_token = named.get("eos_token")
         own_eos = None if self.eos_token is None else backend.token_to_id(self.eos_token)
-        self.eos_ids = (
-            files.eos_ids("generation_config.json") | ({own_eos} if own_eos is not None else set())
-        ) or files.eos_ids("config.json")
+        self.eos_ids = files.eos_ids() | ({own_eos} if own_eos is not None else set())
         self.model_max_length = files.model_max_length()
         self.chat_templates = files.chat_templates()
         self._anchor = self._find_anchor()
@@ -186,19 +184,18 @@ class _Files:
         self._config = self._read(self._config_path)
         self._map = self._read(folder / "special_tokens_map.json")
 
-    def token_keys(self) -> Iterator[str]:
-        """The names under which the files declare special tokens: bos_token, eos_token, pad_token, …"""
-        names = dict.fromkeys((*self._config, *self._map))
-        return (name for name in names if name.endswith("_token"))
+    def special_tokens(self) -> dict[str, str]:
+        """Name → text for bos_token, eos_token, pad_token, …, declared as a string or as ``{"content": …}``."""
+        declared = self._map | {name: value for name, value in self._config.items() if value}
+        texts = {
+            name: value.get("content") if isinstance(value, Mapping) else value for name, value in declared.items()
+        }
+        return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
-    def token(self, key: str) -> str | None:
-        """A special token's text, declared as a string or as ``{"content": …}``."""
-        value = self._config.get(key) or self._map.get(key)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        return value if isinstance(value, str) else None
+    def eos_ids(self) -> frozenset[int]:
+        return self._eos_ids("generation_config.json") or self._eos_ids("config.json")
 
-    def eos_ids(self, name: str) -> frozenset[int]:
+    def _eos_ids(self, name: str) -> frozenset[int]:
         path = self._folder / name
         config = self._read(path)
         value = config.get("eos_token_id")
@@ -214,26 +211,16 @@ class _Files:
         return int(value) if isinstance(value, int | float) and 0 < value < UNBOUNDED else None
 
     def chat_templates(self) -> dict[str, str]:
-        found = self._named(self._config.get("chat_template"), self._config_path)
+        found = _named(self._config.get("chat_template"), self._config_path)
         if self._own_path is None or not found:
             legacy = self._folder / "chat_template.json"
-            found |= self._named(self._read(legacy).get("chat_template"), legacy)
+            found |= _named(self._read(legacy).get("chat_template"), legacy)
             jinja = self._folder / "chat_template.jinja"
             if jinja.is_file():
                 found["default"] = _text(jinja)
             for path in sorted((self._folder / "additional_chat_templates").glob("*.jinja")):
                 found[path.stem] = _text(path)
         return dict(sorted(found.items(), key=lambda item: item[0] != "default"))
-
-    def _named(self, value: object, path: Path) -> dict[str, str]:
-        """``chat_template`` is one source or several with names."""
-        try:
-            templates = msgspec.convert(value, str | list[_NamedTemplate] | None)
-        except msgspec.ValidationError as error:
-            raise StartupError(f"{path}: chat_template must be a string or a list of name and template") from error
-        if isinstance(templates, str):
-            return {"default": templates}
-        return {item.name: item.template for item in templates or []}
 
     def _read(self, path: Path) -> dict[str, Any]:
         if not path.is_file():
@@ -242,6 +229,17 @@ class _Files:
             return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except (OSError, msgspec.DecodeError) as error:
             raise StartupError(f"{path} can't be read: {error}") from error
+
+
+def _named(value: object, path: Path) -> dict[str, str]:
+    """``chat_template`` is one source or several with names."""
+    try:
+        templates = msgspec.convert(value, str | list[_NamedTemplate] | None)
+    except msgspec.ValidationError as error:
+        raise StartupError(f"{path}: chat_template must be a string or a list of name and template") from error
+    if isinstance(templates, str):
+        return {"default": templates}
+    return {item.name: item.template for item in templates or []}
 
 
 def _text(path: Path) -> str:
