@@ -1,0 +1,284 @@
+"""The table of settings: every row from the command line, from the environment, with a bad value, and refused."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tgi.launcher import flags
+from tgi.launcher.errors import ArgumentValidation
+from tgi.launcher.flags import FLAGS, Flag, Options, check, parse
+
+# Every flag of TGI's launcher with its default there; None: unset. Ours differs where the comment says so.
+TGI = {
+    "--model-id": flags.DEFAULT_MODEL,  # bigscience/bloom-560m
+    "--revision": None,
+    "--validation-workers": 2,
+    "--sharded": None,
+    "--num-shard": None,
+    "--quantize": None,
+    "--speculate": None,
+    "--dtype": "auto",  # unset, which means the same
+    "--kv-cache-dtype": None,
+    "--trust-remote-code": False,
+    "--max-concurrent-requests": 128,
+    "--max-best-of": 2,
+    "--max-stop-sequences": 4,
+    "--max-top-n-tokens": 5,
+    "--max-input-tokens": None,
+    "--max-input-length": None,
+    "--max-total-tokens": None,
+    "--waiting-served-ratio": 0.3,
+    "--max-batch-prefill-tokens": None,
+    "--max-batch-total-tokens": None,
+    "--max-waiting-tokens": 20,
+    "--max-batch-size": None,
+    "--cuda-graphs": (1, 2, 4, 8, 16, 32),
+    "--hostname": "0.0.0.0",
+    "--port": 3000,
+    "--prometheus-port": 9000,
+    "--shard-uds-path": "/tmp/text-generation-server",
+    "--master-addr": "localhost",
+    "--master-port": 29500,
+    "--huggingface-hub-cache": None,
+    "--weights-cache-override": None,
+    "--disable-custom-kernels": False,
+    "--cuda-memory-fraction": 1.0,
+    "--rope-scaling": None,
+    "--rope-factor": None,
+    "--json-output": False,
+    "--otlp-endpoint": None,
+    "--otlp-service-name": "text-generation-inference.router",
+    "--cors-allow-origin": (),
+    "--api-key": None,
+    "--watermark-gamma": None,
+    "--watermark-delta": None,
+    "--ngrok": False,
+    "--ngrok-authtoken": None,
+    "--ngrok-edge": None,
+    "--tokenizer-config-path": None,
+    "--disable-grammar-support": False,
+    "--env": False,
+    "--max-client-batch-size": 4,
+    "--lora-adapters": None,
+    "--usage-stats": "on",
+    "--payload-limit": 2_000_000,
+    "--enable-prefill-logprobs": False,
+    "--graceful-termination-timeout": 90,
+}
+
+# A good value other than the default, what it is read as, and a bad value where there is one.
+VALUES: dict[str, tuple[str, object, str]] = {
+    "model_id": ("org/name", "org/name", ""),
+    "revision": ("v1", "v1", ""),
+    "validation_workers": ("3", 3, "-1"),
+    "sharded": ("true", True, "True"),
+    "num_shard": ("2", 2, "two"),
+    "quantize": ("bitsandbytes-nf4", "bitsandbytes-nf4", "int3"),
+    "speculate": ("2", 2, "1.5"),
+    "dtype": ("float32", "float32", "float64"),
+    "device": ("cpu", "cpu", "tpu"),
+    "kv_cache_dtype": ("fp8_e5m2", "fp8_e5m2", "int8"),
+    "max_concurrent_requests": ("7", 7, "0"),
+    "max_best_of": ("1", 1, "0"),
+    "max_stop_sequences": ("0", 0, "-1"),
+    "max_top_n_tokens": ("6", 6, "4294967296"),
+    "max_input_tokens": ("100", 100, "1e3"),
+    "max_input_length": ("100", 100, "x"),
+    "max_total_tokens": ("200", 200, "0"),
+    "waiting_served_ratio": ("1.2", 1.2, "nan"),
+    "max_batch_prefill_tokens": ("64", 64, "0"),
+    "max_batch_total_tokens": ("4096", 4096, "99999999999"),
+    "max_waiting_tokens": ("5", 5, "x"),
+    "max_batch_size": ("9", 9, "x"),
+    "cuda_graphs": ("1,2", (1, 2), "1,,2"),
+    "hostname": ("::1", "::1", ""),
+    "port": ("80", 80, "65536"),
+    "prometheus_port": ("9001", 9001, "65536"),
+    "shard_uds_path": ("/x", "/x", ""),
+    "master_addr": ("host", "host", ""),
+    "master_port": ("1", 1, "x"),
+    "huggingface_hub_cache": ("/x", "/x", ""),
+    "weights_cache_override": ("/x", "/x", ""),
+    "cuda_memory_fraction": ("0.5", 0.5, "1.1"),
+    "rope_scaling": ("dynamic", "dynamic", "yarn"),
+    "rope_factor": ("2", 2.0, "0"),
+    "otlp_endpoint": ("http://x:4317", "http://x:4317", ""),
+    "otlp_service_name": ("x", "x", ""),
+    "cors_allow_origin": ("https://a,https://b", ("https://a", "https://b"), ""),
+    "api_key": ("secret", "secret", ""),
+    "watermark_gamma": ("0.4", 0.4, "2"),
+    "watermark_delta": ("1", 1.0, "inf"),
+    "ngrok_authtoken": ("x", "x", ""),
+    "ngrok_edge": ("x", "x", ""),
+    "tokenizer_config_path": ("/x", "/x", ""),
+    "max_client_batch_size": ("8", 8, "x"),
+    "lora_adapters": ("a,b", "a,b", ""),
+    "usage_stats": ("no-stack", "no-stack", "yes"),
+    "payload_limit": ("1", 1, "1MB"),
+    "graceful_termination_timeout": ("5", 5, "5s"),
+    "log_level": ("warn", "warn", "loud"),
+    "compute_type": ("gpu", "gpu", ""),
+    "prefix_caching": ("0", False, "no"),
+    "prefill_chunking": ("0", False, "no"),
+    "attention": ("paged", "paged", "eager"),
+    "tgi_wiggle_room": ("0.9", 0.9, "2"),
+    "hf_api_token": ("x", "x", ""),
+    "cuda_visible_devices": ("1", "1", ""),
+    "xdg_cache_home": ("/x", "/x", ""),
+}
+
+SWITCHES = [flag for flag in FLAGS if flag.kind.switch]
+VALUED = [flag for flag in FLAGS if not flag.kind.switch]
+
+
+def by_key(flag: Flag) -> str:
+    return flag.key
+
+
+def failure(capsys: pytest.CaptureFixture[str], argv: list[str], environ: dict[str, str]) -> str:
+    """What a refused command line prints on standard error."""
+    with pytest.raises(SystemExit) as exit:
+        parse(argv, environ)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
+    ours = {flag.name: flag.default for flag in FLAGS if flag.name}
+    assert ours == {**TGI, "--device": "auto"}
+    assert {flag.key for flag in VALUED} == VALUES.keys()
+
+
+def test_defaults() -> None:
+    assert parse([], {}) == (Options(), [])
+
+
+@pytest.mark.parametrize("flag", VALUED, ids=by_key)
+def test_a_value_is_read_from_both_places_and_the_command_line_wins(
+    flag: Flag, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, value, _ = VALUES[flag.key]
+    ways: list[tuple[list[str], dict[str, str]]] = [([], {flag.env: text})]
+    if flag.name:
+        ways += [([flag.name, text], {}), ([f"{flag.name}={text}"], {flag.env: "not even read"})]
+    for argv, environ in ways:
+        if flag.status == "refused":
+            error = failure(capsys, argv, environ)
+            assert "is not supported yet" in error
+            assert (flag.name if argv else flag.env) in error
+            continue
+        options, warnings = parse(argv, environ)
+        assert getattr(options, flag.key) == value
+        assert (len(warnings) == 1 and (flag.name if argv else flag.env) in warnings[0]) == (flag.status == "obsolete")
+
+
+@pytest.mark.parametrize("flag", [flag for flag in VALUED if VALUES[flag.key][2]], ids=by_key)
+def test_a_bad_value_ends_with_usage_and_the_name(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = VALUES[flag.key][2]
+    error = failure(capsys, [], {flag.env: bad})
+    assert f"`{flag.env}` (environment)" in error and "usage:" in error and "expected" in error or "not a level" in error
+    if flag.name:
+        error = failure(capsys, [f"{flag.name}={bad}"], {})
+        assert f"`{flag.name}`" in error and repr(bad) in error
+
+
+@pytest.mark.parametrize("flag", SWITCHES, ids=by_key)
+def test_a_switch_stands_alone_and_is_true_or_false_in_the_environment(
+    flag: Flag, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ways: list[tuple[list[str], dict[str, str]]] = [([flag.name], {})]
+    if flag.env:
+        ways.append(([], {flag.env: "true"}))
+        assert parse([], {flag.env: "false"}) == (Options(), [])
+        for bad in ("True", "1", "yes", ""):
+            assert flag.env in failure(capsys, [], {flag.env: bad})
+    for argv, environ in ways:
+        if flag.status == "refused":
+            assert "is not supported yet" in failure(capsys, argv, environ)
+        else:
+            options, warnings = parse(argv, environ)
+            assert getattr(options, flag.key) is True
+            assert bool(warnings) == (flag.status == "obsolete")
+
+
+@pytest.mark.parametrize("argv", [["--cuda-graphs", "0"], ["--num-shard=1"], ["--sharded", "false"], ["--speculate=0"]])
+def test_asking_for_nothing_is_not_refused(argv: list[str]) -> None:
+    assert parse(argv, {})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["-p", "81"], "port", 81),  # TGI gives -p to the metrics port as well; the first wins there too
+        (["-g", "3"], "graceful_termination_timeout", 3),
+        (["-e"], "env", True),
+        (["--port", "1", "--port", "2"], "port", 2),
+        (["--cors-allow-origin", "https://a", "--cors-allow-origin", "https://b"], "cors_allow_origin", ("https://a", "https://b")),
+    ],
+)
+def test_forms_of_the_command_line(argv: list[str], key: str, value: object) -> None:
+    assert getattr(parse(argv, {})[0], key) == value
+
+
+def test_unknown_and_abbreviated_flags_are_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--model" in failure(capsys, ["--model", "x"], {})
+    assert "--nothing" in failure(capsys, ["--nothing"], {})
+
+
+def test_hostname_variable_that_shells_set_is_passed_over() -> None:
+    assert parse([], {"HOSTNAME": socket.gethostname()})[0].hostname == "0.0.0.0"
+    assert parse(["--hostname", socket.gethostname()], {})[0].hostname == socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            Options(max_input_tokens=1, max_input_length=2),
+            "Both `max_input_tokens` (1) and `max_input_length` (2) are set. Please define only `max_input_tokens` as "
+            "`max_input_length is deprecated for naming consistency.",
+        ),
+        (Options(validation_workers=0), "`validation_workers` must be > 0"),
+        (Options(max_batch_size=0), "`max_batch_size` must be > 0"),
+        (
+            Options(max_input_length=8, max_total_tokens=8),
+            "`max_input_tokens`(8) must be < `max_total_tokens`(8)",
+        ),
+        (
+            Options(max_total_tokens=9, max_batch_total_tokens=8),
+            "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: 9 and 8",
+        ),
+        (
+            Options(max_batch_prefill_tokens=9, max_batch_total_tokens=8),
+            "`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: 9 and 8",
+        ),
+    ],
+)
+def test_contradictions_are_told_in_the_words_of_tgi(options: Options, text: str) -> None:
+    with pytest.raises(ArgumentValidation) as error:
+        check(options)
+    assert str(error.value) == text
+
+
+def test_old_name_becomes_the_new_one() -> None:
+    assert check(Options(max_input_length=5)) == Options(max_input_tokens=5)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--help"], ["-h"], ["--version"], ["-V"]):
+        with pytest.raises(SystemExit) as exit:
+            parse(argv, {})
+        assert exit.value.code == 0
+        out = capsys.readouterr().out
+        assert "text-generation-launcher" in out
+        if "h" in argv[0]:
+            assert all((flag.name or flag.env) in out for flag in FLAGS)
+
+
+def test_document_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "flags.md"
+    made = subprocess.run([sys.executable, "-m", "tgi.launcher.flags"], capture_output=True, text=True, check=True)
+    assert page.read_text() == made.stdout, "run: python -m tgi.launcher.flags > docs/flags.md"
