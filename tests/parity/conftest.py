@@ -1,0 +1,75 @@
+"""Our models beside transformers' on the same folder, in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tests.tiny import write_model
+from tgi.attention.base import AttnSpec
+from tgi.core.config import ModelFiles
+from tgi.models.registry import Model, load_model
+
+
+class FullAttention:
+    """The definition of attention, without a cache: sequences that begin at position 0, one behind the other."""
+
+    def __init__(self, specs: Sequence[AttnSpec], lengths: Sequence[int]) -> None:
+        self._specs = specs
+        self._lengths = list(lengths)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        spec = self._specs[layer]
+        outs = []
+        for q_, k_, v_ in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
+            place = torch.arange(len(q_))
+            seen = place[None] <= place[:, None]
+            if spec.window is not None:
+                seen &= place[None] > place[:, None] - spec.window
+            heads = (t.transpose(0, 1)[None] for t in (q_, k_, v_))
+            out = scaled_dot_product_attention(*heads, attn_mask=seen, scale=spec.scale, enable_gqa=True)
+            outs.append(out[0].transpose(0, 1).reshape(len(q_), -1))
+        return torch.cat(outs)
+
+
+def load(folder: Path, **options: object) -> Model:
+    """Our model of a folder of safetensors files."""
+    weights = sorted(str(path) for path in folder.glob("*.safetensors"))
+    files = ModelFiles(model_id="tiny", folder=str(folder), weights=weights)
+    return load_model(files, torch.float32, torch.device("cpu"), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
+
+
+def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
+    """Logits of every token of fresh sequences, computed in one flat batch."""
+    lengths = [len(sequence) for sequence in sequences]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths)))
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    """transformers' model of the same folder; every tensor must have found its place."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@torch.inference_mode()
+def reference_logits(model: torch.nn.Module, *sequences: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+
+
+def tokens(length: int, seed: int = 0, vocab: int = 431) -> torch.Tensor:
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A model folder; the test's parameter is (family, overrides)."""
+    family, overrides = request.param
+    return write_model(tmp_path / family, family, **overrides)
