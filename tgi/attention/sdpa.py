@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tgi.attention.base import AttnSpec, PreparedAttention, Segment
+from tgi.attention.base import AttnSpec, PreparedAttention, Segment, zeros
 from tgi.core.config import BLOCK_SIZE
 
 
@@ -29,9 +29,8 @@ class SdpaAttention:
         self._workspace = torch.empty(0, dtype=dtype, device=device)
 
     def allocate(self, blocks: int) -> torch.Tensor:
-        # Zeroed, since a masked score of 0 times garbage could be NaN. Zero pages cost nothing until they are written.
-        shape = (blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim)
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        # Zeroed, since a masked score of 0 times garbage could be NaN.
+        return zeros((blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._dtype, self._device)
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
         slots: list[int] = []
