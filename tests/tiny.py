@@ -3,7 +3,6 @@
 Whole servers start on them in a second. Needs neither torch nor transformers.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any

@@ -1,11 +1,14 @@
 """Checkpoints on disk, read tensor by tensor: safetensors files, or one GGUF file. Knows no model."""
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,153 +17,130 @@ from safetensors import SafetensorError, safe_open
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 
-Progress = Callable[[int, int], None]
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored tensor."""
+
+    path: Path
+    shape: tuple[int, ...]
+    bytes: int
+    read: Callable[[], torch.Tensor]
+    """In floating point, on CPU; may be a view of the file."""
 
 
-class Weights(Protocol):
-    """A checkpoint that knows what has been taken from it."""
+class Weights:
+    """A checkpoint from which every tensor is taken once, none forgotten."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor: ...
+    def __init__(self, entries: Mapping[str, Entry], progress: Callable[[int, int], None]) -> None:
+        self._left = dict(entries)
+        self._where = " or ".join(sorted({str(entry.path) for entry in entries.values()})) or "no file of weights"
+        self._total = sum(entry.bytes for entry in entries.values())
+        self._done = 0
+        self._progress = progress
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor ``name``; StartupError if it isn't there or has another shape than the config implies."""
+        if (entry := self._left.pop(name, None)) is None:
+            raise StartupError(f"{self._where}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise StartupError(f"{entry.path}: tensor {name} has shape {entry.shape}, the config implies {shape}")
+        tensor = entry.read()
+        self._done += entry.bytes
+        self._progress(self._done, self._total)
+        return tensor
 
     def finish(self) -> None:
-        """StartupError if a tensor that means something was never taken."""
+        """StartupError if anything is left: what a model does not use, it does not compute."""
+        if self._left:
+            name = min(self._left)
+            others = f" (nor are {len(self._left) - 1} others)" if len(self._left) > 1 else ""
+            raise StartupError(f"{self._left[name].path}: tensor {name} is not used by this architecture{others}")
+
+
+_REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Tensors that some exports hold and that follow from the config."""
 
 
 @contextmanager
-def open_weights(files: ModelFiles, *, tied: bool, progress: Progress) -> Iterator[Weights]:
-    """``tied``: the head is the embedding, so a stored lm_head is a copy of it."""
+def open_weights(files: ModelFiles, *, tied: bool, progress: Callable[[int, int], None]) -> Iterator[Weights]:
+    """The weights of a model. ``tied``: the head is the embedding, so that a stored lm_head is a copy of it."""
     paths = [Path(path) for path in files.weights]
-    if any(path.suffix == ".gguf" for path in paths):
-        if len(paths) != 1:
-            raise StartupError(f"{paths[0]}: expected one GGUF file, got {len(paths)} files")
-        yield GgufWeights(paths[0], Path(files.folder) / "gguf_index.json", progress)
-        return
-    with SafetensorsFiles(paths, tied, progress) as weights:
-        yield weights
+    with ExitStack() as stack:
+        if paths and paths[0].suffix == ".gguf":
+            entries = _gguf(paths, Path(files.folder) / "gguf_index.json")
+        else:
+            entries = _safetensors(paths, stack)
+        ignored = {name for name in entries if _REDUNDANT.search(name) or (tied and name == "lm_head.weight")}
+        yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
 
 
 _NOT_WEIGHTS = ("arguments", "args", "training")
 """A safetensors file with one of these in its name holds a training run's settings."""
 
-_REDUNDANT = re.compile(r"rotary_emb\.inv_freq$|masked_bias$")
-"""Tensors that some exports hold and that follow from the config."""
+_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Stored types that are plain numbers. Others (int8, float8) mean something only together with scales."""
 
 
-class SafetensorsFiles:
-    """One checkpoint in one or more files; their index is not needed."""
-
-    def __init__(self, paths: list[Path], tied: bool, progress: Progress) -> None:
-        self._stack = ExitStack()
-        self._files: dict[str, tuple[Path, Any]] = {}
-        self._progress = progress
-        self._done = self._total = 0
-        for path in paths:
-            if path.suffix != ".safetensors" or any(word in path.name for word in _NOT_WEIGHTS):
-                continue
-            self._open(path)
-        self._left = {name for name in self._files if not _REDUNDANT.search(name)}
-        if tied:
-            self._left.discard("lm_head.weight")
-
-    def _open(self, path: Path) -> None:
+def _safetensors(paths: Sequence[Path], stack: ExitStack) -> dict[str, Entry]:
+    """One checkpoint in one or more files; an index of them is not needed."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        if any(word in path.name for word in _NOT_WEIGHTS):
+            continue
         try:
-            file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except (OSError, SafetensorError) as error:
             raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
-        self._total += path.stat().st_size
-        for name in file.keys():  # noqa: SIM118  # not a mapping: it has no iterator
-            if name in self._files:
-                raise StartupError(f"{path}: tensor {name} is also in {self._files[name][0].name}")
-            self._files[name] = path, file
-
-    def __enter__(self) -> "SafetensorsFiles":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The stored tensor, a view of the mapped file."""
-        if name not in self._files:
-            where = ", ".join(sorted({path.name for path, _ in self._files.values()})) or "no file"
-            raise StartupError(f"{where}: tensor {name} is missing")
-        if name not in self._left:
-            raise StartupError(f"tensor {name} is asked for twice")
-        path, file = self._files[name]
-        tensor: torch.Tensor = file.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise StartupError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {shape}")
-        self._left.remove(name)
-        self._done += tensor.nbytes
-        self._progress(self._done, self._total)
-        return tensor
-
-    def finish(self) -> None:
-        if self._left:
-            name = min(self._left)
-            raise StartupError(
-                f"{self._files[name][0]}: tensor {name} is not used by this architecture ({len(self._left)} in all)"
-            )
-        self._progress(self._total, self._total)
+        for name in file.keys():  # noqa: SIM118  # a file handle has no iterator
+            if name in entries:
+                raise StartupError(f"{path}: tensor {name} is also in {entries[name].path}")
+            stored = file.get_slice(name)
+            if (kind := stored.get_dtype()) not in _WIDTH:
+                raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
+            shape = tuple(stored.get_shape())
+            entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], partial(file.get_tensor, name))
+    return entries
 
 
-_PLAIN = {"F32": np.float32, "F16": np.float16}
+def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
+    """A GGUF file by the index that was made at its import: parsing the file's own header takes seconds."""
+    if len(paths) != 1:
+        raise StartupError(f"{paths[0]}: expected one GGUF file, got {len(paths)} files")
+    path = paths[0]
+    try:
+        rows = json.loads(index.read_bytes())
+        # Copy on write, since torch has no read-only tensors. A plain array, since slices of a memmap are slow.
+        data = np.asarray(np.memmap(path, np.uint8, mode="c"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path}: not readable by {index}: {error}") from None
+    entries: dict[str, Entry] = {}
+    for name, row in rows.items():
+        shape, end = tuple(row["shape"]), row["offset"] + row["bytes"]
+        if end > data.size:
+            raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
+        read = partial(_dequantize, data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"))
+        entries[name] = Entry(path, shape, row["bytes"], read)
+    return entries
 
 
-class GgufWeights:
-    """One GGUF file by the index that was made of it at import: parsing its own header takes seconds."""
-
-    def __init__(self, path: Path, index: Path, progress: Progress) -> None:
-        self._path = path
-        self._progress = progress
-        try:
-            self._index: Mapping[str, Any] = json.loads(index.read_bytes())
-            # Copy on write, since torch has no read-only tensors; a plain array, since slices of a memmap are slow.
-            self._data = np.asarray(np.memmap(path, np.uint8, mode="c"))
-        except (OSError, ValueError) as error:
-            raise StartupError(f"{path}: not readable by {index}: {error}") from None
-        self._left = set(self._index)
-        self._done, self._total = 0, sum(entry["bytes"] for entry in self._index.values())
-
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor in float32, or a view of the file where it is stored as plain floats."""
-        if (entry := self._index.get(name)) is None:
-            raise StartupError(f"{self._path}: tensor {name} is missing")
-        if name not in self._left:
-            raise StartupError(f"tensor {name} is asked for twice")
-        if tuple(entry["shape"]) != shape:
-            raise StartupError(f"{self._path}: tensor {name} has shape {entry['shape']}, the config asks for {shape}")
-        stored = self._data[entry["offset"] : entry["offset"] + entry["bytes"]]
-        if stored.nbytes != entry["bytes"]:
-            raise StartupError(f"{self._path}: truncated: tensor {name} ends behind the file")
-        values = _dequantize(stored, entry["type"], shape)
-        if heads := entry.get("permuted_heads"):
-            values = _unpermute(values, heads)
-        self._left.remove(name)
-        self._done += entry["bytes"]
-        self._progress(self._done, self._total)
-        return values
-
-    def finish(self) -> None:
-        if self._left:
-            name = min(self._left)
-            raise StartupError(
-                f"{self._path}: tensor {name} is not used by this architecture ({len(self._left)} in all)"
-            )
+_NUMPY = {"F32": np.float32, "F16": np.float16}
 
 
-def _dequantize(stored: Any, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _dequantize(stored: Any, kind: str, shape: tuple[int, ...], permuted_heads: int | None) -> torch.Tensor:
     """ggml's blocks, as uint8, to values."""
-    if kind in _PLAIN:
-        return torch.from_numpy(stored.view(_PLAIN[kind])).view(shape)
-    if kind == "BF16":
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).view(shape)
-    from gguf import GGMLQuantizationType, dequantize
+    if kind in _NUMPY:
+        values = torch.from_numpy(stored.view(_NUMPY[kind])).view(shape)
+    elif kind == "BF16":
+        values = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).view(shape)
+    else:
+        from gguf import GGMLQuantizationType, dequantize
 
-    return torch.from_numpy(dequantize(stored.reshape(*shape[:-1], -1), GGMLQuantizationType[kind]))
+        values = torch.from_numpy(dequantize(stored.reshape(*shape[:-1], -1), GGMLQuantizationType[kind]))
+    return values if permuted_heads is None else _unpermute(values, permuted_heads)
 
 
 def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF's llama files hold the rows of each head of q and k so that the two values that rotate together lie side by
-    side: 0, half, 1, half + 1, …; this restores 0, 1, …, half, half + 1, …"""
+    """GGUF's llama files order the rows of each head of q and k so that the two that rotate together lie side by side:
+    0, half, 1, half + 1, …; this restores 0, 1, …, half, half + 1, …"""
     return values.view(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

@@ -1,0 +1,155 @@
+"""Configs are read strictly: what would change the maths and is not implemented stops the start by name."""
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import FAMILIES, write_model
+from tgi.core.errors import StartupError
+from tgi.core.model_config import ModelShape, Raw, read_config, read_rope
+from tgi.models.registry import ARCHITECTURES, check
+
+
+@pytest.fixture(scope="module")
+def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Raw]:
+    folder = tmp_path_factory.mktemp("configs")
+    return {family: read_config(write_model(folder / family, family)) for family in FAMILIES}
+
+
+def test_every_row_has_a_family_here(raws: dict[str, Raw]):
+    assert {raw["architectures"][0] for raw in raws.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "architectures", ["MambaForCausalLM"]),
+        ("llama", "architectures", []),
+        ("llama", "architectures", ["LlamaForCausalLM", "Other"]),
+        ("llama", "hidden_act", "relu2"),
+        ("llama", "hidden_size", "64"),
+        ("llama", "hidden_size", True),
+        ("llama", "num_hidden_layers", 0),
+        ("llama", "num_key_value_heads", 3),
+        ("llama", "num_attention_heads", 6),
+        ("llama", "rms_norm_eps", "small"),
+        ("llama", "attention_bias", "yes"),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "sliding_window", 128),
+        ("llama", "quantization_config", {"quant_method": "gptq"}),
+        ("llama", "rope_interleaved", True),
+        ("llama", "rope_scaling", {"type": "mrope", "mrope_section": [2, 3, 3]}),
+        ("llama", "rope_scaling", {"type": "linear"}),
+        ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": 1000}),
+        ("llama", "rope_scaling", {"type": "linear", "factor": "2"}),
+        ("llama", "rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("llama", "embedding_multiplier", 2.0),
+        ("llama", "num_local_experts", 8),
+        ("mistral", "sliding_window", -1),
+        ("mistral", "attention_bias", True),
+        ("qwen2", "layer_types", ["full_attention"]),
+        ("qwen2", "layer_types", ["full_attention", "linear_attention", "full_attention"]),
+        ("qwen3", "attention_bias", 1),
+        ("phi3", "attention_bias", True),
+        ("phi3", "rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": "x"}),
+        ("granite", "logits_scaling", 0),
+        ("granite", "residual_multiplier", "often"),
+    ],
+)
+def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any):
+    with pytest.raises(StartupError, match=key.replace("rope_scaling", "(rope_scaling|factor)")):
+        check({**raws[family], key: value})
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
+def test_a_missing_size(raws: dict[str, Raw], key: str):
+    with pytest.raises(StartupError, match=f"{key} is missing"):
+        check({k: v for k, v in raws["llama"].items() if k != key})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neutral_keys_change_nothing_and_say_nothing(
+    raws: dict[str, Raw], family: str, caplog: pytest.LogCaptureFixture
+):
+    extra = {"attention_dropout": 0.1, "transformers_version": "5.0", "temperature": 0.3, "mlp_bias": None}
+    extra |= {"quantization_config": None, "auto_map": {"AutoConfig": "x"}, "rope_interleaved": False}
+    assert check({**raws[family], **extra}) == check(raws[family])
+    assert not caplog.records
+
+
+def test_an_unknown_key_is_named_once(raws: dict[str, Raw], caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        check({**raws["llama"], "hyper_connections": 4})
+    (record,) = caplog.records
+    assert "hyper_connections" in record.getMessage()
+
+
+def test_both_spellings_of_rope_are_one(raws: dict[str, Raw]):
+    raw = {key: value for key, value in raws["llama"].items() if key != "rope_theta"}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    old = {**raw, "rope_theta": 5e5, "rope_scaling": {"type": "yarn"} | {k: scaling[k] for k in list(scaling)[1:]}}
+    new = {**raw, "rope_parameters": scaling | {"rope_theta": 5e5}}
+    assert read_rope(old) == read_rope(new)
+    assert read_rope(new).theta == 5e5
+
+
+def test_the_operators_override(raws: dict[str, Raw]):
+    raw = raws["llama"]
+    assert replace(read_rope(raw, factor=2.0), type="default", factor=1.0) == read_rope(raw)
+    assert read_rope(raw, factor=2.0).type == "linear"
+    assert read_rope(raw, scaling="dynamic").factor == 1.0
+    with pytest.raises(StartupError, match="--rope-scaling"):
+        read_rope(raw, scaling="yarn")
+
+
+@pytest.mark.parametrize(
+    ("rope", "override", "reach"),
+    [
+        (None, {}, 512),
+        ({"type": "linear", "factor": 4.0}, {}, 512),
+        ({"type": "dynamic", "factor": 4.0}, {}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, {}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, {}, 512),
+        (None, {"rope_factor": 2.0}, 1024),
+        (None, {"rope_scaling": "dynamic", "rope_factor": 1.5}, 768),
+        (None, {"rope_scaling": "linear"}, 512),
+    ],
+)
+def test_what_a_request_may_total(raws: dict[str, Raw], rope: Any, override: dict[str, Any], reach: int):
+    raw = {**raws["llama"], "rope_scaling": rope}
+    assert ModelShape.read(raw, **override).max_position_embeddings == reach
+
+
+def test_windows_by_layer(raws: dict[str, Raw]):
+    raw = {**raws["qwen2"], "sliding_window": 9, "max_window_layers": 2}
+    assert check(raw).windows == (None, None, None)
+    assert check({**raw, "use_sliding_window": True}).windows == (None, None, 9)
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert check({**raw, "use_sliding_window": True, "layer_types": types}).windows == (9, None, 9)
+    assert check({**raw, "layer_types": types}).windows == (None, None, None)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_config_that_is_none(tmp_path: Path, content: str):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(StartupError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_no_config(tmp_path: Path):
+    with pytest.raises(StartupError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_checking_imports_no_torch(tmp_path: Path):
+    folder = write_model(tmp_path, "llama")
+    code = "import sys, tgi.models.registry as r, tgi.core.model_config as m; r.check(m.read_config(sys.argv[1])); "
+    code += "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+    assert json.loads((folder / "config.json").read_bytes())["architectures"] == ["LlamaForCausalLM"]

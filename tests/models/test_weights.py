@@ -1,0 +1,134 @@
+"""The loader: every tensor once, none forgotten, and clear words for every way a checkpoint can be broken."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+
+from tests.parity.conftest import load, logits, tokens
+from tests.tiny import write_model
+from tgi.core.config import ModelFiles
+from tgi.core.errors import StartupError
+from tgi.models.registry import load_model
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", "llama")
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Rewrite the one file of weights after ``change`` has had its way with the tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def split(folder: Path) -> None:
+    tensors = sorted(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    save_file(dict(tensors[::2]), folder / "model-00001-of-00002.safetensors")
+    save_file(dict(tensors[1::2]), folder / "model-00002-of-00002.safetensors")
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        load(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_several_files_are_one_checkpoint(folder: Path):
+    whole = logits(load(folder), tokens(9))
+    split(folder)
+    assert torch.equal(logits(load(folder), tokens(9)), whole)
+
+
+def test_files_of_training_settings_are_no_weights(folder: Path):
+    save_file({"lr": np.ones(1, np.float32)}, folder / "training_args.safetensors")
+    load(folder)
+
+
+def test_derived_tensors_are_ignored(folder: Path):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
+    load(folder)
+
+
+def test_a_stored_copy_of_a_tied_head_is_ignored(tmp_path: Path):
+    folder = write_model(tmp_path, "llama", tie_word_embeddings=True)
+    tied = logits(load(folder), tokens(9))
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert torch.equal(logits(load(folder), tokens(9)), tied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened(folder: Path, dtype: torch.dtype):
+    halves = {n: torch.from_numpy(t).to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
+    save_torch(halves, folder / "model.safetensors")
+    narrow = logits(load(folder), tokens(9))
+    save_torch({n: t.float() for n, t in halves.items()}, folder / "model.safetensors")
+    assert torch.equal(logits(load(folder), tokens(9)), narrow)
+
+
+def test_a_model_in_half_precision_runs(folder: Path):
+    files = ModelFiles(model_id="tiny", folder=str(folder), weights=[str(folder / "model.safetensors")])
+    narrow = load_model(files, torch.bfloat16, torch.device("cpu"), progress=lambda done, total: None)
+    assert (logits(narrow, tokens(9)) - logits(load(folder), tokens(9))).abs().mean() < 0.1
+
+
+def test_progress_counts_bytes_to_the_end(folder: Path):
+    steps: list[tuple[int, int]] = []
+    files = ModelFiles(model_id="tiny", folder=str(folder), weights=[str(folder / "model.safetensors")])
+    load_model(files, torch.float32, torch.device("cpu"), progress=lambda done, total: steps.append((done, total)))
+    size = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1] == (size, size)
+
+
+def test_a_missing_tensor(folder: Path):
+    edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(folder, "model.safetensors", "model.layers.1.mlp.up_proj.weight", "missing")
+
+
+def test_a_tensor_of_the_wrong_shape(folder: Path):
+    edit(folder, lambda t: t.update({"model.norm.weight": np.ones(65, np.float32)}))
+    refused(folder, "model.safetensors", "model.norm.weight", "(65,)", "(64,)")
+
+
+def test_a_tensor_that_nothing_uses(folder: Path):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}))
+    refused(folder, "model.safetensors", "model.layers.0.self_attn.q_proj.bias", "not used")
+
+
+def test_a_tensor_in_two_files(folder: Path):
+    split(folder)
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, folder / "more.safetensors")
+    refused(folder, "more.safetensors", "model.norm.weight", "also in")
+
+
+def test_numbers_that_need_scales(folder: Path):
+    edit(folder, lambda t: t.update({"model.norm.weight": np.ones(64, np.int8)}))
+    refused(folder, "model.safetensors", "model.norm.weight", "I8")
+
+
+@pytest.mark.parametrize("length", [0, 5, 300, -1])
+def test_a_truncated_file(folder: Path, length: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    refused(folder, "model.safetensors", "not a readable safetensors file")
+
+
+def test_a_file_that_is_something_else(folder: Path):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(folder, "model.safetensors", "not a readable safetensors file")
+
+
+def test_no_files_at_all(folder: Path):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model.embed_tokens.weight", "missing")
