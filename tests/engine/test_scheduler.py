@@ -264,7 +264,9 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     cancelled: set[int] = set()
     for number in range(30):
         stem = chance.choice(stems)
-        prompt = stem[: chance.randrange(len(stem) + 1)] + [chance.randrange(50) for _ in range(chance.randrange(1, 20))]
+        prompt = stem[: chance.randrange(len(stem) + 1)] + [
+            chance.randrange(50) for _ in range(chance.randrange(1, 20))
+        ]
         new = chance.randrange(1, min(50, blocks * 16 - len(prompt)))
         stops = [chance.randrange(50)] if chance.random() < 0.3 else []
         salt = chance.choice([b"", b"tenant"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-LAUNCHER = [sys.executable, "-m", "tgi.cli"]
+LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
 
 
 def free_port() -> int:
@@ -29,7 +29,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [*LAUNCHER, "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
+        command = [str(LAUNCHER), "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True

@@ -1,6 +1,7 @@
 """The demo model through the whole server: its answers, and what its answers may not depend on."""
 
 import asyncio
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from tests.serve.conftest import Server
+from tgi.launcher import flags
+from tgi.launcher.download import resolve_model
+from tgi.launcher.launch import store
 
 pytestmark = pytest.mark.real
 
@@ -64,10 +68,9 @@ def test_prompt_logprobs_equal_the_references(server: Server, reference: Any):
 @pytest.fixture(scope="module")
 def reference(server: Server) -> Any:
     transformers = pytest.importorskip("transformers")
-    weights = Path(httpx.get(f"{server.url}/info").json()["weights"][0])
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        weights.parent, gguf_file=weights.name, dtype=torch.float32
-    )
+    (weights,) = resolve_model(flags.DEFAULT_MODEL, None, store(flags.cache_options())).weights
+    folder, name = Path(weights).parent, Path(weights).name
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
 
 
 def mixed_requests(count: int) -> list[dict[str, Any]]:
@@ -121,8 +124,6 @@ def test_the_stream_says_what_the_answer_says(server: Server):
     body = {"inputs": PROMPTS[6], "parameters": {"max_new_tokens": 40, "details": True}}
     whole = httpx.post(f"{server.url}/generate", json=body, timeout=120).json()
     with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=120) as response:
-        import json
-
         events = [json.loads(line[5:]) for line in response.iter_lines() if line.startswith("data:")]
     assert "".join(e["token"]["text"] for e in events if not e["token"]["special"]) == whole["generated_text"]
     assert events[-1]["generated_text"] == whole["generated_text"]
