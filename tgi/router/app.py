@@ -139,8 +139,13 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn, when done, raises again the signal that ended it: that is a clean end.
         signal.signal(number, lambda *_: sys.exit(0))
-    config = uvicorn.Config(
-        create(build(settings)),
+    _Server(configure(create(build(settings))), lambda: report(Ready())).run([socket.socket(fileno=listen_fd)])
+
+
+def configure(app: Starlette) -> uvicorn.Config:
+    """How the application is served: the fast loop and parser, our own log, connections kept as proxies like them."""
+    return uvicorn.Config(
+        app,
         loop="uvloop",
         http="httptools",
         ws="none",
@@ -150,7 +155,6 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
         server_header=False,
         timeout_keep_alive=75,
     )
-    _Server(config, lambda: report(Ready())).run([socket.socket(fileno=listen_fd)])
 
 
 class _Server(uvicorn.Server):
