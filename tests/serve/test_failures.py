@@ -64,8 +64,8 @@ def test_a_busy_port(tmp_path: Path, tiny: Path):
 
 
 def test_memory_that_does_not_suffice(tmp_path: Path, tiny: Path):
-    arguments = ["--model-id", str(tiny), "--max-batch-total-tokens", "2000000000000"]
-    ends(Server(*arguments, log=tmp_path / "log"), "max-batch-total-tokens")
+    arguments = ["--model-id", str(tiny), "--max-batch-total-tokens", "4000000000"]
+    ends(Server(*arguments, log=tmp_path / "log"), "`max_batch_total_tokens` must be <=")
 
 
 def test_killing_the_engine_ends_requests_with_clean_errors(tmp_path: Path, tiny: Path):
