@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,10 +54,15 @@ class Router:
     def __init__(self, settings: Settings, *, engine: bool = True, **behaviour: Any) -> None:
         self.settings = settings
         self.reply: Callable[[Submit], Sequence[int] | str] = echo
-        self.engine = FakeEngine(settings.socket, lambda submit: self.reply(submit), **behaviour)
         self.service = build(settings)
         self._with_engine = engine
+        self._behaviour = behaviour
         self._exits = ExitStack()
+
+    @cached_property
+    def engine(self) -> FakeEngine:
+        """Serves while it is entered."""
+        return FakeEngine(self.settings.socket, lambda submit: self.reply(submit), **self._behaviour)
 
     def __enter__(self) -> Router:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -68,8 +74,8 @@ class Router:
         thread.start()
         self._exits.callback(thread.join)
         self._exits.callback(self._stop)
-        url = f"http://{self.address[0]}:{self.address[1]}"
-        self.http = self._exits.enter_context(httpx.Client(base_url=url, timeout=20))
+        self.url = f"http://{self.address[0]}:{self.address[1]}"
+        self.http = self._exits.enter_context(httpx.Client(base_url=self.url, timeout=20))
         if self._with_engine:
             until(lambda: self.service.client.connected)
         else:

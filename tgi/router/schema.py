@@ -3,6 +3,7 @@
 Types only. What a value may be beyond its type is decided in ``validate``.
 """
 
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -16,6 +17,9 @@ U64 = Annotated[int, Meta(ge=0)]
 F32 = Annotated[float, Meta(ge=-3.4028234663852886e38, le=3.4028234663852886e38)]
 
 Body = TypeVar("Body")
+
+_PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
+"""How msgspec ends a message: with the path of the wrong value. TGI begins with it."""
 
 
 class Unreadable(Exception):
@@ -35,9 +39,8 @@ def decode(body: bytes, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        where = path.rstrip("`").removeprefix(".") + ": " if path else ""
-        raise Unreadable(422, f"Failed to deserialize the JSON body into the target type: {where}{message}") from error
+        text = _PATH.sub(r"\2: \1", str(error))
+        raise Unreadable(422, f"Failed to deserialize the JSON body into the target type: {text}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(400, f"Failed to parse the request body as JSON: {error}") from error
 

@@ -1,0 +1,215 @@
+"""Every row of TGI's validation table, with its exact words, its order, and what a valid request becomes."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from tests import small_tokenizers
+from tests.router.serving import LIMITS
+from tgi.core.errors import RequestError
+from tgi.router.schema import GenerateParameters
+from tgi.router.tokenizer import Tokenizer
+from tgi.router.validate import INLINE_CHARACTERS, Generation, Validator
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("model")
+    return Tokenizer.load(small_tokenizers.write(folder, "llama", tokenizer_config={"eos_token": "</s>"}))
+
+
+@pytest.fixture(scope="module")
+def validator(tokenizer: Tokenizer) -> Validator:
+    return Validator(LIMITS, tokenizer)
+
+
+def run(validator: Validator, text: str = "hello", *, greedy: bool = False, **parameters: Any) -> Generation:
+    return asyncio.run(validator.validate(text, GenerateParameters(**parameters), greedy=greedy))
+
+
+def refusal(validator: Validator, text: str = "hello", **parameters: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        run(validator, text, **parameters)
+    assert caught.value.kind.status == 422
+    assert caught.value.body["error_type"] == "validation"
+    prefix, _, detail = caught.value.message.partition("Input validation error: ")
+    assert prefix == ""
+    return detail
+
+
+LONG = "cat " * 101
+FAILURES: list[tuple[dict[str, Any], str]] = [
+    ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+    ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
+    ({"seed": 2**64}, "`seed` must be < 2^64. Given: 18446744073709551616"),
+    ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    ({"temperature": 0.0}, "`temperature` must be strictly positive"),
+    ({"temperature": -0.5}, "`temperature` must be strictly positive"),
+    ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
+    ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"frequency_penalty": -2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": 2.1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"top_p": 1.0}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": 1.0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ({"top_k": 0}, "`top_k` must be strictly positive"),
+    ({"top_k": -1}, "`top_k` must be strictly positive"),
+    ({"truncate": 0}, "`truncate` must be strictly positive and less than 100. Given: 0"),
+    ({"truncate": 101}, "`truncate` must be strictly positive and less than 100. Given: 101"),
+    ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    ({"text": ""}, "`inputs` cannot be empty"),
+    ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    ({"stop": ["a", ""]}, "`stop` must not contain an empty string"),
+    ({"logit_bias": {10**6: 1.0}}, "`logit_bias` names token 1000000, which the model doesn't have"),
+    ({"logit_bias": {-1: 1.0}}, "`logit_bias` names token -1, which the model doesn't have"),
+    ({"logit_bias": {3: -101.0}}, "`logit_bias` must be >= -100.0 and <= 100.0. Given: -101.0 for token 3"),
+    ({"watermark": True}, "`watermark` is not supported"),
+    ({"adapter_id": "mine"}, "`adapter_id` is not supported"),
+    ({"min_p": 0.5}, "`min_p` is not supported"),
+    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "detail"), FAILURES)
+def test_refusals(validator: Validator, parameters: dict[str, Any], detail: str) -> None:
+    assert refusal(validator, **parameters) == detail
+
+
+def test_each_check_comes_before_the_next(validator: Validator) -> None:
+    """A request with every mistake is told the first of TGI's order; with that one mended, the second; and so on."""
+    mistakes = {
+        "best_of": 2,
+        "repetition_penalty": 0.0,
+        "frequency_penalty": 3.0,
+        "max_new_tokens": 0,
+        "stop": list("abcde"),
+        "top_n_tokens": 6,
+        "truncate": 0,
+    }
+    told = []
+    while mistakes:
+        told.append(refusal(validator, "", **mistakes))
+        del mistakes[next(iter(mistakes))]
+    assert [text.split("`")[1] for text in told[1:]] == [
+        "repetition_penalty",
+        "frequency_penalty",
+        "max_new_tokens",
+        "stop",
+        "top_n_tokens",
+        "inputs",
+    ]
+    warpers = {"temperature": 0.0, "repetition_penalty": 0.0, "frequency_penalty": 3.0, "top_p": 0.0, "typical_p": 0.0}
+    warpers |= {"top_k": 0, "max_new_tokens": 0}
+    order = []
+    while warpers:
+        name = refusal(validator, "", **warpers).split("`")[1]
+        order.append(name)
+        del warpers[name]
+    assert order == [
+        "temperature",
+        "repetition_penalty",
+        "frequency_penalty",
+        "top_p",
+        "typical_p",
+        "top_k",
+        "max_new_tokens",
+    ]
+
+
+def test_total_is_judged_by_what_was_asked_not_by_a_chunk_of_it(validator: Validator) -> None:
+    given = len(run(validator).token_ids)
+    assert refusal(validator, max_new_tokens=5000) == (
+        f"`inputs` tokens + `max_new_tokens` must be <= 200. Given: {given} `inputs` tokens and 5000 `max_new_tokens`"
+    )
+    assert run(validator, max_new_tokens=200 - given).max_new_tokens == 200 - given
+
+
+def test_too_long_inputs(validator: Validator) -> None:
+    given = len(asyncio.run(validator.encode(LONG, add_special_tokens=True)))
+    assert given > LIMITS.max_input_tokens
+    assert refusal(validator, LONG) == f"`inputs` must have less than 100 tokens. Given: {given}"
+    assert "must be <= 200" in refusal(validator, LONG, max_new_tokens=200)
+
+
+def test_truncate_keeps_the_end(validator: Validator, tokenizer: Tokenizer) -> None:
+    generation = run(validator, LONG, truncate=100)
+    assert generation.token_ids == tokenizer.encode(LONG, add_special_tokens=True)[-100:]
+    assert generation.text == LONG
+    assert generation.max_new_tokens == 100
+
+
+def test_what_is_checked_before_a_request_counts(validator: Validator, tokenizer: Tokenizer) -> None:
+    def told(check: Any, **parameters: Any) -> str:
+        with pytest.raises(RequestError) as caught:
+            check(GenerateParameters(**parameters))
+        return caught.value.detail
+
+    assert told(validator.check_best_of, best_of=3) == "`best_of` must be > 0 and <= 2. Given: 3"
+    single = Validator(replace(LIMITS, max_best_of=1), tokenizer)
+    assert told(single.check_best_of, best_of=2) == "`best_of` != 1 is not allowed for this endpoint"
+    for best_of in (0, 2):
+        text = "`best_of` != 1 is not supported when streaming tokens"
+        assert told(validator.check_stream, best_of=best_of, decoder_input_details=True) == text
+    text = "`decoder_input_details` == true is not supported when streaming tokens"
+    assert told(validator.check_stream, decoder_input_details=True) == text
+    validator.check_best_of(GenerateParameters(best_of=0))
+    validator.check_stream(GenerateParameters(best_of=1))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "samples"),
+    [
+        ({}, False),
+        ({"temperature": 1.0}, False),
+        ({"repetition_penalty": 1.2, "frequency_penalty": 1.0, "seed": 3}, False),
+        ({"do_sample": True}, True),
+        ({"temperature": 0.7}, True),
+        ({"top_k": 5}, True),
+        ({"top_p": 0.5}, True),
+        ({"typical_p": 0.5}, True),
+    ],
+)
+def test_sampling_only_if_something_asks_for_it(
+    validator: Validator, parameters: dict[str, Any], samples: bool
+) -> None:
+    generation = run(validator, **parameters)
+    assert generation.sampling.greedy is not samples
+    assert (generation.seed is not None) is samples
+
+
+def test_greedy_overrides(validator: Validator) -> None:
+    sampling = run(validator, greedy=True, do_sample=True, top_k=5, top_p=0.5, seed=3, presence_penalty=1.0).sampling
+    assert (sampling.greedy, sampling.top_k, sampling.top_p, sampling.presence_penalty) == (True, 0, 1, 1)
+
+
+def test_seeds(validator: Validator) -> None:
+    assert run(validator, do_sample=True, seed=0).seed == 0
+    seeds = {run(validator, do_sample=True).seed for _ in range(4)}
+    assert len(seeds) == 4
+    assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds)
+    one = run(validator, do_sample=True)
+    assert one.reseeded().seed != one.seed
+    assert one.reseeded().token_ids == one.token_ids
+
+
+def test_end_of_text_tokens(validator: Validator) -> None:
+    assert run(validator).stop_token_ids == [2]
+    assert run(validator, ignore_eos=True).stop_token_ids == []
+
+
+def test_special_tokens_are_added_only_where_asked(validator: Validator) -> None:
+    bare = asyncio.run(validator.validate("hello", GenerateParameters(), add_special_tokens=False)).token_ids
+    assert run(validator).token_ids == [1, *bare]
+
+
+def test_long_and_short_texts_get_the_same_tokens(validator: Validator, tokenizer: Tokenizer) -> None:
+    text = "cat " * INLINE_CHARACTERS
+    assert asyncio.run(validator.encode(text, add_special_tokens=True)) == tokenizer.encode(
+        text, add_special_tokens=True
+    )
+    assert asyncio.run(validator.spans(text, add_special_tokens=False)) == tokenizer.spans(
+        text, add_special_tokens=False
+    )
