@@ -179,7 +179,7 @@ def test_a_value_is_read_from_both_places_and_the_command_line_wins(
 def test_a_bad_value_ends_with_usage_and_the_name(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
     bad = VALUES[flag.key][2]
     error = failure(capsys, [], {flag.env: bad})
-    assert f"`{flag.env}` (environment)" in error and "usage:" in error and "expected" in error or "not a level" in error
+    assert f"`{flag.env}` (environment)" in error and "usage:" in error
     if flag.name:
         error = failure(capsys, [f"{flag.name}={bad}"], {})
         assert f"`{flag.name}`" in error and repr(bad) in error
@@ -216,7 +216,11 @@ def test_asking_for_nothing_is_not_refused(argv: list[str]) -> None:
         (["-g", "3"], "graceful_termination_timeout", 3),
         (["-e"], "env", True),
         (["--port", "1", "--port", "2"], "port", 2),
-        (["--cors-allow-origin", "https://a", "--cors-allow-origin", "https://b"], "cors_allow_origin", ("https://a", "https://b")),
+        (
+            ["--cors-allow-origin", "https://a", "--cors-allow-origin", "https://b"],
+            "cors_allow_origin",
+            ("https://a", "https://b"),
+        ),
     ],
 )
 def test_forms_of_the_command_line(argv: list[str], key: str, value: object) -> None:

@@ -1,0 +1,54 @@
+"""Runs the real supervisor over two small scripts: ``python -m tests.launcher.supervise_fakes ENGINE ROUTER GRACE``.
+
+The scripts speak the status pipe with ``say`` and are told by SIGTERM (``told``) to end.
+"""
+
+import sys
+import tempfile
+import time
+
+from tgi.core import telemetry
+from tgi.core.config import Limits, ModelFiles, Settings
+from tgi.core.errors import StartupError
+from tgi.launcher.supervisor import bind, supervise
+
+PRELUDE = """
+import json, os, signal, socket, sys, time
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+status = int(arguments["--status-fd"])
+def say(**fields): os.write(status, json.dumps(fields).encode() + b"\\n")
+def tell(text): os.write(1, text.encode() + b"\\n")
+def told(*_):
+    tell("router ends" if "--listen-fd" in arguments else "engine ends")
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, told)
+"""
+LIMITS = Limits(
+    max_input_tokens=7, max_total_tokens=8, max_batch_prefill_tokens=8, max_batch_total_tokens=16, max_batch_size=1
+)
+
+
+def main(engine: str, router: str, grace: str) -> int:
+    telemetry.setup("text_generation_launcher", stream=sys.stdout)
+    with tempfile.TemporaryDirectory(prefix="tgi-") as run_dir, bind("127.0.0.1", 0) as listener:
+        settings = Settings(
+            model=ModelFiles(model_id="m", folder="/", weights=[]),
+            limits=LIMITS,
+            run_dir=run_dir,
+            memory_bytes=1,
+            api_key="the-secret",
+            graceful_termination_timeout=float(grace),
+        )
+        print(f"RUN_DIR {run_dir}", flush=True)
+        print(f"PORT {listener.getsockname()[1]}", flush=True)
+        commands = ((sys.executable, "-S", "-c", PRELUDE + script) for script in (engine, router))
+        try:
+            supervise(settings, listener, time.monotonic(), *commands)
+        except StartupError as error:
+            print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

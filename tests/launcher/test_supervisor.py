@@ -1,0 +1,260 @@
+"""Start, supervision and end of the children, with small scripts in their place; the supervisor is the real one."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tgi.launcher import supervisor
+from tgi.launcher.errors import WebserverCannotStart
+
+# Scripts. Each prints what it does, so that the order can be read.
+ENGINE = """
+tell("ENGINE %d" % os.getpid())
+say(type="loading", done=1, total=2)
+say(type="ready")
+signal.pause()
+"""
+ROUTER = """
+tell("ROUTER %d" % os.getpid())
+say(type="ready")
+signal.pause()
+"""
+WHEN_TOLD = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+tell("WAITING %d" % os.getpid())
+say(type="ready")
+signal.sigwait([signal.SIGUSR1])
+"""
+STUBBORN = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+tell("ROUTER %d" % os.getpid())
+say(type="ready")
+while True: time.sleep(60)
+"""
+
+
+class Launch:
+    """A supervisor in a process of its own."""
+
+    def __init__(self, engine: str, router: str, grace: float) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.launcher.supervise_fakes", engine, router, str(grace)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        self.seen = ""
+
+    def until(self, text: str) -> None:
+        """Read until a line with ``text`` has come."""
+        assert self.process.stdout is not None
+        while text not in self.seen:
+            line = self.process.stdout.readline()
+            assert line, f"{text!r} never came:\n{self.seen}"
+            self.seen += line
+
+    def value(self, name: str) -> str:
+        """What stands behind ``name`` in a line that came."""
+        return next(line.split()[1] for line in self.seen.splitlines() if line.startswith(f"{name} "))
+
+    def end(self, *signals: signal.Signals) -> tuple[int, str, str]:
+        """Send signals and wait: exit code, all of standard output, standard error."""
+        for number in signals:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=30)
+        self.seen += out
+        return self.process.returncode, self.seen, err
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Launch]]:
+    started: list[Launch] = []
+
+    def start(engine: str = ENGINE, router: str = ROUTER, grace: float = 20) -> Launch:
+        started.append(Launch(engine, router, grace))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate()
+
+
+def gone(pid: int) -> bool:
+    """A process has ended, even if nobody has waited for it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_router_then_engine_and_leaves_nothing(
+    launch: Callable[..., Launch], number: signal.Signals
+) -> None:
+    run = launch()
+    run.until("Connected")
+    run.until("Try: curl")
+    code, out, err = run.end(number)
+    assert (code, err) == (0, "")
+    assert out.index("router ends") < out.index("Terminating engine") < out.index("engine ends")
+    assert f"curl http://127.0.0.1:{run.value('PORT')}/" in out
+    assert not Path(run.value("RUN_DIR")).exists()
+    assert gone(int(run.value("ENGINE"))) and gone(int(run.value("ROUTER")))
+
+
+def test_a_signal_while_loading_ends_all(launch: Callable[..., Launch]) -> None:
+    run = launch(engine='tell("ENGINE 1"); time.sleep(60)')
+    run.until("ENGINE")
+    run.until("ROUTER")
+    code, out, _ = run.end(signal.SIGTERM)
+    assert code == 0 and "Connected" not in out and "router ends" in out
+
+
+def test_settings_are_private(launch: Callable[..., Launch]) -> None:
+    run = launch()
+    run.until("Connected")
+    folder = Path(run.value("RUN_DIR"))
+    settings = folder / "settings.json"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(settings.stat().st_mode) == 0o600
+    assert "the-secret" in settings.read_text()
+    for child in ("ENGINE", "ROUTER"):
+        arguments = Path(f"/proc/{run.value(child)}/cmdline").read_text()
+        assert str(settings) in arguments and "the-secret" not in arguments
+
+
+def test_the_router_gets_the_listening_socket(launch: Callable[..., Launch]) -> None:
+    run = launch(
+        router="""
+say(type="ready")
+connection, _ = socket.socket(fileno=int(arguments["--listen-fd"])).accept()
+connection.sendall(b"hello")
+connection.close()
+signal.pause()
+"""
+    )
+    run.until("Connected")
+    with socket.create_connection(("127.0.0.1", int(run.value("PORT"))), timeout=10) as client:
+        assert client.recv(5) == b"hello"
+    assert run.end(signal.SIGTERM)[0] == 0
+
+
+def test_new_connections_are_refused_while_the_router_drains(launch: Callable[..., Launch]) -> None:
+    run = launch(
+        router="""
+def drain(*_):
+    os.close(int(arguments["--listen-fd"]))
+    tell("draining")
+    time.sleep(60)
+signal.signal(signal.SIGTERM, drain)
+say(type="ready")
+signal.pause()
+"""
+    )
+    run.until("Connected")
+    run.process.send_signal(signal.SIGTERM)
+    run.until("draining")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(run.value("PORT"))), timeout=10)
+    assert run.end(signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "cause"),
+    [
+        (
+            'say(type="failed", message="config.json: hidden_act is odd"); time.sleep(60)',
+            "config.json: hidden_act is odd",
+        ),
+        ('say(type="failed", message="no memory"); sys.exit(1)', "no memory"),
+        ('sys.stderr.write("Traceback\\nImportError: no libfoo\\n"); sys.exit(3)', "status 3: ImportError: no libfoo"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, as the kernel does when memory runs out"),
+        ("os.abort()", "killed by SIGABRT"),
+        ('os.write(status, b"[not a status]\\n"); time.sleep(60)', "can't be read"),
+    ],
+)
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_end_of_the_engine_is_told(launch: Callable[..., Launch], script: str, cause: str, ready: bool) -> None:
+    run = launch(engine=f"{WHEN_TOLD if ready else ''}\n{script}")
+    if ready:
+        run.until("Connected")
+        os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+    code, out, err = run.end()
+    assert code == 1
+    assert last_line(err).startswith(f"Error: {'ShardFailed' if ready else 'ShardCannotStart'}: the engine failed: ")
+    assert cause in last_line(err)
+    assert ("router ends" in out) or not ready
+    assert not Path(run.value("RUN_DIR")).exists()
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_end_of_the_router_is_told(launch: Callable[..., Launch], ready: bool) -> None:
+    run = launch(router=f"{WHEN_TOLD if ready else ''}\nsys.exit(4)")
+    if ready:
+        run.until("Connected")
+        os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+    code, out, err = run.end()
+    assert code == 1
+    name = "WebserverFailed" if ready else "WebserverCannotStart"
+    assert last_line(err) == f"Error: {name}: the router failed: exited with status 4"
+    assert ("engine ends" in out) or not ready
+
+
+def test_a_stubborn_child_is_killed_when_its_time_is_up(launch: Callable[..., Launch]) -> None:
+    run = launch(router=STUBBORN, grace=0.2)
+    run.until("Connected")
+    code, out, _ = run.end(signal.SIGTERM)
+    assert code == 0 and "Killing router" in out and "engine ends" in out
+    assert gone(int(run.value("ROUTER")))
+
+
+def test_a_second_signal_ends_the_patience(launch: Callable[..., Launch]) -> None:
+    run = launch(router=STUBBORN, grace=3600)
+    run.until("Connected")
+    run.process.send_signal(signal.SIGTERM)
+    run.until("Terminating router")
+    code, out, _ = run.end(signal.SIGINT)
+    assert code == 0 and "Killing router" in out
+
+
+def test_children_die_with_a_killed_launcher(launch: Callable[..., Launch]) -> None:
+    run = launch(router=STUBBORN)
+    run.until("Connected")
+    children = [int(run.value(name)) for name in ("ENGINE", "ROUTER")]
+    run.end(signal.SIGKILL)
+    while not all(map(gone, children)):
+        time.sleep(0.01)
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(WebserverCannotStart, match=rf"127\.0\.0\.1:{port}: Address already in use.*--port"):
+            supervisor.bind("127.0.0.1", port)
+
+
+def test_a_name_that_is_no_address_is_refused() -> None:
+    with pytest.raises(WebserverCannotStart, match=r"--hostname` host\.invalid"):
+        supervisor.bind("host.invalid", 0)
+
+
+def test_names_and_ipv6_are_addresses() -> None:
+    with supervisor.bind("localhost", 0) as listener:
+        assert listener.getsockname()[0] in ("127.0.0.1", "::1")
