@@ -253,6 +253,18 @@ def test_max_running_bounds_the_batch():
         assert engine.text(number) == text_of([number, 1], 4)
 
 
+def test_a_leak_is_told_and_mended_when_idle():
+    engine = Engine()
+    engine.add(submit(1, [1] * 20, 5))
+    engine.run()
+    assert engine.scheduler.settle() is None
+    engine.scheduler.pool.take(1)
+    assert "reference counts" in (engine.scheduler.settle() or "")
+    engine.add(submit(2, [1] * 20, 5))
+    engine.run()
+    assert engine.text(2) == engine.text(1)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     """Random prompts with shared beginnings, arrivals, cancellations and a cache that is too small."""

@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tgi.attention.base import AttnSpec, PreparedAttention, Segment, zeros
 from tgi.core.config import BLOCK_SIZE
 
+GATHERED = 1 << 16
+"""Tokens whose keys and values are gathered at once, unless a single request has more: bounds the buffer."""
+
 
 class SdpaAttention:
     """Pages lie as [block, slot, k or v, kv head, dim]: one token's keys and values are one run of memory."""
@@ -144,15 +147,17 @@ class _Prepared:
 
 
 def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Neighbours of one token each share a batch while padding at most doubles the shorter one's work."""
+    """Neighbours of one token each share a batch while padding at most doubles the shorter one's work, and the batch
+    stays within GATHERED tokens."""
     groups: list[list[Segment]] = []
+    shortest = longest = 0
     for segment in segments:
-        last = groups[-1] if groups else None
-        if last and segment.length == last[0].length == 1:
-            longest = max(last[0].start, last[-1].start, segment.start)
-            shortest = min(last[0].start, last[-1].start, segment.start)
-            if longest <= 2 * shortest + 4 * BLOCK_SIZE:
-                last.append(segment)
-                continue
-        groups.append([segment])
+        low, high = min(shortest, segment.start), max(longest, segment.start)
+        joins = groups and segment.length == groups[-1][0].length == 1
+        if joins and high <= 2 * low + 4 * BLOCK_SIZE and (high + 1) * (len(groups[-1]) + 1) <= GATHERED:
+            groups[-1].append(segment)
+            shortest, longest = low, high
+        else:
+            groups.append([segment])
+            shortest = longest = segment.start
     return groups

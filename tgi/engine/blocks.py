@@ -94,12 +94,6 @@ class BlockPool:
                 if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def clear(self) -> None:
-        """Forget all content; only while nothing is held."""
-        assert self.free == self.size, "blocks are held"
-        self._hashes = [None] * self.size
-        self._by_hash.clear()
-
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise AssertionError unless references, free list and hashes agree with the block tables of all requests."""
         counted = [0] * self.size

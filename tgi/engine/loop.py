@@ -1,5 +1,6 @@
 """The step loop: the one place where messages, scheduler and device meet. It should fit on a screen."""
 
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -25,15 +26,15 @@ class Loop:
         """Until the process ends. An error of one request ends that request; any other error ends the engine."""
         while True:
             self.take()
-            if not self._scheduler.idle:
-                self.step()
+            if self._scheduler.idle:
+                continue
+            self.step()
+            if self._scheduler.idle and (wrong := self._scheduler.settle()):
+                log.error("The cache's books were wrong (%s): it starts empty again", wrong)
 
     def take(self) -> None:
         """Apply what routers sent; with nothing to run, sleep until they send something."""
-        idle = self._scheduler.idle
-        if idle:
-            self._scheduler.check_integrity()
-        for router, message in self._mailbox.poll(wait=idle):
+        for router, message in self._mailbox.poll(wait=self._scheduler.idle):
             match message:
                 case Submit():
                     self._submit(router, message)
@@ -56,8 +57,9 @@ class Loop:
 
     def _submit(self, router: int, submit: Submit) -> None:
         request = Request(router, submit, list(submit.token_ids))
-        if any(not 0 <= token < self._runner.vocab_size for token in submit.token_ids):
-            fault: Fault | None = Fault(submit.id, "a token id lies outside the vocabulary")
+        named = itertools.chain(submit.token_ids, submit.sampling.logit_bias)
+        if any(not 0 <= token < self._runner.vocab_size for token in named):
+            fault: Fault | None = Fault(submit.id, "a token id lies outside the model's vocabulary")
         else:
             fault = self._scheduler.add(request)
         if fault is not None:
