@@ -1,0 +1,78 @@
+"""The router as the launcher runs it: a process on an inherited socket that reports on a pipe and ends by SIGTERM."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+
+from tests.fake_engine import FakeEngine
+from tests.router.serving import settings, until
+from tgi.core.config import Settings
+from tgi.core.messages import Failed, Ready, Status
+
+
+@dataclass
+class Process:
+    popen: subprocess.Popen[bytes]
+    url: str
+    status: Status
+
+
+@contextmanager
+def started(settings: Settings, run_dir: Path) -> Iterator[Process]:
+    path = run_dir / "settings.json"
+    path.write_bytes(msgspec.json.encode(settings))
+    read, write = os.pipe()
+    with socket.create_server(("127.0.0.1", 0)) as listener, os.fdopen(read) as pipe:
+        command = [sys.executable, "-m", "tgi.router.app", "--settings", str(path)]
+        command += ["--status-fd", str(write), "--listen-fd", str(listener.fileno())]
+        popen = subprocess.Popen(command, pass_fds=(write, listener.fileno()))
+        os.close(write)
+        try:
+            status = msgspec.json.decode(pipe.readline(), type=Status)
+            yield Process(popen, f"http://127.0.0.1:{listener.getsockname()[1]}", status)
+        finally:
+            popen.kill()
+            popen.wait()
+
+
+def test_serves_until_told_to_stop_and_finishes_open_answers(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with started(config, tmp_path) as process:
+        assert process.status == Ready()
+        assert httpx.get(f"{process.url}/health").status_code == 503
+        with FakeEngine(config.socket) as engine:
+            body = {"inputs": "hello", "parameters": {"max_new_tokens": 5}}
+            assert httpx.post(f"{process.url}/generate", json=body).status_code == 200
+            engine.pause()
+            with httpx.stream("POST", f"{process.url}/generate_stream", json=body) as response:
+                until(lambda: len(engine.submits) == 2)
+                process.popen.send_signal(signal.SIGTERM)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.popen.wait(0.3)
+                engine.resume()
+                assert response.read().count(b"data: ") == 5
+            assert process.popen.wait(10) == 0
+
+
+def test_a_model_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with started(config, tmp_path) as process:
+        assert isinstance(process.status, Failed)
+        assert "tokenizer.json is missing" in process.status.message
+        assert process.popen.wait(10) == 1
+
+
+def test_the_router_never_imports_torch() -> None:
+    program = "import sys, tgi.router.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,0 +1,103 @@
+"""The OpenAPI document against TGI's: every path that is served, with every field that clients may send."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.router.serving import Router, settings
+from tgi.router.routes import ROUTES
+
+GENERATE_PARAMETERS = (
+    "adapter_id best_of decoder_input_details details do_sample frequency_penalty grammar max_new_tokens "
+    "repetition_penalty return_full_text seed stop temperature top_k top_n_tokens top_p truncate typical_p watermark"
+)
+CHAT = (
+    "frequency_penalty logit_bias logprobs max_tokens messages model n presence_penalty response_format seed stop "
+    "stream stream_options temperature tool_choice tool_prompt tools top_logprobs top_p"
+)
+COMPLETION = "frequency_penalty max_tokens model prompt repetition_penalty seed stop stream suffix temperature top_p"
+TGI_BODIES = {
+    "/": "inputs parameters stream",
+    "/generate": "inputs parameters",
+    "/generate_stream": "inputs parameters",
+    "/tokenize": "inputs parameters",
+    "/chat_tokenize": CHAT,
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+}
+TGI_GETS = ["/health", "/info", "/metrics", "/v1/models"]
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+    with Router(settings(tmp_path_factory.mktemp("model")), engine=False) as router:
+        yield router
+
+
+@pytest.fixture(scope="module")
+def api(router: Router) -> dict[str, Any]:
+    response = router.http.get("/api-doc/openapi.json")
+    assert response.headers["content-type"] == "application/json"
+    document: dict[str, Any] = response.json()
+    return document
+
+
+def schema(api: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = api["components"]["schemas"][reference["$ref"].removeprefix("#/components/schemas/")]
+    return found
+
+
+def test_paths(api: dict[str, Any]) -> None:
+    assert {path for path, operations in api["paths"].items() if "post" in operations} == set(TGI_BODIES)
+    assert sorted(path for path, operations in api["paths"].items() if "get" in operations) == TGI_GETS
+
+
+@pytest.mark.parametrize(("path", "fields"), TGI_BODIES.items())
+def test_request_fields(api: dict[str, Any], path: str, fields: str) -> None:
+    body = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(fields.split()) <= set(schema(api, body)["properties"])
+
+
+def test_parameters(api: dict[str, Any]) -> None:
+    fields = schema(api, {"$ref": "#/components/schemas/GenerateParameters"})["properties"]
+    assert set(GENERATE_PARAMETERS.split()) <= set(fields)
+
+
+def test_every_reference_leads_somewhere(api: dict[str, Any]) -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (value for key, value in node.items() if key == "$ref")
+            node = list(node.values())
+        if isinstance(node, list):
+            for item in node:
+                yield from references(item)
+
+    found = set(references(api))
+    assert found
+    assert {reference.removeprefix("#/components/schemas/") for reference in found} <= set(api["components"]["schemas"])
+
+
+def test_operations_are_told_apart_and_say_what_they_need(api: dict[str, Any]) -> None:
+    operations = [operation for path in api["paths"].values() for operation in path.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for row in ROUTES:
+        if row.summary is not None:
+            operation = api["paths"][row.path][row.method.lower()]
+            assert ("security" in operation) is row.protected
+            assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) is (row.event is not None)
+
+
+def test_page(router: Router) -> None:
+    page = router.http.get("/docs", follow_redirects=True)
+    assert page.url.path == "/docs/"
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert '"/api-doc/openapi.json"' in page.text
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+def test_page_ships_with_the_package() -> None:
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert "router/docs.html" in pyproject
