@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tgi.core.errors import StartupError
-from tgi.launcher.gguf.reader import GgufFile
+from tgi.launcher.gguf.reader import GgufFile, Section
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,10 @@ class _Architecture:
 
     name: str
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """Metadata keys beyond the common ones → config keys."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """Metadata keys of numbers beyond the common ones → config keys."""
+    window: bool = False
+    """All layers slide their window, if the file gives one."""
     permuted: bool = False
     """q and k rows were reordered for rotary pairs that lie side by side; the engine turns them back."""
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -34,7 +36,7 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
     "phi3": _Architecture(
         "Phi3ForCausalLM",
         "phi3",
-        {"attention.sliding_window": "sliding_window"},
+        window=True,
         tensors={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
     "granite": _Architecture(
@@ -49,24 +51,23 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
         permuted=True,
     ),
     # Its norms and names differ; the engine refuses it by its architecture's name before it reads a tensor.
-    "gemma3": _Architecture("Gemma3ForCausalLM", "gemma3_text", {"attention.sliding_window": "sliding_window"}),
+    "gemma3": _Architecture("Gemma3ForCausalLM", "gemma3_text", window=True),
 }
 
-_COMMON = {
+_SIZES = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_OPTIONAL = {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+_OPTIONAL_SIZES = {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+_NUMBERS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta"}
 _READ_ELSEWHERE = {
     "vocab_size",
     "attention.value_length",
     "expert_count",
     "expert_used_count",
-    "rope.freq_base",
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.factor",
@@ -98,95 +99,101 @@ _ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors
 def convert_config(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json, and gguf_index.json: Hugging Face's tensor name → type, shape, offset, bytes, and, where q or k rows
     are permuted, the number of heads."""
-    metadata = file.metadata
-    prefix = metadata.get("general.architecture")
-    row = _ARCHITECTURES.get(str(prefix))
+    name = file.metadata.get("general.architecture")
+    row = _ARCHITECTURES.get(str(name))
     if row is None:
-        known = ", ".join(_ARCHITECTURES)
-        raise StartupError(f"general.architecture: {prefix!r} is not implemented; known: {known}")
-    known_keys = {*_COMMON, *_OPTIONAL, *_READ_ELSEWHERE, *row.keys}
-    for key, value in metadata.items():
-        name = key.removeprefix(f"{prefix}.")
-        if name == key or name in known_keys:
-            continue
-        if name.startswith(("rope.", "attention.")):
-            raise StartupError(f"{key}: {value!r} is not implemented")
-        log.warning("%s: %s is unknown and has no effect", file.path.name, key)
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{prefix}.{key}", default)
-
-    def need(key: str) -> Any:
-        if (value := get(key)) is None:
-            raise StartupError(f"{prefix}.{key} is missing")
-        return value
-
-    if get("expert_count", 0) > 0:
-        raise StartupError(f"{prefix}.expert_count: mixtures of experts are not implemented")
+        raise StartupError(f"general.architecture: {name!r} is not implemented; known: {', '.join(_ARCHITECTURES)}")
+    section = file.section(str(name))
+    _refuse_unknown(file, section, row)
     config: dict[str, Any] = {"architectures": [row.name], "model_type": row.model_type}
-    config |= {name: need(key) for key, name in _COMMON.items()}
-    config |= {name: get(key) for key, name in (_OPTIONAL | dict(row.keys)).items() if get(key) is not None}
-    for name, value in config.items():
-        if isinstance(value, list) and name != "architectures":
-            if len(set(value)) != 1:
-                raise StartupError(f"{name}: sizes that differ by layer are not implemented")
-            config[name] = value[0]
-    if not config.get("sliding_window", 1):  # 0 stands for none
-        del config["sliding_window"]
-    head_dim = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    if get("attention.value_length", head_dim) != head_dim:
-        raise StartupError(f"{prefix}.attention.value_length: not implemented when it differs from the key length")
+    config |= {target: _size(section, key) for key, target in _SIZES.items()}
+    config |= {target: _size(section, key) for key, target in _OPTIONAL_SIZES.items() if key in section.values}
+    for key, target in {**_NUMBERS, **row.numbers}.items():
+        if (number := section.get(key, float)) is not None:
+            config[target] = number
+    if row.window and (window := section.get("attention.sliding_window", int)):
+        config["sliding_window"] = window
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if "head_dim" not in config and hidden % heads:
+        raise StartupError(f"{name}.attention.head_count: {heads} does not divide {name}.embedding_length {hidden}")
+    head_dim = config.setdefault("head_dim", hidden // heads)
+    if section.get("attention.value_length", int) not in (None, head_dim):
+        raise StartupError(f"{name}.attention.value_length: not implemented when it differs from the key length")
     if "token_embd.weight" not in file.tensors:
         raise StartupError("tensor token_embd.weight is missing")
     config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if "blk.0.attn_q.bias" in file.tensors and prefix != "qwen2":  # whose biases go without saying
+    if "blk.0.attn_q.bias" in file.tensors and name != "qwen2":  # whose biases go without saying
         config["attention_bias"] = True
     if "blk.0.ffn_up.bias" in file.tensors:
         config["mlp_bias"] = True
-    config["rope_theta"] = get("rope.freq_base", 10_000.0)
-    rotary = get("rope.dimension_count", head_dim)
-    if rotary != head_dim:
+    if (rotary := section.get("rope.dimension_count", int) or head_dim) != head_dim:
         config["partial_rotary_factor"] = rotary / head_dim
-    if scaling := _rope_scaling(file, get, config, rotary):
+    if scaling := _rope_scaling(file, section, config["max_position_embeddings"]):
         config["rope_scaling"] = scaling
     return config, _index(file, row, config)
 
 
-def _rope_scaling(file: GgufFile, get: Any, config: Mapping[str, Any], rotary: int) -> dict[str, Any] | None:
+def _refuse_unknown(file: GgufFile, section: Section, row: _Architecture) -> None:
+    """What is unknown about rotary embedding or attention would change the maths; other unknown keys are named."""
+    known = {*_SIZES, *_OPTIONAL_SIZES, *_NUMBERS, *row.numbers, *_READ_ELSEWHERE}
+    if row.window:
+        known.add("attention.sliding_window")
+    if section.get("expert_count", int):
+        raise StartupError(f"{section.prefix}.expert_count: mixtures of experts are not implemented")
+    for key in sorted(section.values.keys() - known):
+        if key.startswith(("rope.", "attention.")):
+            raise StartupError(f"{section.prefix}.{key}: {section.values[key]!r} is not implemented")
+        log.warning("%s: %s.%s is unknown and has no effect", file.path.name, section.prefix, key)
+
+
+def _size(section: Section, key: str) -> int:
+    """A positive number; files may give one per layer, all alike."""
+    value = section.values.get(key)
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    if type(value) is not int or value < 1:
+        raise StartupError(f"{section.prefix}.{key}: expected one positive number for all layers, got {value!r}")
+    return value
+
+
+def _rope_scaling(file: GgufFile, section: Section, positions: int) -> dict[str, Any] | None:
     short, long = file.floats("rope_factors_short.weight"), file.floats("rope_factors_long.weight")
-    original = get("rope.scaling.original_context_length", config["max_position_embeddings"])
-    attention = get("rope.scaling.attn_factor")
+    attention = section.get("rope.scaling.attn_factor", float)
+    trained = {
+        "original_max_position_embeddings": section.get("rope.scaling.original_context_length", int) or positions
+    }
     if short is not None and long is not None:
-        scaling = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-        if attention is not None:
-            scaling["attention_factor"] = attention
-        return scaling | {"original_max_position_embeddings": original}
+        scale = {} if attention is None else {"attention_factor": attention}
+        return {"rope_type": "longrope", "short_factor": short, "long_factor": long, **scale, **trained}
     if (factors := file.floats("rope_freqs.weight")) is not None:
         # Llama 3's rule, already worked out: one divisor per frequency at every length.
         return {
             "rope_type": "longrope",
             "short_factor": factors,
             "long_factor": factors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": original,
+            "attention_factor": attention or 1.0,
+            **trained,
         }
-    match get("rope.scaling.type", "none"):
-        case "none":
-            return None
-        case "linear":
-            return {"rope_type": "linear", "factor": get("rope.scaling.factor", 1.0)}
-        case "yarn":
-            factor = get("rope.scaling.factor", 1.0)
-            scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-            for name in ("beta_fast", "beta_slow"):
-                if (value := get(f"rope.scaling.yarn_{name}")) is not None:
-                    scaling[name] = value
-            if attention is not None:
-                scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
-            return scaling
-        case other:
-            raise StartupError(f"rope.scaling.type: {other!r} is not implemented; known: none, linear, yarn, longrope")
+    kind = section.get("rope.scaling.type", str) or "none"
+    if kind == "yarn":
+        factor = section.need("rope.scaling.factor", float)
+        scaling = {"rope_type": "yarn", "factor": factor, **trained}
+        for name in ("beta_fast", "beta_slow"):
+            if (value := section.get(f"rope.scaling.yarn_{name}", float)) is not None:
+                scaling[name] = value
+        if attention is not None:
+            scaling["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
+        return scaling
+    if attention not in (None, 1.0):
+        raise StartupError(f"{section.prefix}.rope.scaling.attn_factor: {attention} is not implemented for {kind!r}")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": section.need("rope.scaling.factor", float)}
+    if kind != "none":
+        raise StartupError(
+            f"{section.prefix}.rope.scaling.type: {kind!r} is not implemented; known: none, linear, yarn"
+        )
+    return None
 
 
 def _index(file: GgufFile, row: _Architecture, config: Mapping[str, Any]) -> dict[str, Any]:

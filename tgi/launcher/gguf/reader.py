@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tgi.core.errors import StartupError
 
@@ -60,6 +60,12 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
+    def section(self, prefix: str) -> "Section":
+        """The metadata whose keys begin with ``prefix`` and a dot."""
+        return Section(
+            prefix, {k.removeprefix(f"{prefix}."): v for k, v in self.metadata.items() if k.startswith(f"{prefix}.")}
+        )
+
     def floats(self, name: str) -> list[float] | None:
         """The values of a small F32 tensor, None if the file has none of this name."""
         tensor = self.tensors.get(name)
@@ -70,6 +76,38 @@ class GgufFile:
         with self.path.open("rb") as file:
             file.seek(tensor.offset)
             return list(struct.unpack(f"<{tensor.bytes // 4}f", file.read(tensor.bytes)))
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Part of the metadata, by key without prefix, checked for its types as it is read."""
+
+    prefix: str
+    values: Mapping[str, Any]
+
+    def get(self, key: str, kind: type[_T]) -> _T | None:
+        """The value, None if the file doesn't have it; StartupError if it is of another type."""
+        value = self.values.get(key)
+        return None if value is None else self._checked(key, value, kind)
+
+    def need(self, key: str, kind: type[_T]) -> _T:
+        if (value := self.get(key, kind)) is None:
+            raise StartupError(f"{self.prefix}.{key} is missing")
+        return value
+
+    def list(self, key: str, kind: type[_T]) -> list[_T] | None:
+        values = self.get(key, list)
+        return None if values is None else [self._checked(key, value, kind) for value in values]
+
+    def _checked(self, key: str, value: Any, kind: type[_T]) -> _T:
+        if kind is float and type(value) is int:
+            return kind(value)  # type: ignore[call-arg]  # kind is float
+        if type(value) is not kind:
+            raise StartupError(f"{self.prefix}.{key}: expected {kind.__name__}, got {str(value)[:80]!r}")
+        return value
 
 
 def read_gguf(path: Path) -> GgufFile:

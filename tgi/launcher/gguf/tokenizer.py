@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from tgi.core.errors import StartupError
-from tgi.launcher.gguf.reader import GgufFile
+from tgi.launcher.gguf.reader import GgufFile, Section
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Values of ``tokenizer.ggml.token_type`` that mean something here."""
 
 _SPACE = "\u2581"
@@ -63,18 +63,19 @@ _SPLITS: Mapping[str, _Split] = {
 
 def convert_tokenizer(file: GgufFile) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The text of tokenizer.json, tokenizer_config.json and generation_config.json."""
-    vocabulary = _Vocabulary.read(file.metadata)
-    match vocabulary.get("model"):
+    vocabulary = _Vocabulary.read(file.section("tokenizer.ggml"))
+    match vocabulary.section.need("model", str):
         case "gpt2":
             tokenizer, add_bos = _byte_level(vocabulary)
         case "llama":
             tokenizer, add_bos = _sentencepiece(vocabulary, str(file.metadata.get("general.architecture"))), True
         case other:
             raise StartupError(f"tokenizer.ggml.model: {other!r} is not implemented; known: gpt2, llama")
-    add_bos = vocabulary.get("add_bos_token", add_bos)
-    add_eos = vocabulary.get("add_eos_token", False)
-    names = {f"{role}_token": vocabulary.named(f"{key}_token_id") for role, key in _ROLES.items()}
-    bos, eos = names["bos_token"], names["eos_token"]
+    if (stated := vocabulary.section.get("add_bos_token", bool)) is not None:
+        add_bos = stated
+    add_eos = vocabulary.section.get("add_eos_token", bool) or False
+    roles = {f"{role}_token": vocabulary.named(f"{key}_token_id") for role, key in _ROLES.items()}
+    bos, eos = roles["bos_token"], roles["eos_token"]
     if post := _post_processor(vocabulary, bos if add_bos else None, eos if add_eos else None):
         tokenizer.post_processor = post
     config: dict[str, Any] = {
@@ -83,10 +84,10 @@ def convert_tokenizer(file: GgufFile) -> tuple[str, dict[str, Any], dict[str, An
         "add_eos_token": add_eos,
         "clean_up_tokenization_spaces": False,
     }
-    config |= {role: name for role, name in names.items() if name is not None}
-    if template := _chat_template(file.metadata):
+    config |= {role: token for role, token in roles.items() if token is not None}
+    if template := _chat_template(file.section("tokenizer")):
         config["chat_template"] = template
-    return tokenizer.to_str(), config, _generation_config(vocabulary)
+    return tokenizer.to_str(), config, _generation_config(vocabulary.section)
 
 
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -95,30 +96,25 @@ _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
-    """The ``tokenizer.ggml`` part of the metadata, checked."""
+    """The tokens and what else ``tokenizer.ggml`` says."""
 
-    values: Mapping[str, Any]
+    section: Section
     tokens: list[str]
     types: list[int]
 
     @classmethod
-    def read(cls, metadata: Mapping[str, Any]) -> "_Vocabulary":
-        prefix = "tokenizer.ggml."
-        values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        tokens = values.get("tokens")
-        if not isinstance(tokens, list) or not tokens:
+    def read(cls, section: Section) -> "_Vocabulary":
+        tokens = section.list("tokens", str)
+        if not tokens:
             raise StartupError("tokenizer.ggml.tokens is missing")
-        types = values.get("token_type") or [1] * len(tokens)
+        types = section.list("token_type", int) or [_NORMAL] * len(tokens)
         if len(types) != len(tokens):
             raise StartupError(f"tokenizer.ggml.token_type: {len(types)} values for {len(tokens)} tokens")
-        return cls(values, tokens, types)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
+        return cls(section, tokens, types)
 
     def named(self, key: str) -> str | None:
         """The token that an id in the metadata stands for."""
-        index: int | None = self.get(key)
+        index = self.section.get(key, int)
         if index is None:
             return None
         if not 0 <= index < len(self.tokens):
@@ -132,13 +128,17 @@ class _Vocabulary:
 
 def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     """Byte-level BPE as GPT-2 introduced it, and whether bos comes first where the file doesn't say."""
-    pre = vocabulary.get("pre")
+    pre = vocabulary.section.need("pre", str)
     if pre not in _SPLITS:
         raise StartupError(f"tokenizer.ggml.pre: {pre!r} is not implemented; known: {', '.join(_SPLITS)}")
     split = _SPLITS[pre]
-    merges = [merge.partition(" ") for merge in vocabulary.get("merges", ())]
-    model = models.BPE(vocabulary.ids(), [(a, b) for a, _, b in merges], ignore_merges=split.ignore_merges)
-    tokenizer = Tokenizer(model)
+    lines = [line.partition(" ") for line in vocabulary.section.list("merges", str) or ()]
+    merges = [(left, right) for left, _, right in lines]
+    ids = vocabulary.ids()
+    for left, right in merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            raise StartupError(f"tokenizer.ggml.merges: {left!r} and {right!r} don't merge tokens into a token")
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=split.ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None)
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern is not None:
@@ -159,19 +159,19 @@ def _sentencepiece(vocabulary: _Vocabulary, architecture: str) -> Tokenizer:
     if gemma:
         # Runs of spaces are kept as such in the file, but are merged like other words from visible ones.
         tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
-        vocabulary = _Vocabulary(vocabulary.values, tokens, vocabulary.types)
+        vocabulary = _Vocabulary(vocabulary.section, tokens, vocabulary.types)
     ids = vocabulary.ids()
     if gemma:
         # Its scores say nothing about the order of merges, the order of the vocabulary does.
         scores: list[float] = [-index for index in range(len(tokens))]
     else:
-        scores = vocabulary.get("scores") or []
+        scores = vocabulary.section.list("scores", float) or []
         if len(scores) != len(tokens):
             raise StartupError(f"tokenizer.ggml.scores: {len(scores)} values for {len(tokens)} tokens")
     merges = _merges(vocabulary, ids, scores)
     unknown = vocabulary.named("unknown_token_id")
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = vocabulary.get("add_space_prefix", True)
+    prefix = vocabulary.section.get("add_space_prefix", bool) is not False
     replace = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -230,11 +230,11 @@ def _post_processor(vocabulary: _Vocabulary, bos: str | None, eos: str | None) -
     )
 
 
-def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+def _chat_template(section: Section) -> str | list[dict[str, str]] | None:
     """The template, or, if the file names several, all of them as Hugging Face spells it."""
-    default = metadata.get("tokenizer.chat_template")
-    prefix = "tokenizer.chat_template."
-    named = {key.removeprefix(prefix): text for key, text in metadata.items() if key.startswith(prefix)}
+    default = section.get("chat_template", str)
+    prefix = "chat_template."
+    named = {key.removeprefix(prefix): section.need(key, str) for key in section.values if key.startswith(prefix)}
     if not named:
         return default
     if default is not None:
@@ -242,11 +242,11 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | 
     return [{"name": name, "template": text} for name, text in named.items()]
 
 
-def _generation_config(vocabulary: _Vocabulary) -> dict[str, Any]:
+def _generation_config(section: Section) -> dict[str, Any]:
     """Every id that the file names as an end: of the text, of a turn, of a message."""
-    ends = [vocabulary.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = (section.get(f"{kind}_token_id", int) for kind in ("eos", "eot", "eom"))
     config: dict[str, Any] = {"eos_token_id": sorted({end for end in ends if end is not None})}
     for role in ("bos", "pad"):
-        if (index := vocabulary.get(f"{_ROLES[role]}_token_id")) is not None:
+        if (index := section.get(f"{_ROLES[role]}_token_id", int)) is not None:
             config[f"{role}_token_id"] = index
     return config
