@@ -40,7 +40,7 @@ def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFil
     log.info("Starting check and download process for %s", model_id)
     snapshot: Snapshot | None = None
     try:
-        path = Path(model_id).expanduser()
+        path = Path(model_id).expanduser() if model_id.startswith("~/") else Path(model_id)
         if not path.exists():
             path, snapshot = _fetch(model_id, revision, store)
         elif revision is not None:

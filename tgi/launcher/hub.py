@@ -111,7 +111,10 @@ class Repository:
     def _ask(self, deadline: float) -> Any:
         """The hub's ModelInfo, with the sizes of the files."""
         import httpx
-        from huggingface_hub import HfApi, errors
+        from huggingface_hub import HfApi, constants, errors
+
+        # Else it would ask for a list of programs to name in its requests. This server tells nobody who runs it.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
 
         def ask() -> Any:
             api = HfApi(token=self.token)
@@ -134,11 +137,12 @@ class Repository:
                 f"the hub has no model {self.name}, or it is private and HF_TOKEN may not read it"
             ) from None
         except errors.HfHubHTTPError as error:
+            cause = error.server_message or _first_line(error)
             if error.response.status_code in (401, 403):
-                raise DownloadError(f"the hub refuses {self.name}; is HF_TOKEN right? {error}") from None
-            raise Unreachable(str(error)) from None
+                raise DownloadError(f"the hub refuses {self.name}; is HF_TOKEN right? {cause}") from None
+            raise Unreachable(cause) from None
         except (httpx.HTTPError, OSError) as error:
-            raise Unreachable(str(error) or type(error).__name__) from None
+            raise Unreachable(_first_line(error)) from None
 
     def _download(self, name: str, sha: str, progress: Progress) -> None:
         from huggingface_hub import hf_hub_download
@@ -167,6 +171,10 @@ class Repository:
             raise DownloadError(
                 f"{name} of {self.name} into {self._folder}: {error or type(error).__name__}"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

