@@ -20,9 +20,9 @@ make_venv() {
     fi
 }
 
-# state FOLDER FILE…: what an environment is made of, in one word.
+# state FOLDER FILE…: what an environment is made of, in one word; some other word if it isn't there.
 state() {
-    { "$1/bin/python" --version && cat "${@:2}"; } 2>&1 | sha256sum
+    { "$1/bin/python" --version && cat "${@:2}" || true; } 2>&1 | sha256sum
 }
 
 # install EXTRA: this package in .venv. EXTRA is empty, or [test], which holds all that empty does.
