@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import tgi
-from tests.router.serving import TEMPLATE, Router, events, settings
+from tests.router.serving import LIMITS, TEMPLATE, Router, events, settings
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +376,11 @@ def test_any_model_name_is_served_by_the_one_model(router: Router, name: str | N
     router.says("a</s>")
     assert router.chat(model=name).json()["model"] == "a/model"
     assert router.complete(model=name).json()["model"] == "a/model"
+
+
+def test_a_long_conversation(tmp_path: Path) -> None:
+    limits = replace(LIMITS, max_input_tokens=9000, max_total_tokens=9999)
+    with Router(settings(tmp_path, limits)) as router:
+        router.says("a</s>")
+        answer = router.chat(messages=[{"role": "user", "content": "x"}] * 200).json()
+        assert answer["usage"]["prompt_tokens"] == count(router, "<user>x;" * 200 + "<assistant>")

@@ -93,7 +93,7 @@ def test_page(router: Router) -> None:
     page = router.http.get("/docs", follow_redirects=True)
     assert page.url.path == "/docs/"
     assert page.headers["content-type"] == "text/html; charset=utf-8"
-    assert '"/api-doc/openapi.json"' in page.text
+    assert '"../api-doc/openapi.json"' in page.text
     assert "http://" not in page.text
     assert "https://" not in page.text
 

@@ -1,5 +1,6 @@
 """OpenAI's routes: chat and text completions. Wishes become TGI's parameters; answers take OpenAI's shapes."""
 
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -93,7 +94,7 @@ async def models(call: Call, service: Service, _: None) -> None:
 
 async def chat_tokenize(call: Call, service: Service, request: ChatRequest) -> None:
     _refuse_chat(request)
-    text = _prompt(service, request)
+    text = await _prompt(service, request)
     spans = await service.validator.spans(text, add_special_tokens=False)
     await call.json(ChatTokenizeResponse([SimpleToken(*span) for span in spans], text))
 
@@ -105,8 +106,9 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
     parameters = _parameters(request, max_tokens, request.top_logprobs if request.logprobs else None)
     compute_type = service.settings.compute_type
     with service.permits.take():
+        prompt = await _prompt(service, request)
         generation = await service.validator.validate(
-            _prompt(service, request), parameters, add_special_tokens=False, greedy=_is_greedy(request)
+            prompt, parameters, add_special_tokens=False, greedy=_is_greedy(request)
         )
         run = Run(service, generation, call.arrived, keep_stop=False)
         if request.stream:
@@ -227,7 +229,7 @@ def _parameters(request: OpenAIRequest, max_tokens: int | None, top_logprobs: in
     )
 
 
-def _prompt(service: Service, request: ChatRequest) -> str:
+async def _prompt(service: Service, request: ChatRequest) -> str:
     """The conversation as the model's template writes it. A last message by the assistant is gone on with."""
     variables = request.chat_template_kwargs or {}
     for name in variables.keys() & _TEMPLATE_OWN:
@@ -236,12 +238,15 @@ def _prompt(service: Service, request: ChatRequest) -> str:
     goes_on = request.continue_final_message
     if goes_on is None:
         goes_on = last is not None and last.role == "assistant" and last.content is not None
-    return service.template.render(
+    render = functools.partial(
+        service.template.render,
         [_as_template_reads(message) for message in request.messages],
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
         continue_final_message=goes_on,
         **variables,
     )
+    # A message costs a template about as much as some tens of characters cost the tokenizer.
+    return await service.validator.apart(render, sum(64 + len(message.content or "") for message in request.messages))
 
 
 def _as_template_reads(message: Message) -> dict[str, Any]:

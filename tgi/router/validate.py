@@ -18,7 +18,7 @@ from tgi.router.schema import GenerateParameters
 from tgi.router.tokenizer import Tokenizer
 
 INLINE_CHARACTERS = 4096
-"""Longer texts are tokenised off the event loop: they would hold up every stream for milliseconds."""
+"""Longer texts are worked on beside the event loop: they would hold up every stream for milliseconds."""
 
 Result = TypeVar("Result")
 
@@ -122,14 +122,15 @@ class Validator:
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         encode = functools.partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return await self._apart(encode, len(text))
+        return await self.apart(encode, len(text))
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
         """As Tokenizer.spans."""
         spans = functools.partial(self._tokenizer.spans, text, add_special_tokens=add_special_tokens)
-        return await self._apart(spans, len(text))
+        return await self.apart(spans, len(text))
 
-    async def _apart(self, work: Callable[[], Result], size: int) -> Result:
+    async def apart(self, work: Callable[[], Result], size: int) -> Result:
+        """Do ``work`` on ``size`` characters: at once if that is quick, otherwise beside the event loop."""
         if size <= INLINE_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
