@@ -14,8 +14,6 @@ from tgi.router.schema import Unreadable
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a stream says that it lives."""
 
-DONE = b"data: [DONE]\n\n"
-
 _encoder = msgspec.json.Encoder()
 
 

@@ -13,7 +13,7 @@ from msgspec import UNSET
 import tgi
 from tgi.core.errors import BATCH_SIZE, SUFFIX, RequestError
 from tgi.router import headers
-from tgi.router.call import DONE, Call, event
+from tgi.router.call import Call, event
 from tgi.router.pipeline import Piece, Run, Service, collect, interleave
 from tgi.router.schema import (
     ChatCompletion,
@@ -49,6 +49,9 @@ from tgi.router.schema import (
 from tgi.router.validate import invalid, refuse
 
 FINGERPRINT = f"{tgi.__version__}-native"
+
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream."""
 
 FINISH: dict[FinishReason, OpenAIFinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 

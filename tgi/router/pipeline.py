@@ -89,7 +89,6 @@ class Run:
     ) -> None:
         """``keep_stop``: a stop string stays in the text. ``counts``: the metrics see a request of its own in it."""
         self.generation = generation
-        self.text = ""
         self.tokens = 0
         self.prompt_logprobs: list[float] = []
         self.finish: FinishReason | None = None
@@ -97,6 +96,7 @@ class Run:
         self._arrived = arrived
         self._keep_stop = keep_stop
         self._counts = counts
+        self._text: list[str] = []
         self._ticket: Ticket
 
     async def __aenter__(self) -> Self:
@@ -143,7 +143,7 @@ class Run:
                     grown += more if stop is not None else more + stops.flush()
                 if stop is not None:
                     self.finish = "stop_sequence"
-                self.text += grown
+                self._text.append(grown)
                 if self.finish is not None:
                     self._ticket.cancel()
                     self._record()
@@ -154,6 +154,11 @@ class Run:
                 if self.finish is not None:
                     return
         raise RequestError(INCOMPLETE)
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self._text)
 
     @property
     def times(self) -> Times:
