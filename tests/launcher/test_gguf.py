@@ -196,6 +196,7 @@ def test_gemma_is_imported_and_refused_by_its_architecture(tmp_path: Path):
         {"llama__attention__head_count": 0},
         {"llama__attention__value_length": 8},
         {"split__count": 3},
+        {"general__alignment": 0},
     ],
 )
 def test_refused_by_name(tmp_path: Path, metadata: dict[str, Any]):

@@ -1,6 +1,6 @@
 """Our models beside transformers' on the same folder, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,15 @@ from tests.tiny import write_model
 from tgi.attention.base import AttnSpec
 from tgi.core.config import ModelFiles
 from tgi.models.registry import Model, load_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on a busy machine lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class FullAttention:

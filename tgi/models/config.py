@@ -38,19 +38,6 @@ class DenseConfig:
     """Divides the logits."""
 
 
-Rule = Callable[[Raw, ModelShape], dict[str, object]]
-"""What a family adds to or changes in the plain decoder."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How to read one architecture's config."""
-
-    rule: Rule
-    keys: frozenset[str]
-    """Keys that ``rule`` reads."""
-
-
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -116,26 +103,37 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
 """Values beside null at which a key that a family does not read changes nothing."""
 
 
-def dense_config(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
-    """Read a config.json of one of FAMILIES; StartupError names the key at fault."""
-    family = FAMILIES[architecture(raw)]
-    if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise StartupError(f"config.json: hidden_act: {act!r} is not implemented; known: silu")
-    for key in sorted(set(raw) - _BASE - NEUTRAL - family.keys):
-        value = raw[key]
-        if key not in PLAIN:
-            log.warning("config.json: %s is unknown for %s and has no effect", key, architecture(raw))
-        elif value is not None and value not in PLAIN[key]:
-            raise StartupError(f"config.json: {key}: {value!r} is not implemented for {architecture(raw)}")
-    shape = ModelShape.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
-    values: dict[str, object] = {
-        "shape": shape,
-        "rope": read_rope(raw, scaling=rope_scaling, factor=rope_factor),
-        "eps": number(raw, "rms_norm_eps", 1e-6),
-        "windows": (None,) * shape.layers,
-        "attention_scale": shape.head_dim**-0.5,
-    }
-    return DenseConfig(**(values | family.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
+Rule = Callable[[Raw, ModelShape], dict[str, object]]
+"""What a family adds to or changes in the plain decoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one architecture's config.json is read."""
+
+    rule: Rule
+    keys: frozenset[str]
+    """Keys that ``rule`` reads."""
+
+    def read(self, raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
+        """StartupError names the key at fault."""
+        if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise StartupError(f"config.json: hidden_act: {act!r} is not implemented; known: silu")
+        for key in sorted(set(raw) - _BASE - NEUTRAL - self.keys):
+            value = raw[key]
+            if key not in PLAIN:
+                log.warning("config.json: %s is unknown for %s and has no effect", key, architecture(raw))
+            elif value is not None and value not in PLAIN[key]:
+                raise StartupError(f"config.json: {key}: {value!r} is not implemented for {architecture(raw)}")
+        shape = ModelShape.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+        values: dict[str, object] = {
+            "shape": shape,
+            "rope": read_rope(raw, scaling=rope_scaling, factor=rope_factor),
+            "eps": number(raw, "rms_norm_eps", 1e-6),
+            "windows": (None,) * shape.layers,
+            "attention_scale": shape.head_dim**-0.5,
+        }
+        return DenseConfig(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
 
 
 def _llama(raw: Raw, shape: ModelShape) -> dict[str, object]:
@@ -188,14 +186,11 @@ def _granite(raw: Raw, shape: ModelShape) -> dict[str, object]:
 _BIASES = frozenset({"attention_bias", "mlp_bias"})
 _WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 
-FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family(_llama, _BIASES),
-    "MistralForCausalLM": Family(_mistral, frozenset({"sliding_window"})),
-    "Qwen2ForCausalLM": Family(_qwen2, _WINDOWS),
-    "Qwen3ForCausalLM": Family(_qwen3, _WINDOWS | {"attention_bias"}),
-    "Phi3ForCausalLM": Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"})),
-    "GraniteForCausalLM": Family(
-        _granite,
-        _BIASES | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"},
-    ),
-}
+LLAMA = Family(_llama, _BIASES)
+MISTRAL = Family(_mistral, frozenset({"sliding_window"}))
+QWEN2 = Family(_qwen2, _WINDOWS)
+QWEN3 = Family(_qwen3, _WINDOWS | {"attention_bias"})
+PHI3 = Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"}))
+GRANITE = Family(
+    _granite, _BIASES | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"}
+)

@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
-from tgi.core.model_config import ModelShape, Raw, architecture, read_config
-from tgi.models.config import dense_config
+from tgi.core.model_config import Raw, architecture, read_config
+from tgi.models import config
+from tgi.models.config import DenseConfig, Family
 
 if TYPE_CHECKING:
     import torch
@@ -16,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """An architecture: its class, how its config is read, and what it is."""
+    """An architecture: where its class is, how its config is read, and what it is."""
 
     module: str
     name: str
-    config: Callable[..., Any]
+    config: Family
     description: str
 
 
-_DENSE = ("tgi.models.dense", "DenseDecoder", dense_config)
+_DENSE = ("tgi.models.dense", "DenseDecoder")
 
 ARCHITECTURES: dict[str, Row] = {
-    "LlamaForCausalLM": Row(*_DENSE, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
-    "MistralForCausalLM": Row(*_DENSE, "Mistral 7B and relatives, sliding window"),
-    "Qwen2ForCausalLM": Row(*_DENSE, "Qwen 2 and 2.5, QwQ"),
-    "Qwen3ForCausalLM": Row(*_DENSE, "Qwen 3, dense sizes"),
-    "Phi3ForCausalLM": Row(*_DENSE, "Phi 3, 3.5 and 4"),
-    "GraniteForCausalLM": Row(*_DENSE, "Granite 3, dense sizes"),
+    "LlamaForCausalLM": Row(*_DENSE, config.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
+    "MistralForCausalLM": Row(*_DENSE, config.MISTRAL, "Mistral 7B and relatives, sliding window"),
+    "Qwen2ForCausalLM": Row(*_DENSE, config.QWEN2, "Qwen 2 and 2.5, QwQ"),
+    "Qwen3ForCausalLM": Row(*_DENSE, config.QWEN3, "Qwen 3, dense sizes"),
+    "Phi3ForCausalLM": Row(*_DENSE, config.PHI3, "Phi 3, 3.5 and 4"),
+    "GraniteForCausalLM": Row(*_DENSE, config.GRANITE, "Granite 3, dense sizes"),
 }
 
 
@@ -53,13 +54,13 @@ class Model(Protocol):
         """[rows, hidden] → float32 [rows, vocab]."""
 
 
-def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> Any:
+def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
     """The model's own config from a config.json; StartupError, naming the key, if anything in it is not implemented."""
     name = architecture(raw)
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise StartupError(f"config.json: architectures: {name!r} is not implemented; known: {known}")
-    return ARCHITECTURES[name].config(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+    return ARCHITECTURES[name].config.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
 
 
 def load_model(
@@ -77,9 +78,7 @@ def load_model(
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
     choose by it (None: all that the config allows). ``progress`` gets (bytes done, bytes in all).
     """
-    raw = read_config(files.folder)
-    config = check(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
-    shape = ModelShape.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+    parsed = check(read_config(files.folder), rope_scaling=rope_scaling, rope_factor=rope_factor)
 
     import torch
 
@@ -87,10 +86,10 @@ def load_model(
     from tgi.models.weights import open_weights
     from tgi.parallel import Group
 
-    row = ARCHITECTURES[shape.architecture]
+    row = ARCHITECTURES[parsed.shape.architecture]
     model_class = getattr(importlib.import_module(row.module), row.name)
-    with torch.inference_mode(), open_weights(files, tied=shape.tied, progress=progress) as tensors:
-        reach = max_total_tokens or shape.max_position_embeddings
-        model: Model = model_class(config, Checkpoint(tensors, dtype, device, Group()), reach)
+    reach = max_total_tokens or parsed.shape.max_position_embeddings
+    with torch.inference_mode(), open_weights(files, tied=parsed.shape.tied, progress=progress) as tensors:
+        model: Model = model_class(parsed, Checkpoint(tensors, dtype, device, Group()), reach)
         tensors.finish()
     return model

@@ -18,7 +18,8 @@ class LinearMethod(Protocol):
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
     """The fastest method for a plain floating-point ``weight`` [out, in] on its device."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch gives it no type
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_mkldnn:
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
 

@@ -143,6 +143,8 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
             raise ValueError(f"tensor {name} has ggml type {kind}, which is not implemented; known: {known}")
         table[name] = kind, shape[::-1], offset
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment: {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     return GgufFile(path, metadata, {name: _locate(data, start, name, *row) for name, row in table.items()})
 
@@ -194,6 +196,8 @@ class _Cursor:
         element, count = self.unpack("<IQ")
         if count > len(self._data):
             raise ValueError(f"truncated: an array of {count} values at byte {self.at}")
+        if element == _ARRAY:
+            raise ValueError(f"an array of arrays at byte {self.at}")
         if element in _SCALARS:
             return list(self.unpack(f"<{count}{_SCALARS[element]}"))
         return [self.value(element) for _ in range(count)]
