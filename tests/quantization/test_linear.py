@@ -31,11 +31,11 @@ def test_it_is_the_plain_product(weight: torch.Tensor, biased: bool):
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_the_others(weight: torch.Tensor):
     linear = PackedLinear(weight, None)
-    x = rows(130, weight.shape[1])
+    x = rows(70, weight.shape[1])
     alone = torch.cat([linear(row[None]) for row in x])
-    for count in (2, 3, 8, 17, 64, 130):
+    for count in (2, 3, 8, 17, 33, 70):
         assert torch.equal(linear(x[:count]), alone[:count])
-    assert torch.equal(linear(x[40:90]), alone[40:90])
+    assert torch.equal(linear(x[20:55]), alone[20:55])
 
 
 def test_other_dtypes_take_the_plain_one(weight: torch.Tensor):
