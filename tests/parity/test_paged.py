@@ -1,0 +1,78 @@
+"""Through the runner and its paged cache: chunked prefill, decoding and shared prefixes give transformers' logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parity.conftest import load, reference, reference_logits, tokens
+from tests.tiny import FAMILIES, write_model
+from tgi.core.config import BLOCK_SIZE
+from tgi.core.messages import Sampling, Submit
+from tgi.core.plan import Work
+from tgi.runtime.kvcache import KVCache
+from tgi.runtime.runner import Runner
+
+PAGES = 24
+LENGTH = 70
+
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral-window": ("mistral", {"sliding_window": 21}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7}),
+}
+MODELS = {family: (family, {}) for family in FAMILIES} | WINDOWS
+
+
+class Pair:
+    """Two requests in one cache, their pages mixed, each at its own place."""
+
+    def __init__(self, folder: Path) -> None:
+        model = load(folder, max_total_tokens=LENGTH)
+        device = torch.device("cpu")
+        self.runner = Runner(model, KVCache(model.specs, PAGES, torch.float32, device), device)
+        self.ids = [tokens(LENGTH, seed).tolist() for seed in (3, 4)]
+        pages = torch.randperm(PAGES, generator=torch.Generator().manual_seed(5)).tolist()
+        self.pages = [pages[0::2], pages[1::2]]
+
+    def step(self, *chunks: tuple[int, int, int]) -> list[torch.Tensor]:
+        """Logits behind each chunk (request, start, end), in the order of the chunks."""
+        works = [self._work(*chunk) for chunk in chunks]
+        launched = self.runner.launch(works)
+        rows = dict(zip(launched.order, launched.logits, strict=True))
+        return [rows[index] for index in range(len(works))]
+
+    def _work(self, request: int, start: int, end: int) -> Work:
+        ids = self.ids[request][:end]
+        submit = Submit(request, ids, end, 1, [], Sampling(), 0.0)
+        return Work(submit, ids, start, end - start, self.pages[request][: -(-end // BLOCK_SIZE)], {})
+
+
+@pytest.mark.parametrize("folder", MODELS.values(), ids=MODELS.keys(), indirect=True)
+def test_chunks_decodes_and_mixed_steps(folder: Path):
+    pair = Pair(folder)
+    theirs = [reference_logits(reference(folder), torch.tensor(ids)) for ids in pair.ids]
+    plan = [
+        [(0, 0, 5)],
+        [(1, 0, 33), (0, 5, 6)],
+        [(0, 6, 40), (1, 33, 34)],
+        [(1, 34, 35), (0, 40, 41)],
+        [(0, 41, 42), (1, 35, 36)],
+        [(1, 36, 70), (0, 42, 70)],
+    ]
+    for chunks in plan:
+        for (request, _, end), ours in zip(chunks, pair.step(*chunks), strict=True):
+            assert (ours - theirs[request][end - 1]).abs().max() < 1e-4
+
+
+def test_a_shared_prefix_and_a_start_from_nothing_are_the_same(tmp_path: Path):
+    """A prefix hit, and a request that lost its pages and computes all again, change no logit."""
+    pair = Pair(write_model(tmp_path, "llama"))
+    (first,) = pair.step((0, 0, 50))
+    pair.ids[1] = pair.ids[0]
+    pair.pages[1][:3] = pair.pages[0][:3]
+    (hit,) = pair.step((1, 48, 50))
+    assert (hit - first).abs().max() < 1e-5
+    pair.pages[0] = pair.pages[0][::-1]
+    (again,) = pair.step((0, 0, 50))
+    assert torch.equal(again, first)
