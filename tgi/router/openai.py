@@ -172,7 +172,7 @@ async def _chat_events(service: Service, request: ChatRequest, run: Run) -> Asyn
     async for piece in run:
         choice = ChatCompletionChoice(
             0,
-            ChatCompletionDelta("assistant" if run.tokens == 1 else None, piece.text),
+            ChatCompletionDelta("assistant", piece.text),
             _logprobs(service, [piece]) if request.logprobs else None,
             FINISH[piece.finish] if piece.finish else None,
         )

@@ -339,8 +339,8 @@ class ChatCompletion(Struct, frozen=True, kw_only=True, tag_field="object", tag=
 
 
 class ChatCompletionDelta(Struct, frozen=True):
-    role: str | None
-    """On the first delta only: OpenAI's library joins what it gets."""
+    role: str
+    """On every delta, as the text-generation client wants it."""
     content: str
     tool_calls: None = None
     """Always there: the text-generation client can't read a delta without the key."""
