@@ -58,13 +58,18 @@ def test_every_row_has_a_family_here(raws: dict[str, Raw]):
         ("qwen3", "attention_bias", 1),
         ("phi3", "attention_bias", True),
         ("phi3", "rope_scaling", {"type": "longrope", "short_factor": [1], "long_factor": "x"}),
+        ("phi3", "rope_scaling", {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 8}),
+        ("llama", "head_dim", 15),
+        ("llama", "rms_norm_eps", None),
+        ("qwen2", "max_window_layers", "2"),
         ("granite", "logits_scaling", 0),
         ("granite", "residual_multiplier", "often"),
     ],
 )
 def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any):
+    raw = {**raws[family], "use_sliding_window": True} if family == "qwen2" else raws[family]
     with pytest.raises(StartupError, match=key.replace("rope_scaling", "(rope_scaling|factor)")):
-        check({**raws[family], key: value})
+        check({**raw, key: value})
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
@@ -124,6 +129,12 @@ def test_the_operators_override(raws: dict[str, Raw]):
 def test_what_a_request_may_total(raws: dict[str, Raw], rope: Any, override: dict[str, Any], reach: int):
     raw = {**raws["llama"], "rope_scaling": rope}
     assert ModelShape.read(raw, **override).max_position_embeddings == reach
+
+
+def test_windows_that_are_left_out_and_windows_of_null(raws: dict[str, Raw]):
+    raw = {key: value for key, value in raws["mistral"].items() if key != "sliding_window"}
+    assert check(raw).windows == (4096,) * 3
+    assert check({**raw, "sliding_window": None}).windows == (None,) * 3
 
 
 def test_windows_by_layer(raws: dict[str, Raw]):

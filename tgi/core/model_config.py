@@ -109,13 +109,14 @@ _ROPE_KEYS: dict[str, set[str]] = {
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
 }
 """Keys of each type beside the common ones; any other key is refused, since it would change the angles."""
+
 _ROPE_COMMON = {
     "type",
     "rope_type",
     "rope_theta",
     "partial_rotary_factor",
     "original_max_position_embeddings",
-    "finetuned",
+    "finetuned",  # says how the model was made
 }
 _ROPE_ALIASES = {"su": "longrope"}
 
@@ -130,15 +131,15 @@ def read_rope(raw: Raw, *, scaling: str | None = None, factor: float | None = No
     if not isinstance(rope, dict):
         raise StartupError(f"config.json: {spelling}: expected an object, got {rope!r}")
     positions = integer(raw, "max_position_embeddings")
-    theta = number(rope, "rope_theta", None) or number(raw, "rope_theta", 10_000.0)
-    partial = number(rope, "partial_rotary_factor", None) or number(raw, "partial_rotary_factor", 1.0)
+    theta = number(rope, "rope_theta", number(raw, "rope_theta", 10_000.0))
+    partial = number(rope, "partial_rotary_factor", number(raw, "partial_rotary_factor", 1.0))
     if partial > 1:
         raise StartupError(f"config.json: partial_rotary_factor: expected at most 1, got {partial}")
     if scaling is not None or factor is not None:
         scaling = scaling or "linear"
         if scaling not in ("linear", "dynamic"):
             raise StartupError(f"--rope-scaling: expected linear or dynamic, got {scaling!r}")
-        return Rope(scaling, theta, partial, 1.0 if factor is None else factor, positions)
+        return Rope(scaling, theta, partial, factor=1.0 if factor is None else factor, original=positions)
 
     name = rope.get("rope_type") or rope.get("type") or "default"
     name = _ROPE_ALIASES.get(str(name), str(name))
@@ -146,29 +147,32 @@ def read_rope(raw: Raw, *, scaling: str | None = None, factor: float | None = No
         raise StartupError(f"config.json: {spelling}: type {name!r} is not implemented; known: {', '.join(_ROPE_KEYS)}")
     if unknown := sorted(set(rope) - _ROPE_COMMON - _ROPE_KEYS[name]):
         raise StartupError(f"config.json: {spelling}: {unknown[0]} is not implemented for type {name!r}")
-    original = integer(raw, "original_max_position_embeddings", None) or integer(
-        rope, "original_max_position_embeddings", positions
-    )
-    if name in ("linear", "dynamic", "llama3"):
-        stretch = number(rope, "factor")
-    else:
-        stretch = 1.0 if name == "default" else number(rope, "factor", positions / original)
+    common: dict[str, Any] = {"type": name, "theta": theta, "partial": partial}
+    if name == "default":
+        return Rope(**common, original=positions)
+    if name in ("linear", "dynamic"):
+        return Rope(**common, factor=number(rope, "factor"), original=positions)
+    inner = integer(rope, "original_max_position_embeddings", positions)
+    original = integer(raw, "original_max_position_embeddings", inner)
+    common["original"] = original
+    if name == "llama3":
+        return Rope(
+            **common,
+            factor=number(rope, "factor"),
+            low_freq_factor=number(rope, "low_freq_factor"),
+            high_freq_factor=number(rope, "high_freq_factor"),
+        )
+    common["factor"] = number(rope, "factor", positions / original)
+    common["attention_factor"] = number(rope, "attention_factor", None)
+    if name == "longrope":
+        return Rope(**common, short_factor=_numbers(rope, "short_factor"), long_factor=_numbers(rope, "long_factor"))
     return Rope(
-        name,
-        theta,
-        partial,
-        stretch,
-        positions if name in ("default", "linear", "dynamic") else original,
-        number(rope, "attention_factor", None),
-        number(rope, "beta_fast", 32.0),
-        number(rope, "beta_slow", 1.0),
-        number(rope, "mscale", None, positive=False),
-        number(rope, "mscale_all_dim", None, positive=False),
-        flag(rope, "truncate", True),
-        number(rope, "low_freq_factor") if name == "llama3" else 1.0,
-        number(rope, "high_freq_factor") if name == "llama3" else 4.0,
-        _numbers(rope, "short_factor") if name == "longrope" else (),
-        _numbers(rope, "long_factor") if name == "longrope" else (),
+        **common,
+        beta_fast=number(rope, "beta_fast", 32.0),
+        beta_slow=number(rope, "beta_slow", 1.0),
+        mscale=number(rope, "mscale", None, positive=False),
+        mscale_all_dim=number(rope, "mscale_all_dim", None, positive=False),
+        truncate=flag(rope, "truncate", True),
     )
 
 

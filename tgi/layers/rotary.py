@@ -9,22 +9,19 @@ import math
 
 import torch
 
-from tgi.core.errors import StartupError
 from tgi.core.model_config import Rope
 
 
 class Rotary:
     """Turns position into angles once per step, and rotates queries and keys by them in every layer.
 
-    ``reach`` is the longest sequence served; see ``frequencies``.
+    ``reach`` is the longest sequence served; see ``inverse_frequencies``.
     """
 
     __slots__ = ("_dtype", "_frequencies", "_scale", "_size")
 
     def __init__(self, rope: Rope, head_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> None:
         self._size = int(head_dim * rope.partial)
-        if self._size % 2 or self._size < 2:
-            raise StartupError(f"config.json: {self._size} rotary dimensions of a head; expected an even number")
         frequencies, self._scale = inverse_frequencies(rope, self._size, reach)
         self._frequencies = frequencies.to(device)
         self._dtype = dtype
@@ -111,9 +108,7 @@ def _llama3(rope: Rope, plain: torch.Tensor) -> torch.Tensor:
 
 
 def _longrope(rope: Rope, steps: torch.Tensor, reach: int) -> tuple[torch.Tensor, float]:
-    name, factors = ("long", rope.long_factor) if reach > rope.original else ("short", rope.short_factor)
-    if len(factors) != len(steps):
-        raise StartupError(f"config.json: {name}_factor: expected {len(steps)} numbers, got {len(factors)}")
+    factors = rope.long_factor if reach > rope.original else rope.short_factor
     scale = rope.attention_factor
     if scale is None:
         scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))

@@ -38,6 +38,16 @@ class DenseConfig:
     """Divides the logits."""
 
 
+def _check_rope(rope: Rope, shape: ModelShape) -> None:
+    """That the embedding fits the heads."""
+    size = int(shape.head_dim * rope.partial)
+    if size % 2 or size < 4:
+        raise StartupError(f"config.json: head_dim: {size} of {shape.head_dim} dimensions can't rotate in pairs")
+    for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+        if rope.type == "longrope" and len(factors) != size // 2:
+            raise StartupError(f"config.json: {name}: expected {size // 2} numbers, got {len(factors)}")
+
+
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -126,10 +136,12 @@ class Family:
             elif value is not None and value not in PLAIN[key]:
                 raise StartupError(f"config.json: {key}: {value!r} is not implemented for {architecture(raw)}")
         shape = ModelShape.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+        rope = read_rope(raw, scaling=rope_scaling, factor=rope_factor)
+        _check_rope(rope, shape)
         values: dict[str, object] = {
             "shape": shape,
-            "rope": read_rope(raw, scaling=rope_scaling, factor=rope_factor),
-            "eps": number(raw, "rms_norm_eps", 1e-6),
+            "rope": rope,
+            "eps": number(raw, "rms_norm_eps"),
             "windows": (None,) * shape.layers,
             "attention_scale": shape.head_dim**-0.5,
         }
@@ -141,8 +153,14 @@ def _llama(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": flag(raw, "mlp_bias", False)}
 
 
+def _window(raw: Raw) -> int | None:
+    """Mistral's and Qwen's configs mean 4096 where they leave the key out, and none where it is null."""
+    window: int | None = integer(raw, "sliding_window", None)
+    return window if "sliding_window" in raw else 4096
+
+
 def _mistral(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    return {"windows": (integer(raw, "sliding_window", None),) * shape.layers}
+    return {"windows": (_window(raw),) * shape.layers}
 
 
 def _qwen2(raw: Raw, shape: ModelShape) -> dict[str, object]:
@@ -157,10 +175,12 @@ def _qwen3(raw: Raw, shape: ModelShape) -> dict[str, object]:
 def _layer_windows(raw: Raw, shape: ModelShape) -> tuple[int | None, ...]:
     """Qwen's rule: ``layer_types`` if given, else a window from layer ``max_window_layers`` on; none at all unless
     ``use_sliding_window``."""
-    window = integer(raw, "sliding_window", 4096) if flag(raw, "use_sliding_window", False) else None
+    window = _window(raw) if flag(raw, "use_sliding_window", False) else None
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise StartupError(f"config.json: max_window_layers: expected an integer, got {first!r}")
         return tuple(window if layer >= first else None for layer in range(shape.layers))
     if not isinstance(types, list) or len(types) != shape.layers:
         raise StartupError(f"config.json: layer_types: expected a list of {shape.layers} names, got {types!r}")

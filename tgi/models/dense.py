@@ -68,7 +68,6 @@ class DenseLayer:
         self._rotary = rotary
         self._heads, self._kv_heads, self._head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self._residual = config.residual_multiplier
-        self._eps = config.eps
         self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", shape.hidden, config.eps)
         self._qkv = ColumnLinear.load(checkpoint, qkv, shape.hidden, bias=config.qkv_bias)
         self._qk_norm = HeadNorm.load(checkpoint, attention, config) if config.qk_norm else None
