@@ -257,6 +257,13 @@ def test_a_file_that_is_something_else(tmp_path: Path, content: bytes):
         read_gguf(path)
 
 
+def test_a_cache_that_can_not_be_written(tmp_path: Path):
+    path = write_gguf(write_model(tmp_path / "model", "llama"))
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StartupError, match="cache"):
+        import_gguf(path, tmp_path / "cache" / "deeper")
+
+
 def test_a_path_that_is_not_there(tmp_path: Path):
     with pytest.raises(StartupError, match=r"none\.gguf"):
         import_gguf(tmp_path / "none.gguf", tmp_path / "cache")

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from tgi.core.errors import StartupError
+from tgi.core.model_config import ModelShape
 from tgi.launcher.gguf.config import convert_config
 from tgi.launcher.gguf.reader import read_gguf
 
@@ -34,18 +35,20 @@ def import_gguf(path: Path, cache: Path) -> Path:
     if folder.is_dir():
         return folder
     files = _convert(path)
-    cache.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".gguf-", dir=cache))
+    draft = None
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".gguf-", dir=cache))
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         draft.chmod(0o755)
         draft.rename(folder)
-    except OSError:
+    except OSError as error:
         if not folder.is_dir():  # else another process was first, with the same content
-            raise
+            raise StartupError(f"{cache}: {error.strerror}: no place for what is read from {path}") from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -57,9 +60,9 @@ def _convert(path: Path) -> dict[str, str]:
     try:
         config, index = convert_config(file)
         tokenizer, tokenizer_config, generation_config = convert_tokenizer(file)
+        tokenizer_config["model_max_length"] = ModelShape.read(config).max_position_embeddings
     except StartupError as error:
         raise StartupError(f"{path}: {error}") from None
-    tokenizer_config["model_max_length"] = config["max_position_embeddings"]
     return {
         "config.json": json.dumps(config, indent=2),
         "gguf_index.json": json.dumps(index),
