@@ -29,15 +29,17 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 PREFILL = {"cuda": 4096, "cpu": 512}
 """Default tokens of a step: a GPU needs many to be busy; a CPU is busy with few, and longer steps delay decodes."""
 
-_PROCESS = 768 << 20
-"""Bytes of a process with torch loaded, and of the router, beside everything counted here."""
+_PROGRAMS = 512 << 20
+"""Bytes of engine, router and launcher beside everything that is counted."""
 _SLACK = {"cuda": 0.05, "cpu": 0.02}
 """Share of the memory left alone: allocators round up and fragment."""
 _CPU_CACHE_SHARE = 0.5
 """Share of what is left that the KV cache takes on CPU by itself: the machine has other programs, and every page of the
-cache gets used in the long run."""
+cache is used in the long run."""
 _SAMPLING_BYTES = 40
 """Bytes per logit at the worst: scores, penalized and warped copies, a sort with its indices."""
+_GATHERED = 1 << 16
+"""Tokens whose keys and values attention gathers at once (tgi/attention/sdpa.py), beside one request of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,63 +161,54 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     raw = read_config(files.folder)
     shape = ModelShape.read(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
     dtype = choose_dtype(options.dtype, machine.device, raw)
-    width = WIDTH[dtype]
-    made_for = min(shape.max_position_embeddings, _tokenizer_length(files, options))
-
-    options = check(options)
     batch_size = options.max_batch_size or options.max_concurrent_requests
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
+    budget = _budget(machine, options.cuda_memory_fraction)
+    bill = _Bill(shape, WIDTH[dtype])
     rows = min(batch_size, prefill)
-    budget = int(options.cuda_memory_fraction * machine.total) - (machine.total - machine.available)
-    if machine.device == "cpu":
-        budget = int(options.cuda_memory_fraction * machine.available)
     ledger = {
-        "weights": width
-        * (elements(files) + (shape.vocab * shape.hidden if shape.tied and machine.device == "cpu" else 0)),
-        f"activations of {prefill} tokens": prefill * _activation_bytes(shape, width),
+        "weights": bill.weights(elements(files), machine.device),
+        f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
-        "programs": _PROCESS,
+        "attention": bill.gathered(_GATHERED),
+        "programs": _PROGRAMS,
         "slack": int(_SLACK[machine.device] * budget),
     }
-    left = budget - sum(ledger.values())
-    page = BLOCK_SIZE * shape.layers * 2 * shape.kv_heads * shape.head_dim * width
-    if left < page:
+
+    # A request of n tokens needs room in the cache and in attention's buffers.
+    page = BLOCK_SIZE * bill.gathered(shape.layers)
+    context = bill.context(prefill)
+    longest = (budget - sum(ledger.values())) // (page + BLOCK_SIZE * context) * BLOCK_SIZE
+    if longest <= 0:
         raise ArgumentValidation(
             f"{files.model_id} doesn't fit: {_sum(ledger)} make {size(sum(ledger.values()))}, but {machine.name} has "
             f"{size(budget)} for it within `--cuda-memory-fraction` {options.cuda_memory_fraction:g}. Choose a smaller "
             "model, or lower `--max-batch-prefill-tokens` or `--max-batch-size`."
         )
-    room = left // page * BLOCK_SIZE
-    pages = _cache_tokens(options, made_for, room, machine.device) // BLOCK_SIZE
-    capacity = pages * BLOCK_SIZE
-    total = options.max_total_tokens or min(made_for, capacity)
-    if total > made_for:
-        raise ArgumentValidation(
-            f"`max_total_tokens` must be <= {made_for}, what the model was made for. Given: {total}"
-        )
-    if capacity < total:
-        raise ArgumentValidation(
-            f"Not enough memory to handle `max_total_tokens={total}`: there is room for {room} tokens of KV cache "
-            f"({size(left)} after {_sum(ledger)}). Lower `--max-total-tokens`."
-        )
-    prefill = min(prefill, capacity) if options.max_batch_prefill_tokens is None else prefill
-    options = check(
+    total = _total_tokens(options, files, shape, longest)
+    ledger["attention"] += total * context
+    room = (budget - sum(ledger.values())) // page * BLOCK_SIZE
+    capacity = _cache_tokens(options, total, room, machine.device)
+    ledger[f"KV cache of {capacity} tokens"] = capacity // BLOCK_SIZE * page
+
+    inputs = total - 1 if options.max_input_tokens is None else options.max_input_tokens
+    if options.max_batch_prefill_tokens is None:
+        prefill = min(prefill, capacity)
+    check(
         dataclasses.replace(
             options,
+            max_input_tokens=inputs,
             max_total_tokens=total,
-            max_input_tokens=total - 1 if options.max_input_tokens is None else options.max_input_tokens,
             max_batch_prefill_tokens=prefill,
             max_batch_total_tokens=capacity,
         )
     )
-    assert options.max_input_tokens is not None
-    ledger[f"KV cache of {capacity} tokens"] = pages * page
     limits = Limits(
         max_concurrent_requests=options.max_concurrent_requests,
         max_best_of=options.max_best_of,
         max_stop_sequences=options.max_stop_sequences,
         max_top_n_tokens=options.max_top_n_tokens,
-        max_input_tokens=options.max_input_tokens,
+        max_input_tokens=inputs,
         max_total_tokens=total,
         max_batch_prefill_tokens=prefill,
         max_batch_total_tokens=capacity,
@@ -227,30 +220,77 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     return Plan(limits, dtype, budget, ledger)
 
 
-def _cache_tokens(options: Options, made_for: int, room: int, device: str) -> int:
-    """Tokens that the KV cache shall hold: what the operator says, else what can be used and is there."""
-    if (asked := options.max_batch_total_tokens) is not None:
+def _budget(machine: Machine, fraction: float) -> int:
+    """Bytes the server may take: the fraction is of the GPU's memory, less what others hold, or of the free memory."""
+    if machine.device == "cpu":
+        return int(fraction * machine.available)
+    return int(fraction * machine.total) - (machine.total - machine.available)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bill:
+    """Bytes that a model of this shape takes, with numbers of ``width`` bytes."""
+
+    shape: ModelShape
+    width: int
+
+    def weights(self, elements: int, device: str) -> int:
+        """On CPU a tied head is a packed copy of the embedding."""
+        copy = self.shape.vocab * self.shape.hidden if self.shape.tied and device == "cpu" else 0
+        return (elements + copy) * self.width
+
+    def activations(self, tokens: int) -> int:
+        """A step at the widest place of a layer: residual, its norm, and either attention or the MLP."""
+        shape = self.shape
+        attention = 2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        return tokens * (3 * shape.hidden + max(attention, 3 * shape.intermediate)) * self.width
+
+    def gathered(self, tokens: int) -> int:
+        """Keys and values of one layer."""
+        return tokens * 2 * self.shape.kv_heads * self.shape.head_dim * self.width
+
+    def context(self, chunk: int) -> int:
+        """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once
+        more for every query head, and the chunk's mask with the two it is made from."""
+        return self.gathered(1) + 2 * self.shape.heads * self.shape.head_dim * self.width + chunk * (self.width + 2)
+
+
+def _total_tokens(options: Options, files: ModelFiles, shape: ModelShape, longest: int) -> int:
+    """``max_total_tokens``. ``longest``: tokens of a request that the memory has room for."""
+    total = options.max_total_tokens
+    if total is None:
+        capacity = (options.max_batch_total_tokens or longest) // BLOCK_SIZE * BLOCK_SIZE
+        return min(shape.max_position_embeddings, _tokenizer_length(files, options), longest, capacity)
+    if total > shape.max_position_embeddings:
+        raise ArgumentValidation(
+            f"`max_total_tokens` must be <= {shape.max_position_embeddings}, what the model was made for. Given: "
+            f"{total}. `--rope-scaling` and `--rope-factor` stretch it."
+        )
+    if total > longest:
+        raise ArgumentValidation(
+            f"Not enough memory to handle `max_total_tokens={total}`: there is room for requests of {longest} tokens. "
+            "Lower `--max-total-tokens`, or raise `--cuda-memory-fraction`."
+        )
+    return total
+
+
+def _cache_tokens(options: Options, total: int, room: int, device: str) -> int:
+    """Tokens of the KV cache, in whole pages: what the operator says, else what can be used and is there."""
+    asked = options.max_batch_total_tokens
+    if asked is not None:
         if asked > room:
             raise ArgumentValidation(
                 f"`max_batch_total_tokens` must be <= {room}, what the memory has room for. Given: {asked}"
             )
-        return asked
-    total = options.max_total_tokens or made_for
-    useful = options.max_concurrent_requests * (-(-total // BLOCK_SIZE) * BLOCK_SIZE)
+        return asked // BLOCK_SIZE * BLOCK_SIZE
+    longest = -(-total // BLOCK_SIZE) * BLOCK_SIZE
     if device == "cpu":
-        room = max(int(room * _CPU_CACHE_SHARE), min(room, options.max_total_tokens or 0))
-    return min(useful, room)
+        room = max(int(room * _CPU_CACHE_SHARE), longest)
+    return min(room, options.max_concurrent_requests * longest) // BLOCK_SIZE * BLOCK_SIZE
 
 
 def _sum(ledger: Mapping[str, int]) -> str:
     return " + ".join(f"{name} {size(count)}" for name, count in ledger.items())
-
-
-def _activation_bytes(shape: ModelShape, width: int) -> int:
-    """Bytes of one token at the widest place of a layer: residual, its norm, and either attention or the MLP."""
-    attention = 2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    mlp = 3 * shape.intermediate
-    return (3 * shape.hidden + max(attention, mlp)) * width
 
 
 def _tokenizer_length(files: ModelFiles, options: Options) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from tgi import __version__
 from tgi.core import telemetry
+from tgi.core.config import BLOCK_SIZE
 from tgi.launcher.errors import ArgumentValidation
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -212,7 +213,7 @@ class Options:
     )
     max_input_length: int | None = _flag(_integer(), None, "Old name of `--max-input-tokens`.")
     max_total_tokens: int | None = _flag(
-        _integer(1),
+        _integer(2),
         None,
         "Most tokens of one request, prompt and answer together; unset means what the model was made for, if that many "
         "fit into the KV cache.",
@@ -227,7 +228,7 @@ class Options:
         "model and the memory allow.",
     )
     max_batch_total_tokens: int | None = _flag(
-        _integer(1, 2**32 - 1),
+        _integer(BLOCK_SIZE, 2**32 - 1),
         None,
         "Tokens that the KV cache holds, rounded down to whole pages of 16; unset means what the memory has room for.",
     )

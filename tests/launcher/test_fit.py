@@ -1,0 +1,298 @@
+"""The memory ledger and the limits that follow from it, for models that exist only as headers."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles
+from tgi.core.errors import StartupError
+from tgi.launcher import fit as fitting
+from tgi.launcher.errors import ArgumentValidation
+from tgi.launcher.fit import Machine, Plan, choose_dtype, elements, fit, probe
+from tgi.launcher.flags import Options
+
+GB = 10**9
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+TOKEN = 3 * 2 * 2 * 16 * 4
+"""Bytes of one token in the KV cache in float32: layers, k and v, kv heads, head dimension, width."""
+CPU = Machine("cpu", "cpu", 16 * GB, 8 * GB)
+GPU = Machine("cuda", "NVIDIA H100 80GB HBM3", 80 * GB, 70 * GB)
+
+
+def model(folder: Path, tokenizer: dict[str, object] | None = None, **config: object) -> ModelFiles:
+    """A model whose only file has a header for 10 * 20 + 5 numbers."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    if tokenizer is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    tensors = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "BF16", "shape": [10, 20], "data_offsets": [0, 400]},
+        "b": {"dtype": "F32", "shape": [5], "data_offsets": [400, 420]},
+    }
+    header = json.dumps(tensors).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return ModelFiles(model_id="org/model", folder=str(folder), weights=[str(path)])
+
+
+def check_consistent(plan: Plan) -> None:
+    """What every plan promises."""
+    limits = plan.limits
+    assert 0 < limits.max_input_tokens < limits.max_total_tokens <= limits.max_batch_total_tokens
+    assert limits.max_batch_total_tokens % BLOCK_SIZE == 0
+    assert 0 < limits.max_batch_prefill_tokens <= limits.max_batch_total_tokens
+    assert sum(plan.ledger.values()) <= plan.memory
+    assert all(count >= 0 for count in plan.ledger.values())
+
+
+def test_open_limits_follow_from_the_model(tmp_path: Path) -> None:
+    plan = fit(Options(), model(tmp_path), CPU)
+    check_consistent(plan)
+    assert plan.limits == Limits(
+        max_input_tokens=2047,
+        max_total_tokens=2048,
+        max_batch_prefill_tokens=512,
+        max_batch_total_tokens=128 * 2048,
+        max_batch_size=128,
+    )
+    assert plan.dtype == "float32"
+    assert plan.memory == CPU.available
+    assert plan.ledger["weights"] == 4 * 205
+    assert plan.ledger["logits of 128 rows"] == 128 * 1000 * 40
+    assert plan.ledger["KV cache of 262144 tokens"] == 262144 * TOKEN
+
+
+def test_open_limits_on_a_gpu(tmp_path: Path) -> None:
+    plan = fit(Options(), model(tmp_path, max_position_embeddings=1 << 20, dtype="float16"), GPU)
+    check_consistent(plan)
+    assert (plan.dtype, plan.limits.max_batch_prefill_tokens) == ("float16", 4096)
+    assert plan.memory == 70 * GB, "what other programs hold is not ours"
+    assert fit(Options(cuda_memory_fraction=0.5), model(tmp_path), GPU).memory == 30 * GB
+
+
+def test_a_tied_head_is_a_second_copy_on_cpu(tmp_path: Path) -> None:
+    files = model(tmp_path, tie_word_embeddings=True)
+    assert fit(Options(), files, CPU).ledger["weights"] == 4 * (205 + 1000 * 64)
+    assert fit(Options(), files, GPU).ledger["weights"] == 2 * 205
+
+
+def test_the_tokenizer_may_know_a_shorter_length(tmp_path: Path) -> None:
+    assert fit(Options(), model(tmp_path, {"model_max_length": 100}), CPU).limits.max_total_tokens == 100
+    assert fit(Options(), model(tmp_path, {"model_max_length": 1e30}), CPU).limits.max_total_tokens == 2048
+    assert (
+        fit(Options(max_total_tokens=200), model(tmp_path, {"model_max_length": 100}), CPU).limits.max_total_tokens
+        == 200
+    )
+
+
+def test_what_the_operator_says_is_what_he_gets(tmp_path: Path) -> None:
+    options = Options(
+        max_input_tokens=100,
+        max_total_tokens=200,
+        max_batch_prefill_tokens=50,
+        max_batch_total_tokens=1003,
+        max_batch_size=7,
+        max_concurrent_requests=9,
+        max_best_of=3,
+        max_stop_sequences=5,
+        max_top_n_tokens=6,
+        max_client_batch_size=8,
+        validation_workers=4,
+        payload_limit=10,
+    )
+    plan = fit(options, model(tmp_path), CPU)
+    check_consistent(plan)
+    for field in Limits.__struct_fields__:
+        wanted = 992 if field == "max_batch_total_tokens" else getattr(options, field)  # whole pages
+        assert getattr(plan.limits, field) == wanted, field
+
+
+def test_a_small_cache_shortens_what_was_left_open(tmp_path: Path) -> None:
+    plan = fit(Options(max_batch_total_tokens=333), model(tmp_path), CPU)
+    check_consistent(plan)
+    assert (plan.limits.max_batch_total_tokens, plan.limits.max_total_tokens) == (320, 320)
+    assert plan.limits.max_batch_prefill_tokens == 320
+
+
+def test_little_memory_shortens_requests_before_it_refuses(tmp_path: Path) -> None:
+    """Down to the last page every plan is consistent; below it the start is refused, naming what to change."""
+    files = model(tmp_path, max_position_embeddings=1 << 17)
+    lengths = set()
+    for megabytes in range(540, 1500, 13):
+        machine = dataclasses.replace(CPU, available=megabytes * 10**6)
+        try:
+            plan = fit(Options(), files, machine)
+        except ArgumentValidation as error:
+            assert not lengths, "more memory never fits less"
+            assert "org/model doesn't fit" in str(error) and "--cuda-memory-fraction" in str(error)
+            continue
+        check_consistent(plan)
+        lengths.add(plan.limits.max_total_tokens)
+    assert len(lengths) > 3 and max(lengths) == 1 << 17
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            Options(max_total_tokens=4096),
+            "`max_total_tokens` must be <= 2048, what the model was made for. Given: 4096",
+        ),
+        (Options(max_input_tokens=2048), "`max_input_tokens`(2048) must be < `max_total_tokens`(2048)"),
+        (Options(max_batch_total_tokens=2**31), "`max_batch_total_tokens` must be <= "),
+        (
+            Options(max_total_tokens=512, max_batch_total_tokens=256),
+            "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: 512 and 256",
+        ),
+        (
+            Options(max_batch_prefill_tokens=512, max_batch_total_tokens=256),
+            "`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: 512 and 256",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, options: Options, text: str) -> None:
+    with pytest.raises(ArgumentValidation) as error:
+        fit(options, model(tmp_path), CPU)
+    assert text in str(error.value)
+
+
+def test_a_length_that_memory_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    files = model(tmp_path, max_position_embeddings=1 << 20)
+    with pytest.raises(ArgumentValidation, match="Not enough memory to handle `max_total_tokens=1048576`"):
+        fit(Options(max_total_tokens=1 << 20), files, dataclasses.replace(CPU, available=GB))
+
+
+def test_rope_flags_stretch_the_model(tmp_path: Path) -> None:
+    plan = fit(Options(rope_scaling="linear", rope_factor=2.0), model(tmp_path), CPU)
+    assert plan.limits.max_total_tokens == 4096
+
+
+def test_gguf_weights_are_counted_by_their_index(tmp_path: Path) -> None:
+    (tmp_path / "gguf_index.json").write_text(
+        json.dumps({"a": {"type": "Q4_1", "shape": [32, 10]}, "b": {"shape": [5]}})
+    )
+    assert elements(ModelFiles(model_id="m", folder=str(tmp_path), weights=["/x/model.gguf"])) == 325
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"[]"])
+def test_a_broken_header_is_named(tmp_path: Path, content: bytes) -> None:
+    files = model(tmp_path)
+    Path(files.weights[0]).write_bytes(content)
+    with pytest.raises(StartupError, match=r"model\.safetensors can't be read"):
+        elements(files)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "stored", "chosen"),
+    [
+        ("auto", "cpu", "bfloat16", "float32"),
+        ("auto", "cuda", "bfloat16", "bfloat16"),
+        ("auto", "cuda", "float16", "float16"),
+        ("auto", "cuda", "float32", "bfloat16"),
+        ("bfloat16", "cpu", "float32", "bfloat16"),
+    ],
+)
+def test_dtype(dtype: str, device: str, stored: str, chosen: str) -> None:
+    assert choose_dtype(dtype, device, {"torch_dtype": stored}) == chosen
+
+
+def machine_files(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = "MemTotal:       1000 kB\nMemFree:   1 kB\nMemAvailable:    800 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "available"),
+    [
+        ({}, 800 << 10),
+        (
+            {
+                "proc/self/cgroup": "0::/box\n",
+                "sys/fs/cgroup/box/memory.max": "500000\n",
+                "sys/fs/cgroup/box/memory.current": "300000\n",
+                "sys/fs/cgroup/box/memory.stat": "anon 1\ninactive_file 100000\n",
+            },
+            300000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/outer/inner\n",
+                "sys/fs/cgroup/outer/inner/memory.max": "max\n",
+                "sys/fs/cgroup/outer/inner/memory.current": "1\n",
+                "sys/fs/cgroup/outer/inner/memory.stat": "inactive_file 0\n",
+                "sys/fs/cgroup/outer/memory.max": "400000\n",
+                "sys/fs/cgroup/outer/memory.current": "1000\n",
+                "sys/fs/cgroup/outer/memory.stat": "inactive_file 0\n",
+            },
+            399000,
+        ),
+        (
+            {  # inside a container the path is that of the host, and the files lie at the top
+                "proc/self/cgroup": "4:cpu:/docker/abc\n3:memory:/docker/abc\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "200000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "50000\n",
+                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 10000\n",
+            },
+            160000,
+        ),
+    ],
+)
+def test_memory_is_what_the_machine_and_its_groups_leave(
+    tmp_path: Path, groups: dict[str, str], available: int
+) -> None:
+    root = machine_files(tmp_path, {"proc/meminfo": MEMINFO} | groups)
+    assert fitting._cpu(root).available == available
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A command of this name that notes its arguments and prints the file ``says``."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\nexec cat {tmp_path}/says\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path) -> None:
+    (nvidia_smi / "says").write_text("NVIDIA H100 80GB HBM3, 81559, 80000\nNVIDIA T4, 15360, 15000\n")
+    found = probe("auto", None)
+    assert found == Machine("cuda", "NVIDIA H100 80GB HBM3", 81559 << 20, 80000 << 20)
+    assert found.compute_type == "1-nvidia-h100-80gb-hbm3"
+    probe("cuda", "2,3")
+    assert (nvidia_smi / "asked").read_text().strip().endswith("-i 2")
+    for device, visible in (("cpu", None), ("auto", ""), ("auto", "-1")):
+        assert probe(device, visible).device == "cpu"
+
+
+def test_no_gpu(nvidia_smi: Path) -> None:
+    (nvidia_smi / "says").write_text("No devices were found\n")
+    assert probe("auto", None).device == "cpu"
+    with pytest.raises(ArgumentValidation, match="--device cuda"):
+        probe("cuda", None)
+
+
+def test_the_table_has_a_line_for_every_row(tmp_path: Path) -> None:
+    plan = fit(Options(), model(tmp_path), CPU)
+    lines = plan.table().splitlines()
+    assert [line.split("  ")[1].strip() for line in lines] == list(plan.ledger)
+    assert len({len(line) for line in lines}) == 1
