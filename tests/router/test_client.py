@@ -20,7 +20,7 @@ def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, 
     stats: list[StepStats] = []
 
     async def main() -> None:
-        client = EngineClient(folder / "engine.sock", stats.append)
+        client = EngineClient(folder / "engine.sock", stats.append, longest_step=0)
         running = asyncio.create_task(client.run())
         assert await client.wait_connected(10)
         try:
@@ -335,6 +335,16 @@ def test_a_loop_that_never_answers_is_not_healthy(tmp_path: Path) -> None:
 
     engine, _ = play(tmp_path, scenario, pong=False)
     assert len(engine.received) == 2
+
+
+def test_a_long_step_is_not_a_stuck_loop(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        client._longest_step = 0.3
+        assert await client.healthy(0.01)
+        await asyncio.sleep(0.3)
+        assert not await client.healthy(0.01)
+
+    play(tmp_path, scenario, pong=False)
 
 
 def test_only_the_answer_to_this_ping_counts(tmp_path: Path) -> None:

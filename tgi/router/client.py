@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 RETRY = 0.1
 """Seconds between attempts to connect: the engine may load for minutes, and a refused Unix socket costs nothing."""
+
+LONGEST_STEP = 60.0
+"""Seconds that the engine may be silent in the middle of a step: a large prompt on a small machine takes its time."""
 
 CHUNK = 1 << 18
 """Bytes read at once; in one wake-up all the frames that they hold."""
@@ -117,19 +121,29 @@ class Ticket:
         self.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class _Ping:
+    """A question to the step loop that is under way."""
+
+    nonce: int
+    answer: asyncio.Future[bool]
+    """False if the engine is lost meanwhile."""
+    sent: float
+
+
 class EngineClient:
     """One router's connection to the engine, for all its requests. Everything runs on one event loop."""
 
-    def __init__(self, socket: Path, on_stats: Callable[[StepStats], None]) -> None:
+    def __init__(self, socket: Path, on_stats: Callable[[StepStats], None], longest_step: float = LONGEST_STEP) -> None:
         self._socket = socket
+        self._longest_step = longest_step
         self._on_stats = on_stats
         self._ids = itertools.count(1)
         self._nonces = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._hello = asyncio.Event()
-        self._ping: tuple[int, asyncio.Future[bool]] | None = None
-        """The ping under way and its answer: False if the engine is lost meanwhile."""
+        self._ping: _Ping | None = None
 
     async def run(self) -> None:
         """Keep connected until cancelled. When the engine is lost every open ticket ends with an error."""
@@ -168,17 +182,19 @@ class EngineClient:
         return True
 
     async def healthy(self, timeout: float = 5.0) -> bool:
-        """Whether the engine's step loop answers in time. Calls made while a ping is under way wait for that one."""
+        """Whether the engine's step loop lives: it answers a ping within ``timeout`` seconds, or the ping has not been
+        waiting for longer than a step may take. Calls made while a ping is under way wait for that one."""
         if not self.connected:
             return False
         if self._ping is None:
-            self._ping = next(self._nonces), asyncio.get_running_loop().create_future()
-            self._send(Ping(self._ping[0]))
+            self._ping = _Ping(next(self._nonces), asyncio.get_running_loop().create_future(), time.monotonic())
+            self._send(Ping(self._ping.nonce))
+        ping = self._ping
         try:
             async with asyncio.timeout(timeout):
-                return await asyncio.shield(self._ping[1])
+                return await asyncio.shield(ping.answer)
         except TimeoutError:
-            return False
+            return time.monotonic() - ping.sent < self._longest_step
 
     @property
     def queued(self) -> int:
@@ -251,7 +267,7 @@ class EngineClient:
                 if message.stats is not None:
                     self._on_stats(message.stats)
             case Pong():
-                if self._ping is not None and self._ping[0] == message.nonce:
+                if self._ping is not None and self._ping.nonce == message.nonce:
                     self._answer_ping(True)
 
     def _apply(self, delta: Delta) -> None:
@@ -267,7 +283,7 @@ class EngineClient:
 
     def _answer_ping(self, alive: bool) -> None:
         if self._ping is not None:
-            self._ping[1].set_result(alive)
+            self._ping.answer.set_result(alive)
             self._ping = None
 
     def _lose(self, reason: str) -> None:
