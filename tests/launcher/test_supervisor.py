@@ -111,7 +111,7 @@ def test_a_signal_ends_router_then_engine_and_leaves_nothing(
     run.until("Try: curl")
     code, out, err = run.end(number)
     assert (code, err) == (0, "")
-    assert out.index("router ends") < out.index("Terminating engine") < out.index("engine ends")
+    assert out.index("router ends") < out.index("Terminating shard") < out.index("engine ends")
     assert f"curl http://127.0.0.1:{run.value('PORT')}/" in out
     assert not Path(run.value("RUN_DIR")).exists()
     assert gone(int(run.value("ENGINE"))) and gone(int(run.value("ROUTER")))
@@ -196,7 +196,7 @@ def test_the_end_of_the_engine_is_told(launch: Callable[..., Launch], script: st
         os.kill(int(run.value("WAITING")), signal.SIGUSR1)
     code, out, err = run.end()
     assert code == 1
-    assert last_line(err).startswith(f"Error: {'ShardFailed' if ready else 'ShardCannotStart'}: the engine failed: ")
+    assert last_line(err).startswith(f"Error: {'ShardFailed' if ready else 'ShardCannotStart'}: ")
     assert cause in last_line(err)
     assert ("router ends" in out) or not ready
     assert not Path(run.value("RUN_DIR")).exists()
@@ -211,7 +211,7 @@ def test_the_end_of_the_router_is_told(launch: Callable[..., Launch], ready: boo
     code, out, err = run.end()
     assert code == 1
     name = "WebserverFailed" if ready else "WebserverCannotStart"
-    assert last_line(err) == f"Error: {name}: the router failed: exited with status 4"
+    assert last_line(err) == f"Error: {name}: exited with status 4"
     assert ("engine ends" in out) or not ready
 
 
@@ -219,7 +219,7 @@ def test_a_stubborn_child_is_killed_when_its_time_is_up(launch: Callable[..., La
     run = launch(router=STUBBORN, grace=0.2)
     run.until("Connected")
     code, out, _ = run.end(signal.SIGTERM)
-    assert code == 0 and "Killing router" in out and "engine ends" in out
+    assert code == 0 and "Killing webserver" in out and "engine ends" in out
     assert gone(int(run.value("ROUTER")))
 
 
@@ -227,9 +227,9 @@ def test_a_second_signal_ends_the_patience(launch: Callable[..., Launch]) -> Non
     run = launch(router=STUBBORN, grace=3600)
     run.until("Connected")
     run.process.send_signal(signal.SIGTERM)
-    run.until("Terminating router")
+    run.until("Terminating webserver")
     code, out, _ = run.end(signal.SIGINT)
-    assert code == 0 and "Killing router" in out
+    assert code == 0 and "Killing webserver" in out
 
 
 def test_children_die_with_a_killed_launcher(launch: Callable[..., Launch]) -> None:

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from tgi.core.config import Settings
 from tgi.core.errors import StartupError
-from tgi.core.messages import Failed, Loading, Status
+from tgi.core.messages import Failed, Loading, Ready, Status
 from tgi.launcher.errors import ShardCannotStart, ShardFailed, WebserverCannotStart, WebserverFailed
 from tgi.launcher.progress import Progress
 
@@ -86,18 +87,16 @@ def supervise(
         watch = _Watch(wakeup)
         try:
             log.info("Starting shard")
-            shard = watch.spawn("engine", (*engine, "--settings", path), ShardCannotStart, ShardFailed)
+            shard = watch.spawn(_SHARD, (*engine, "--settings", path))
             log.info("Starting Webserver")
             fd = listener.fileno()
-            command = (*router, "--settings", path, "--listen-fd", str(fd))
-            web = watch.spawn("router", command, WebserverCannotStart, WebserverFailed, fd)
-            if watch.until_ready(shard, web):
+            webserver = watch.spawn(_WEBSERVER, (*router, "--settings", path, "--listen-fd", str(fd)), fd)
+            if watch.until_ready(shard, webserver):
                 log.info("Connected: ready after %.1f s", time.monotonic() - started)
                 log.info(_invitation(listener, settings))
                 watch.until_signal()
             log.info("Shutting down on %s", watch.signals[0].name)
-        except StartupError as error:
-            log.error("%s", error)
+        except StartupError:
             grace = min(FAREWELL, grace)
             raise
         finally:
@@ -126,22 +125,33 @@ def _invitation(listener: socket.socket, settings: Settings) -> str:
     return f"Try: curl {address}/v1/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
 
 
+@dataclass(frozen=True, slots=True)
+class _Role:
+    """What a child is called in the log, and its end, before and after it was ready."""
+
+    name: str
+    crash: str
+    unstarted: type[StartupError]
+    failed: type[StartupError]
+
+
+_SHARD = _Role("shard", "Shard 0 crashed", ShardCannotStart, ShardFailed)
+_WEBSERVER = _Role("webserver", "Webserver Crashed", WebserverCannotStart, WebserverFailed)
+
+
 class _Child:
     """A process, and what it said on its status pipe and on its standard error."""
 
-    def __init__(
-        self, name: str, process: subprocess.Popen[bytes], unstarted: type[StartupError], failed: type[StartupError]
-    ) -> None:
-        self.name = name
+    def __init__(self, role: _Role, process: subprocess.Popen[bytes]) -> None:
+        self.role = role
         self.process = process
         self.streams: dict[int, Callable[[bytes], None]] = {}
         """Open descriptors to read from, and who takes the bytes."""
         self.ready = False
         self.failure: str | None = None
-        self._errors = unstarted, failed
+        self.loading: Progress | None = None
         self._unread = b""
         self._last_words = b""
-        self._loading: Progress | None = None
 
     def take_status(self, data: bytes) -> None:
         *lines, self._unread = (self._unread + data).split(b"\n")
@@ -150,16 +160,17 @@ class _Child:
                 status = msgspec.json.decode(line, type=Status)
             except msgspec.DecodeError as error:
                 status = Failed(f"its status line {line!r} can't be read: {error}")
-            if isinstance(status, Loading):
-                self._loading = self._loading or Progress("Loading weights", status.total)
-                self._loading.reach(status.done)
-                continue
-            if self._loading is not None:
-                self._loading.close()
-            if isinstance(status, Failed):
-                self.failure = status.message
-            else:
-                self.ready = True
+            match status:
+                case Loading(done, total):
+                    self.loading = self.loading or Progress("Loading weights", total)
+                    self.loading.reach(done)
+                case Ready():
+                    self.ready = True
+                    log.info("%s ready", self.role.name.capitalize())
+                case Failed(message):
+                    self.failure = message
+            if self.loading is not None and not isinstance(status, Loading):
+                self.loading.close()
 
     def take_stderr(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it
@@ -179,7 +190,7 @@ class _Child:
                 cause = f"exited with status {code}"
             if words := self._last_words.decode(errors="replace").strip():
                 cause += f": {words.splitlines()[-1]}"
-        return self._errors[self.ready](f"the {self.name} failed: {cause}")
+        return (self.role.failed if self.ready else self.role.unstarted)(cause)
 
 
 class _Wakeup:
@@ -215,14 +226,7 @@ class _Watch:
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup.reader, selectors.EVENT_READ)
 
-    def spawn(
-        self,
-        name: str,
-        command: Sequence[str],
-        unstarted: type[StartupError],
-        failed: type[StartupError],
-        *passed: int,
-    ) -> _Child:
+    def spawn(self, role: _Role, command: Sequence[str], *passed: int) -> _Child:
         """Start a child in its own process group: Ctrl-C reaches only the launcher, which ends the rest in order."""
         parent = os.getpid()
 
@@ -245,7 +249,7 @@ class _Watch:
         finally:
             os.close(its_status)
             os.close(its_stderr)
-        child = _Child(name, process, unstarted, failed)
+        child = _Child(role, process)
         child.streams = {status: child.take_status, stderr: child.take_stderr}
         for fd in child.streams:
             os.set_blocking(fd, False)
@@ -272,25 +276,32 @@ class _Watch:
             if child.process.poll() is not None:
                 self._hear(child)
             if child.failure is not None or child.process.returncode is not None:
-                raise child.error()
+                error = child.error()
+                log.error("%s: %s", child.role.crash, error)
+                raise error
 
     def stop_all(self, grace: float) -> None:
         """End the children, the youngest first, each within ``grace`` seconds; one more signal ends the patience."""
         patience = len(self.signals)
         for child in reversed(self._children):
-            log.info("Terminating %s", child.name)
-            child.process.terminate()
+            name = child.role.name
+            if child.loading is not None:
+                child.loading.close()
+            if child.process.poll() is None:
+                log.info("Terminating %s", name)
+                child.process.terminate()
+                log.info("Waiting for %s to gracefully shutdown", name)
             deadline = time.monotonic() + grace
             while child.process.poll() is None:
                 left = deadline - time.monotonic()
                 if left <= 0 or len(self.signals) > patience:
-                    log.warning("Killing %s", child.name)
+                    log.warning("Killing %s", name)
                     os.killpg(child.process.pid, signal.SIGKILL)
                     child.process.wait()
                 else:
                     self._wait(left)
             self._hear(child)
-            log.info("%s terminated", child.name)
+            log.info("%s terminated", name)
         self._selector.close()
 
     def _wait(self, timeout: float | None) -> None:
