@@ -273,7 +273,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path) -> None:
+def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "version", lambda _: "2.11.0+cu130")
     (nvidia_smi / "says").write_text("NVIDIA H100 80GB HBM3, 81559, 80000\nNVIDIA T4, 15360, 15000\n")
     found = probe("auto", None)
     assert found == Machine("cuda", "NVIDIA H100 80GB HBM3", 81559 << 20, 80000 << 20)
@@ -282,6 +283,14 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path) -> None:
     assert (nvidia_smi / "asked").read_text().strip().endswith("-i 2")
     for device, visible in (("cpu", None), ("auto", ""), ("auto", "-1")):
         assert probe(device, visible).device == "cpu"
+
+
+def test_a_gpu_is_of_no_use_to_a_torch_for_cpus(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "version", lambda _: "2.13.0+cpu")
+    (nvidia_smi / "says").write_text("NVIDIA T4, 15360, 15000\n")
+    assert probe("auto", None).device == "cpu"
+    with pytest.raises(ArgumentValidation, match=r"torch 2\.13\.0\+cpu is built for CPUs only"):
+        probe("cuda", None)
 
 
 def test_no_gpu(nvidia_smi: Path) -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ class Machine:
 
 def probe(device: str, visible: str | None) -> Machine:
     """What is there. ``device``: auto, cpu or cuda. ``visible``: CUDA_VISIBLE_DEVICES."""
-    if device != "cpu":
-        gpu = _gpu(visible)
-        if gpu is not None:
-            return gpu
+    gpu = None if device == "cpu" else _gpu(visible)
+    if device == "cuda" and gpu is None:
+        raise ArgumentValidation("`--device cuda`: nvidia-smi finds no GPU")
+    if gpu is not None and (build := version("torch")).endswith("+cpu"):
         if device == "cuda":
-            raise ArgumentValidation("`--device cuda`: nvidia-smi finds no GPU")
-    return _cpu(Path("/"))
+            raise ArgumentValidation(f"`--device cuda`: torch {build} is built for CPUs only")
+        log.warning("Running on CPU beside a %s: torch %s is built for CPUs only", gpu.name, build)
+        gpu = None
+    return gpu or _cpu(Path("/"))
 
 
 def _gpu(visible: str | None) -> Machine | None:

@@ -36,7 +36,8 @@ def launch(options: Options, started: float) -> None:
         files = resolve_model(options.model_id, options.revision, store(options))
         plan = fit(options, files, machine)
         log.info("Memory on %s\n%s", machine.name, plan.table())
-        log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
+        if options.max_batch_prefill_tokens is None:
+            log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
         log.info("Setting max batch total tokens to %d", plan.limits.max_batch_total_tokens)
         settings = Settings(
             model=files,

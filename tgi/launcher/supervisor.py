@@ -160,6 +160,8 @@ class _Child:
                 status = msgspec.json.decode(line, type=Status)
             except msgspec.DecodeError as error:
                 status = Failed(f"its status line {line!r} can't be read: {error}")
+            if self.loading is not None and not isinstance(status, Loading):
+                self.loading.close()
             match status:
                 case Loading(done, total):
                     self.loading = self.loading or Progress("Loading weights", total)
@@ -169,8 +171,6 @@ class _Child:
                     log.info("%s ready", self.role.name.capitalize())
                 case Failed(message):
                     self.failure = message
-            if self.loading is not None and not isinstance(status, Loading):
-                self.loading.close()
 
     def take_stderr(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody may be there to read it
