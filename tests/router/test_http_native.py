@@ -208,8 +208,10 @@ def test_health(router: Router, path: str) -> None:
 
 def test_health_knows_an_engine_that_listens_but_does_not_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Router(settings(tmp_path), pong=False) as router:
-        healthy = router.service.client.healthy
-        monkeypatch.setattr(type(router.service.client), "healthy", lambda _, timeout=0.05: healthy(timeout))
+        client = router.service.client
+        healthy = client.healthy
+        monkeypatch.setattr(type(client), "healthy", lambda _, timeout=0.05: healthy(timeout))
+        monkeypatch.setattr(client, "_longest_step", 0)
         response = router.http.get("/health")
         assert response.status_code == 503
         assert response.json() == {"error": "unhealthy", "error_type": "healthcheck"}
