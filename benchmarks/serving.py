@@ -143,6 +143,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, object]:
         for round_number in range(-1, arguments.rounds):  # round -1 warms up
             for concurrency in arguments.concurrency:
                 for server in servers:
+                    await asyncio.sleep(arguments.settle)  # threads of the server before may spin on for a while
                     requests = concurrency * arguments.waves if round_number >= 0 else concurrency
                     figures = await load(client, server, words[server.name], arguments.new, concurrency, requests)
                     if round_number >= 0:
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens generated per request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waves", type=int, default=2, help="requests per stream and round")
+    parser.add_argument("--settle", type=float, default=3, help="seconds of quiet before each measurement")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one request")
     parser.add_argument(
         "--weights",
