@@ -43,11 +43,14 @@ class FullAttention:
         return torch.cat(outs)
 
 
-def load(folder: Path, **options: object) -> Model:
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def load(folder: Path, device: str = "cpu", **options: object) -> Model:
     """Our model of a folder of safetensors files."""
     weights = sorted(str(path) for path in folder.glob("*.safetensors"))
     files = ModelFiles(model_id="tiny", folder=str(folder), weights=weights)
-    return load_model(files, torch.float32, torch.device("cpu"), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
+    return load_model(files, torch.float32, torch.device(device), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
 
 
 def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:

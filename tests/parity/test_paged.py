@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import load, reference, reference_logits, tokens
+from tests.parity.conftest import DEVICES, load, reference, reference_logits, tokens
 from tests.tiny import FAMILIES, write_model
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
+from tgi.engine.request import Request
+from tgi.engine.scheduler import Scheduler
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.runner import Runner
 
@@ -24,13 +26,17 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS = {family: (family, {}) for family in FAMILIES} | WINDOWS
 
 
+def runner(folder: Path, pages: int, device: str) -> Runner:
+    model = load(folder, device, max_total_tokens=LENGTH)
+    place = torch.device(device)
+    return Runner(model, KVCache(model.specs, pages, torch.float32, place), place)
+
+
 class Pair:
     """Two requests in one cache, their pages mixed, each at its own place."""
 
-    def __init__(self, folder: Path) -> None:
-        model = load(folder, max_total_tokens=LENGTH)
-        device = torch.device("cpu")
-        self.runner = Runner(model, KVCache(model.specs, PAGES, torch.float32, device), device)
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.runner = runner(folder, PAGES, device)
         self.ids = [tokens(LENGTH, seed).tolist() for seed in (3, 4)]
         pages = torch.randperm(PAGES, generator=torch.Generator().manual_seed(5)).tolist()
         self.pages = [pages[0::2], pages[1::2]]
@@ -39,7 +45,7 @@ class Pair:
         """Logits behind each chunk (request, start, end), in the order of the chunks."""
         works = [self._work(*chunk) for chunk in chunks]
         launched = self.runner.launch(works)
-        rows = dict(zip(launched.order, launched.logits, strict=True))
+        rows = dict(zip(launched.order, launched.logits.cpu(), strict=True))
         return [rows[index] for index in range(len(works))]
 
     def _work(self, request: int, start: int, end: int) -> Work:
@@ -48,9 +54,10 @@ class Pair:
         return Work(submit, ids, start, end - start, self.pages[request][: -(-end // BLOCK_SIZE)], {})
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("folder", MODELS.values(), ids=MODELS.keys(), indirect=True)
-def test_chunks_decodes_and_mixed_steps(folder: Path):
-    pair = Pair(folder)
+def test_chunks_decodes_and_mixed_steps(folder: Path, device: str):
+    pair = Pair(folder, device)
     theirs = [reference_logits(reference(folder), torch.tensor(ids)) for ids in pair.ids]
     plan = [
         [(0, 0, 5)],
@@ -76,3 +83,27 @@ def test_a_shared_prefix_and_a_start_from_nothing_are_the_same(tmp_path: Path):
     pair.pages[0] = pair.pages[0][::-1]
     (again,) = pair.step((0, 0, 50))
     assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("folder", MODELS.values(), ids=MODELS.keys(), indirect=True)
+def test_requests_that_are_preempted_generate_what_the_reference_does(folder: Path, device: str):
+    """Three requests in a cache that holds about two of them, scheduled in small steps."""
+    ours, theirs = runner(folder, 8, device), reference(folder)
+    scheduler = Scheduler(blocks=8, step_tokens=24, max_running=3)
+    requests = []
+    for number in range(3):
+        ids = tokens(20 + number, seed=number).tolist()
+        requests.append(Request(0, Submit(number, ids, len(ids), 40, [], Sampling(), 0.0), list(ids)))
+        assert scheduler.add(requests[-1]) is None
+    preempted = 0
+    while not scheduler.idle:
+        plan = scheduler.schedule()
+        preempted += plan.preempted
+        scheduler.commit(plan, ours.sample(ours.launch([chunk.work() for chunk in plan.chunks])))
+        scheduler.check_integrity()
+    assert preempted > 0
+    for request in requests:
+        logits = reference_logits(theirs, torch.tensor(request.tokens))[request.submit.prompt_length - 1 : -1]
+        assert request.generated == 40
+        assert logits.argmax(-1).tolist() == request.tokens[request.submit.prompt_length :]

@@ -82,9 +82,10 @@ class Server:
             raise
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model, as a newcomer starts it."""
-    server = Server(log=tmp_path_factory.mktemp("serve") / "log").wait_ready(300)
+    options = ["--device", request.param, "--dtype", "float32"]
+    server = Server(*options, log=tmp_path_factory.mktemp("serve") / "log").wait_ready(300)
     yield server
     assert server.stop() == 0, server.output
