@@ -10,10 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgi.attention.base import AttnSpec, PreparedAttention, Segment, zeros
-from tgi.core.config import BLOCK_SIZE
-
-GATHERED = 1 << 16
-"""Tokens whose keys and values are gathered at once, unless a single request has more: bounds the buffer."""
+from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS
 
 
 class SdpaAttention:
@@ -148,13 +145,13 @@ class _Prepared:
 
 def _group(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Neighbours of one token each share a batch while padding at most doubles the shorter one's work, and the batch
-    stays within GATHERED tokens."""
+    stays within GATHERED_TOKENS."""
     groups: list[list[Segment]] = []
     shortest = longest = 0
     for segment in segments:
         low, high = min(shortest, segment.start), max(longest, segment.start)
         joins = groups and segment.length == groups[-1][0].length == 1
-        if joins and high <= 2 * low + 4 * BLOCK_SIZE and (high + 1) * (len(groups[-1]) + 1) <= GATHERED:
+        if joins and high <= 2 * low + 4 * BLOCK_SIZE and (high + 1) * (len(groups[-1]) + 1) <= GATHERED_TOKENS:
             groups[-1].append(segment)
             shortest, longest = low, high
         else:

@@ -7,6 +7,9 @@ import msgspec
 BLOCK_SIZE = 16
 """Tokens per page of the KV cache, and the grain of the prefix cache."""
 
+GATHERED_TOKENS = 1 << 16
+"""Tokens whose keys and values attention gathers at once, unless a single request has more; the ledger counts them."""
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds on what clients may ask and on what the engine may hold; all resolved, none open."""

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles
+from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape, read_config
 from tgi.launcher.errors import ArgumentValidation
@@ -39,8 +39,6 @@ _CPU_CACHE_SHARE = 0.5
 cache is used in the long run."""
 _SAMPLING_BYTES = 40
 """Bytes per logit at the worst: scores, penalized and warped copies, a sort with its indices."""
-_GATHERED = 1 << 16
-"""Tokens whose keys and values attention gathers at once (tgi/attention/sdpa.py), beside one request of any length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +171,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         "weights": bill.weights(elements(files), machine.device),
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
-        "attention": bill.gathered(_GATHERED),
+        "attention": bill.gathered(GATHERED_TOKENS),
         "programs": _PROGRAMS,
         "slack": int(_SLACK[machine.device] * budget),
     }
