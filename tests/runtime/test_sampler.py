@@ -196,3 +196,23 @@ def test_a_row_that_is_not_a_number_is_an_error_of_its_own(logits: torch.Tensor)
     logits[3, 5] = float("nan")
     tokens = sample(logits, [work(Sampling(greedy=seed % 2 == 0, seed=seed), [1]) for seed in range(8)])
     assert [isinstance(token, str) for token in tokens] == [row == 3 for row in range(8)]
+
+
+def test_in_a_small_vocabulary_too():
+    rows = torch.zeros(2, 40)
+    rows[0] = float("nan")
+    broken, fine = sample(rows, [work(Sampling(greedy=False, seed=1), [1])] * 2)
+    assert isinstance(broken, str)
+    assert isinstance(fine, Token)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1.0])
+@pytest.mark.parametrize("penalty", [1e-46, 1e-38])
+def test_a_tiny_repetition_penalty_prefers_what_was_said(penalty: float, temperature: float):
+    rows = torch.zeros(8, 400)
+    rows[:, 5], rows[:, 7] = 9.0, 20.0
+    works = [
+        work(Sampling(greedy=False, seed=seed, temperature=temperature, repetition_penalty=penalty), [5])
+        for seed in range(8)
+    ]
+    assert {token.id for token in drawn(rows, *works)} == {5}

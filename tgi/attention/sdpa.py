@@ -29,7 +29,6 @@ class SdpaAttention:
         self._workspace = torch.empty(0, dtype=dtype, device=device)
 
     def allocate(self, blocks: int) -> torch.Tensor:
-        # Zeroed, since a masked score of 0 times garbage could be NaN.
         return zeros((blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._dtype, self._device)
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
@@ -40,11 +39,16 @@ class SdpaAttention:
             tokens = sum(segment.length for segment in group)
             parts.append(self._part(at, tokens, group))
             at += tokens
+        begun: list[int] = []
         for segment in segments:
             blocks = segment.blocks
-            for position in range(segment.start, segment.start + segment.length):
+            end = segment.start + segment.length
+            for position in range(segment.start, end):
                 slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-        return _Prepared(self, parts, torch.tensor(slots, device=self._device))
+            if 0 < end % BLOCK_SIZE <= segment.length:
+                begun.append(blocks[end // BLOCK_SIZE])
+        begun_blocks = torch.tensor(begun, device=self._device) if begun else None
+        return _Prepared(self, parts, torch.tensor(slots, device=self._device), begun_blocks)
 
     def gather(self, pages: torch.Tensor, part: "_Part") -> torch.Tensor:
         """The part's keys and values, [batch, context, 2, kv heads, dim].
@@ -66,8 +70,8 @@ class SdpaAttention:
         context = max(contexts)
         width = -(-context // BLOCK_SIZE)
         blocks: list[int] = []
-        for segment, first in zip(group, firsts, strict=True):
-            used = segment.blocks[first : first + width]
+        for segment, first, own in zip(group, firsts, contexts, strict=True):
+            used = segment.blocks[first : first + -(-own // BLOCK_SIZE)]
             blocks += used
             blocks += [used[0]] * (width - len(used))
         length = group[0].length
@@ -118,8 +122,13 @@ class _Prepared:
     backend: SdpaAttention
     parts: list[_Part]
     slots: torch.Tensor
+    begun: torch.Tensor | None
+    """Blocks whose first slots, and not the last, are written in this step."""
 
     def run(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.begun is not None:
+            # A masked score of 0 times what an earlier request left behind could be NaN.
+            pages.index_fill_(0, self.begun, 0)
         flat = pages.view(-1, *pages.shape[2:])
         flat[:, 0].index_copy_(0, self.slots, k)
         flat[:, 1].index_copy_(0, self.slots, v)

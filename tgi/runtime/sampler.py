@@ -16,6 +16,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _CANDIDATES = 1024
 """Top-p looks at this many of the most likely tokens before it sorts the whole vocabulary."""
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+"""Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _BUCKET = 256
 """The draw first finds a bucket of this many tokens, then the token in it."""
 
@@ -103,6 +105,7 @@ class _History:
         values = row[ids]
         if s.repetition_penalty != 1.0:
             values = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+            values = values.clamp(-_LARGEST, _LARGEST)
         if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
             values = values - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
         row[ids] = values
@@ -145,7 +148,7 @@ class _Warper:
 
 def _warp(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Temperature, then the warpers in TGI's order; removed tokens are -inf. logits: [rows, vocabulary]."""
-    temperatures = torch.tensor([s.temperature for s in samplings], device=logits.device)
+    temperatures = torch.tensor([s.temperature for s in samplings], device=logits.device).clamp(min=_SMALLEST)
     # The largest becomes 0, so that no temperature, however small, makes infinities of two tokens.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     for warper in _WARPERS:
@@ -207,10 +210,8 @@ def _draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     mass = inside.cumsum(-1, dtype=torch.float64)
     before = buckets.gather(1, bucket) - mass[:, -1:]
     place = (mass + before <= target).sum(-1, keepdim=True)
-    # Rounding may point behind the bucket's last possible token.
-    last = (inside > 0).to(torch.int64).mul(torch.arange(1, _BUCKET + 1, device=logits.device)).amax(
-        -1, keepdim=True
-    ) - 1
+    # Rounding may point behind the bucket's last possible token. A row of no numbers has none, and must harm no other.
+    last = (inside > 0).to(torch.int64).mul(torch.arange(_BUCKET, device=logits.device)).amax(-1, keepdim=True)
     return (bucket * _BUCKET + torch.minimum(place, last)).squeeze(1)
 
 
