@@ -1,6 +1,7 @@
 """What holds for all routes: keys, bodies, limits, errors, and clients and engines that go away."""
 
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,29 @@ def test_payload_limit(router: Router, chunked: bool) -> None:
     assert response.status_code == 413
     assert response.text == "Failed to buffer the request body: length limit exceeded"
     assert router.generate().status_code == 200
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_an_offer_to_upgrade_is_not_heard(router: Router, pieces: int) -> None:
+    """As Java's HttpClient sends it."""
+    body = b'{"inputs":"hello"}'
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAA\r\n"
+    kind = b"Host: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /generate HTTP/1.1\r\n" + offer + kind
+    with socket.create_connection(router.address, 5) as client:
+        for _ in range(2):
+            for piece in (head + body,) if pieces == 1 else (head, body):
+                client.sendall(piece)
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_headers_without_end(router: Router) -> None:
+    with socket.create_connection(router.address, 5) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                client.sendall(b"x" * 100_000)
+    assert router.http.get("/health").status_code == 200
 
 
 def test_cors_for_everybody(router: Router) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import re
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tgi.core import child
 from tgi.core.config import Settings
@@ -36,6 +38,10 @@ from tgi.router.validate import Validator
 log = logging.getLogger(__name__)
 
 _TEXT = "text/plain; charset=utf-8"
+
+_LONGEST_HEAD = 1 << 18
+"""Bytes of request line and headers: more would only fill the memory. Give or take one read of the socket."""
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Endpoint:
@@ -147,7 +153,7 @@ def configure(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -155,6 +161,37 @@ def configure(app: Starlette) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=75,
     )
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds a request's head, and doesn't hear offers to upgrade: Java's clients offer HTTP/2 at first,
+    and httptools, once it has heard that, drops the body."""
+
+    _in_head = _in_body = False
+    _head = 0
+    """Bytes of the head so far."""
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        super().data_received(data)
+        if self._in_head:
+            self._head += len(data)
+            if self._head > _LONGEST_HEAD and not self.transport.is_closing():
+                self.send_400_response("The headers are too long.")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
