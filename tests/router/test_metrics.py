@@ -157,6 +157,10 @@ def test_steps() -> None:
     assert lines['tgi_batch_concat{reason="chunking"}'] == "1.0"
     assert lines["tgi_batch_current_size"] == "4.0"
     assert lines["tgi_batch_current_max_tokens"] == "64.0"
+    metrics.stepped(StepStats())
+    lines = dict(line.rsplit(" ", 1) for line in metrics.expose(0).decode().splitlines() if not line.startswith("#"))
+    assert lines["tgi_batch_current_size"] == lines["tgi_batch_current_max_tokens"] == "0.0"
+    assert lines['tgi_batch_inference_count{method="decode"}'] == "1.0"
 
 
 def test_speculated_tokens_are_those_beyond_the_first(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Fault(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepStats(msgspec.Struct, array_like=True, frozen=True):
-    """One step in numbers, for the metrics."""
+    """One step in numbers, for the metrics. Without rows: nothing ran, and this is how things stand now."""
 
     prefill_rows: int = 0
     prefill_tokens: int = 0

@@ -25,10 +25,14 @@ class Loop:
     def run(self) -> None:
         """Until the process ends. An error of one request ends that request; any other error ends the engine."""
         while True:
+            busy = not self._scheduler.idle
             self.take()
-            if self._scheduler.idle:
+            if not self._scheduler.idle:
+                self.step()
+            elif busy:
+                self._send([], StepStats())  # all was cancelled: the last step's numbers don't hold any more
+            else:
                 continue
-            self.step()
             if self._scheduler.idle and (wrong := self._scheduler.settle()):
                 log.error("The cache's books were wrong (%s): it starts empty again", wrong)
 

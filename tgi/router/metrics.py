@@ -142,6 +142,10 @@ class Metrics:
         self._counters["tgi_request_failure", "dropped"].inc()
 
     def stepped(self, stats: StepStats) -> None:
+        self._gauges["tgi_batch_current_size"].set(stats.running)
+        self._gauges["tgi_batch_current_max_tokens"].set(stats.batch_tokens)
+        if not stats.prefill_rows + stats.decode_rows:
+            return
         method = "prefill" if stats.prefill_rows else "decode"
         self._counters["tgi_batch_inference_count", method].inc()
         self._counters["tgi_batch_inference_success", method].inc()
@@ -153,8 +157,6 @@ class Metrics:
             self._observe("tgi_batch_next_size", stats.admitted)
             if stats.prefill_rows + stats.decode_rows > stats.admitted:
                 self._counters["tgi_batch_concat", "chunking"].inc()
-        self._gauges["tgi_batch_current_size"].set(stats.running)
-        self._gauges["tgi_batch_current_max_tokens"].set(stats.batch_tokens)
 
     def expose(self, queued: int) -> bytes:
         """Prometheus text with TGI's names."""
