@@ -82,6 +82,9 @@ def _run(work: Callable[[], None]) -> int:
         name = "" if type(error) is StartupError else f"{type(error).__name__}: "
         print(f"Error: {name}{error}", file=sys.stderr)
         return 1
+    except OSError as error:  # the machine's own refusal: a full disk, too few descriptors
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -80,6 +80,17 @@ def _text(metavar: str = "TEXT", *, suggest: str = "") -> Kind:
     return Kind(metavar, suggest, parse)
 
 
+def _header() -> Kind:
+    """The value of an HTTP header."""
+
+    def parse(value: str) -> str:
+        if not re.fullmatch("[ -~]+", value):
+            raise ValueError("expected printable ASCII characters")
+        return value
+
+    return Kind("TEXT", "", parse)
+
+
 def _integer(low: int = 0, high: int = 2**63 - 1) -> Kind:
     allowed = f"{low}..{high}" if high < 2**32 - 1 else f"{low}.."
 
@@ -318,7 +329,7 @@ class Options:
         only="env",
     )
     compute_type: str | None = _flag(
-        _text(), None, "Value of the header x-compute-type; unset names the device.", only="env"
+        _header(), None, "Value of the header x-compute-type; unset names the device.", only="env"
     )
     prefix_caching: bool = _flag(
         _choice(**{"true": True, "1": True, "false": False, "0": False}),
@@ -416,7 +427,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple
         else:
             continue
         try:
-            value = flag.kind.parse(",".join(text) if isinstance(text, list) else text)
+            joined = ",".join(text) if isinstance(text, list) else text
+            joined.encode()  # an argument can hold bytes that are no text
+            value = flag.kind.parse(joined)
         except ValueError as error:
             parser.error(f"invalid value {text!r} for {source}: {error}")
         if flag.status != "works" and value not in (flag.neutral or (flag.default,)):

@@ -46,8 +46,8 @@ def bind(host: str, port: int) -> socket.socket:
     """The server's socket, not listening yet: a busy port or an unknown name is found before anything is loaded."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise WebserverCannotStart(f"`--hostname` {host} is no address: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise WebserverCannotStart(f"`--hostname` {host} is no address: {error}") from None
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:

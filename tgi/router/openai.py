@@ -255,10 +255,13 @@ async def _prompt(service: Service, request: ChatRequest) -> str:
 def _as_template_reads(message: Message) -> dict[str, Any]:
     if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content or []):
         raise invalid("`image_url` content is not supported")
-    plain: dict[str, Any] = msgspec.to_builtins(message)
-    for call in plain["tool_calls"] or []:
-        # OpenAI sends JSON in a string; templates write the object out themselves.
-        call["function"]["arguments"] = _unpacked(call["function"]["arguments"])
+    try:
+        plain: dict[str, Any] = msgspec.to_builtins(message)
+        for call in plain["tool_calls"] or []:
+            # OpenAI sends JSON in a string; templates write the object out themselves.
+            call["function"]["arguments"] = _unpacked(call["function"]["arguments"])
+    except RecursionError:
+        raise invalid("the arguments of `tool_calls` are nested too deeply") from None
     return plain
 
 
