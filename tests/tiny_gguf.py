@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def write_gguf(folder: Path, quantized: str = "F32", pre: str = "gpt-2", **metadata: Any) -> Path:
-    """The model of ``folder`` as one file beside it: matrices in the type ``quantized``, the rest in float32.
+    """The model of ``folder`` as one file beside it: matrices in the type ``quantized`` (see ``_pack``), the rest in float32.
 
     ``metadata`` adds or replaces keys, with dots written as two underscores. The folder's own safetensors are rewritten
     to hold what the file holds after quantization.
@@ -122,13 +122,26 @@ def _write_tensors(
         part = name.split(".")[-2].removesuffix("_proj")
         permute = part in heads and config["model_type"] in ("llama", "mistral", "granite")
         data = _permute(tensor, heads[part]) if permute else tensor
-        packed = gguf.quantize(data, kind)
+        packed = _pack(data, kind)
         values = gguf.dequantize(packed, kind)
         stored[name] = _restore(values, heads[part]) if permute else values
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         writer.add_tensor(target, packed, raw_dtype=kind)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, folder / "model.safetensors")
+
+
+def _pack(tensor: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The tensor in blocks of this type; random blocks of moderate values where ggml's package can't quantize to it."""
+    if not kind.name.endswith("_K"):
+        return gguf.quantize(tensor, kind)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (4096, size), np.uint8)
+    with np.errstate(all="ignore"):
+        blocks = blocks[np.abs(gguf.dequantize(blocks, kind)).max(1) < 0.2]
+    rows, columns = tensor.shape
+    return random.choice(blocks, rows * columns // elements).reshape(rows, -1)
 
 
 def _permute(tensor: np.ndarray, heads: int) -> np.ndarray:

@@ -40,6 +40,13 @@ def test_errors_end_with_their_name_and_cause(tmp_path: Path) -> None:
     )
 
 
+def test_a_disk_that_takes_nothing() -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    done = command(f"{full}; {LAUNCHER}", "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ") and "No usable temporary directory" in done.stderr
+
+
 def test_the_launcher_is_told_of_a_bad_path_before_anything_else() -> None:
     done = command(LAUNCHER, "--tokenizer-config-path", "/no/file")
     assert done.returncode == 1 and "`--tokenizer-config-path`: /no/file" in done.stderr

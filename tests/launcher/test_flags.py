@@ -1,5 +1,6 @@
 """The table of settings: every row from the command line, from the environment, with a bad value, and refused."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -120,7 +121,7 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "payload_limit": ("1", 1, "1MB"),
     "graceful_termination_timeout": ("5", 5, "5s"),
     "log_level": ("warn", "warn", "loud"),
-    "compute_type": ("gpu", "gpu", ""),
+    "compute_type": ("gpu", "gpu", "grün"),
     "prefix_caching": ("0", False, "no"),
     "prefill_chunking": ("0", False, "no"),
     "attention": ("paged", "paged", "eager"),
@@ -183,6 +184,11 @@ def test_a_bad_value_ends_with_usage_and_the_name(flag: Flag, capsys: pytest.Cap
     if flag.name:
         error = failure(capsys, [f"{flag.name}={bad}"], {})
         assert f"`{flag.name}`" in error and repr(bad) in error
+
+
+def test_bytes_that_are_no_text_are_a_bad_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`--model-id`" in failure(capsys, ["--model-id", os.fsdecode(b"/m\xff")], {})
+    assert "`API_KEY`" in failure(capsys, [], {"API_KEY": os.fsdecode(b"k\xff")})
 
 
 @pytest.mark.parametrize("flag", SWITCHES, ids=by_key)

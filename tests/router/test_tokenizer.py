@@ -144,6 +144,13 @@ def test_end_tokens(tmp_path: Path, files: dict[str, Any], eos: set[int]) -> Non
     assert Tokenizer.load(write(tmp_path, **files)).eos_ids == eos
 
 
+@pytest.mark.parametrize("value", ["</s>", ["</s>"], 2.5, 10**30])
+def test_end_tokens_that_are_no_ids(tmp_path: Path, value: object) -> None:
+    folder = write(tmp_path, generation_config={"eos_token_id": value})
+    with pytest.raises(StartupError, match=r"generation_config\.json: eos_token_id"):
+        Tokenizer.load(folder)
+
+
 @pytest.mark.parametrize(("value", "length"), [(2048, 2048), (1e30, None), (None, None)])
 def test_model_max_length(tmp_path: Path, value: object, length: int | None) -> None:
     folder = write(tmp_path, tokenizer_config={"model_max_length": value})

@@ -22,7 +22,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
     except OSError as error:
         raise StartupError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise StartupError(f"{path}: expected a JSON object")

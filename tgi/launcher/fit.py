@@ -301,7 +301,7 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
         length = json.loads(path.read_bytes()).get("model_max_length")
     except FileNotFoundError:
         length = None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise StartupError(f"{path}: {error}") from None
     return int(length) if isinstance(length, int | float) and 1 <= length < 1e9 else 1 << 62
 
@@ -315,7 +315,7 @@ def elements(files: ModelFiles) -> int:
         try:
             tensors = json.loads(path.read_bytes()) if path is index else _safetensors_header(path)
             total += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
-        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StartupError(f"{path} can't be read: {error}") from None
     return total
 

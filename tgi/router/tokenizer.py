@@ -202,7 +202,7 @@ class _Files:
         if value is None and isinstance(text_config := config.get("text_config"), Mapping):
             value = text_config.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(id) is int for id in ids):
+        if not all(type(id) is int and abs(id) < 2**31 for id in ids):
             raise StartupError(f"{path}: eos_token_id must be an integer or a list of integers, not {value!r}")
         return frozenset(ids)
 
@@ -227,7 +227,7 @@ class _Files:
             return {}
         try:
             return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
             raise StartupError(f"{path} can't be read: {error}") from error
 
 
