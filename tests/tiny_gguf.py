@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def write_gguf(folder: Path, quantized: str = "F32", pre: str = "gpt-2", **metadata: Any) -> Path:
-    """The model of ``folder`` as one file beside it: matrices in the type ``quantized`` (see ``_pack``), the rest in float32.
+    """The model of ``folder`` as one file beside it: matrices in the type ``quantized``, the rest in float32.
 
     ``metadata`` adds or replaces keys, with dots written as two underscores. The folder's own safetensors are rewritten
     to hold what the file holds after quantization.

@@ -270,6 +270,13 @@ def test_chat_tokenize_shows_what_the_template_makes(router: Router, fields: dic
     assert "".join(token["text"] for token in answer["tokenize_response"]) == text
 
 
+def test_arguments_nested_too_deeply(router: Router) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": "[" * 20_000}}
+    response = router.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert response.status_code == 422
+    assert "`tool_calls`" in response.json()["error"]
+
+
 def test_template_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.router.serving.TEMPLATE", "{{ raise_exception('no systems here') }}" + TEMPLATE)
     with Router(settings(tmp_path)) as router:

@@ -7,10 +7,13 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.serve.conftest import Server
 from tests.tiny import write_model
@@ -110,3 +113,26 @@ def test_too_many_at_once_are_sent_away_and_the_rest_is_served(abused: Server):
         assert set(codes) == {200, 429}
         assert codes.count(200) >= 128
         comes_to_rest(abused)
+
+
+def test_weights_that_are_no_numbers_fail_requests_and_nothing_else(tmp_path: Path):
+    folder = write_model(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][300] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    server = Server("--model-id", str(folder), log=tmp_path / "log").wait_ready()
+
+    async def crowd() -> list[httpx.Response]:
+        async def ask(bias: int) -> httpx.Response:
+            parameters = {"max_new_tokens": 40, "do_sample": True, "logit_bias": {"300": bias}}
+            body = {"inputs": "a b c d", "parameters": parameters}
+            return await client.post(f"{server.url}/generate", json=body)
+
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await asyncio.gather(*[ask(bias) for bias in (-100, 100) * 8])
+
+    for _ in range(2):  # the second time in the cache's pages of the first
+        answers = asyncio.run(crowd())
+        assert [answer.status_code for answer in answers] == [200, 424] * 8
+        assert "not a number" in answers[1].json()["error"]
+    assert server.stop() == 0, server.output
