@@ -99,6 +99,10 @@ def test_clients_that_leave_take_everything_with_them(abused: Server):
 
     asyncio.run(crowd())
     comes_to_rest(abused)
+    body = {"inputs": "a", "parameters": {"max_new_tokens": 500}}
+    with httpx.stream("POST", f"{abused.url}/generate_stream", json=body) as response:
+        next(response.iter_lines())  # and leaves: the engine has nothing else to do
+    comes_to_rest(abused)
 
 
 def test_too_many_at_once_are_sent_away_and_the_rest_is_served(abused: Server):
