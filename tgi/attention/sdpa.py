@@ -146,8 +146,12 @@ class _Prepared:
             out = scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=spec.scale)
         else:
             q = q.view(part.batch, length, spec.heads, spec.head_dim).transpose(1, 2)
+            shared = spec.heads // spec.kv_heads
+            if q.device.type != "cpu" and shared > 1:
+                # No CUDA kernel takes shared heads with a mask, or in float32: torch would write out all the scores.
+                k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=True
+                q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=shared > 1
             ).transpose(1, 2)
         return out.reshape(part.tokens, spec.heads * spec.head_dim)
 
