@@ -1,6 +1,7 @@
 """The router as the launcher runs it: a process on an inherited socket that reports on a pipe and ends by SIGTERM."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -76,3 +77,13 @@ def test_a_model_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_the_router_never_imports_torch() -> None:
     program = "import sys, tgi.router.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_takes_as_many_connections_as_the_system_allows(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        with started(settings(tmp_path), tmp_path) as process:
+            assert resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

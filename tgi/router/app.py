@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 import re
+import resource
 import signal
 import socket
 import sys
@@ -142,6 +143,9 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     """Until SIGTERM or SIGINT; then open answers are finished, however long they take, and nothing new is accepted."""
     if listen_fd is None:
         raise StartupError("the router needs --listen-fd, a listening TCP socket")
+    # A connection is a descriptor, and shells allow 1024 where the system allows many more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn, when done, raises again the signal that ended it: that is a clean end.
         signal.signal(number, lambda *_: sys.exit(0))
