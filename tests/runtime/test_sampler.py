@@ -10,7 +10,7 @@ import torch
 from tgi.core.messages import Sampling, Submit, Token
 from tgi.core.plan import Work
 from tgi.runtime import sampler
-from tgi.runtime.sampler import sample, uniform
+from tgi.runtime.sampler import sample
 
 VOCABULARY = 1000
 
@@ -147,21 +147,48 @@ def test_draws_follow_the_distribution():
         assert abs(p - q) < 5 * math.sqrt(p * (1 - p) / count) + 1e-9
 
 
-def test_uniform_is_spread_over_seeds_and_positions():
-    for points in ([uniform(seed, 3) for seed in range(10_000)], [uniform(3, at) for at in range(10_000)]):
-        assert all(0.0 <= point < 1.0 for point in points)
-        counts = torch.histc(torch.tensor(points), 20, 0, 1)
+def test_random_numbers_are_spread_over_seeds_positions_and_counters():
+    counters = torch.arange(10_000)
+    keys = [
+        ([sampler._key(7, 3)], counters),
+        ([sampler._key(seed, 3) for seed in range(10_000)], torch.tensor([5])),
+        ([sampler._key(3, position) for position in range(10_000)], torch.tensor([5])),
+    ]
+    for rows, counter in keys:
+        points = sampler._exponential(torch.tensor(rows), counter).neg().exp().flatten()
+        assert bool(((points > 0) & (points < 1)).all())
+        counts = torch.histc(points, 20, 0, 1)
         assert float(((counts - 500) ** 2 / 500).sum()) < 50  # chi-squared, 19 degrees of freedom
-    assert uniform(2**64 - 1, 0) != uniform(0, 0)
+    assert sampler._key(2**64 - 1, 0) != sampler._key(0, 0)
 
 
-@pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-53])
-def test_the_draw_never_falls_on_a_removed_token(point: float):
+def test_the_generator_is_splitmix64():
+    """The first numbers of the published generator from state 1234567."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    points = sampler._exponential(torch.tensor([1234567]), torch.tensor([1, 2, 3])).neg().exp()[0]
+    assert points.tolist() == pytest.approx([x / 2**64 for x in expected], abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_draw_never_falls_on_a_removed_token(seed: int):
     row = torch.full((3, 700), float("-inf"))
     row[0, 0] = row[1, 699] = row[2, 300] = row[2, 400] = 1.0
-    ids = sampler._draw(row, torch.full((3,), point, dtype=torch.float64))
+    ids = sampler._draw(row, torch.tensor([sampler._key(seed, at) for at in range(3)]))
     assert ids[:2].tolist() == [0, 699]
     assert int(ids[2]) in (300, 400)
+
+
+def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
+    """A flat distribution, where most of the mass is in tokens of tiny probability."""
+    generator = torch.Generator().manual_seed(3)
+    row = torch.randn(1, 50_000, generator=generator)
+    works = [work(Sampling(greedy=False, seed=seed), [1]) for seed in range(200)]
+    changed = 0
+    for _ in range(5):
+        noise = 1e-5 * torch.randn(1, 50_000, generator=generator)
+        pairs = zip(drawn(row.expand(200, -1), *works), drawn((row + noise).expand(200, -1), *works), strict=True)
+        changed += sum(a.id != b.id for a, b in pairs)
+    assert changed <= 1
 
 
 def test_a_row_draws_the_same_alone_and_among_others(logits: torch.Tensor):

@@ -14,12 +14,14 @@ from tgi.core.plan import Work
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""SplitMix64's constants."""
 _CANDIDATES = 1024
 """Top-p looks at this many of the most likely tokens before it sorts the whole vocabulary."""
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _BUCKET = 256
-"""The draw first finds a bucket of this many tokens, then the token in it."""
+"""The draw first chooses a bucket of this many tokens, then the token in it."""
 
 
 def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
@@ -41,8 +43,8 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
         rows = torch.tensor(drawn, device=logits.device)
         chosen = [samplings[row] for row in drawn]
         warped = _warp(logits[rows], chosen)
-        points = [uniform(samplings[row].seed, len(works[row].tokens)) for row in drawn]
-        ids[rows] = _draw(warped, torch.tensor(points, dtype=torch.float64, device=logits.device))
+        keys = [_key(samplings[row].seed, len(works[row].tokens)) for row in drawn]
+        ids[rows] = _draw(warped, torch.tensor(keys, device=logits.device))
     logprobs = raw.gather(1, ids[:, None]).squeeze(1) - norm
     tops = _top(raw, norm, samplings)
     finite = norm.isfinite().tolist()
@@ -52,17 +54,32 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
     ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides the token at ``position``: SplitMix64 (Steele, Lea & Flood 2014) as a
-    counter-based generator, 53 bits."""
-    return (_mix(_mix(seed & _MASK) + position * _GOLDEN) >> 11) * 2.0**-53
+def _key(seed: int, position: int) -> int:
+    """The 64 bits, as a signed number, from which all that decides the token at ``position`` follows."""
+    x = seed & _MASK
+    for step in (0, position):
+        x = (x + (step + 1) * _GOLDEN) & _MASK
+        x = ((x ^ (x >> 30)) * _MIX[0]) & _MASK
+        x = ((x ^ (x >> 27)) * _MIX[1]) & _MASK
+        x ^= x >> 31
+    return _signed(x)
 
 
-def _mix(x: int) -> int:
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+def _signed(x: int) -> int:
+    return x - (x >> 63 << 64)
+
+
+def _exponential(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
+    """Draws of the unit exponential distribution, a pure function of (key, counter).
+
+    SplitMix64 (Steele, Lea & Flood 2014) as a counter-based generator. keys: int64 [rows]; counters: int64, [n] or
+    [rows, n]; returns float64 [rows, n].
+    """
+    x = keys[:, None] + counters * _signed(_GOLDEN)  # int64 wraps as unsigned numbers do
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return -(((x >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53).log()
 
 
 def _penalizes(s: Sampling) -> bool:
@@ -196,23 +213,24 @@ def _typical_p(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 _WARPERS = (_Warper("top_k", 0, _top_k), _Warper("top_p", 1.0, _top_p), _Warper("typical_p", 1.0, _typical_p))
 
 
-def _draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Invert the distribution function at ``points`` (float64 [rows], in [0, 1)), tokens in the order of their ids."""
+def _draw(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """One token per row by exponential races: argmax of p / E, first between buckets of tokens, then inside the winner.
+
+    A race comes out otherwise only if its two best are closer than the rounding of the logits: batches round a little
+    differently, and inverting the distribution function would let that shift the token at every boundary. Two races
+    need a few hundred random numbers instead of one for each token. keys: int64 [rows].
+    """
     rows, size = logits.shape
     probs = logits.softmax(-1)
     if padding := -size % _BUCKET:
         probs = torch.nn.functional.pad(probs, (0, padding))
     probs = probs.view(rows, -1, _BUCKET)
-    buckets = probs.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = points[:, None] * buckets[:, -1:]
-    bucket = torch.searchsorted(buckets, target, right=True).clamp(max=probs.shape[1] - 1)
+    buckets = torch.arange(probs.shape[1], device=logits.device)
+    bucket = (probs.sum(-1) / _exponential(keys, -1 - buckets)).argmax(-1, keepdim=True)
     inside = probs.gather(1, bucket[:, :, None].expand(-1, -1, _BUCKET)).squeeze(1)
-    mass = inside.cumsum(-1, dtype=torch.float64)
-    before = buckets.gather(1, bucket) - mass[:, -1:]
-    place = (mass + before <= target).sum(-1, keepdim=True)
-    # Rounding may point behind the bucket's last possible token. A row of no numbers has none, and must harm no other.
-    last = (inside > 0).to(torch.int64).mul(torch.arange(_BUCKET, device=logits.device)).amax(-1, keepdim=True)
-    return (bucket * _BUCKET + torch.minimum(place, last)).squeeze(1)
+    tokens = bucket * _BUCKET + torch.arange(_BUCKET, device=logits.device)
+    place = (inside / _exponential(keys, tokens)).argmax(-1, keepdim=True)
+    return tokens.gather(1, place).squeeze(1)
 
 
 def _top(raw: torch.Tensor, norm: torch.Tensor, samplings: Sequence[Sampling]) -> list[list[tuple[int, float]]]:
