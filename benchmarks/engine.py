@@ -70,7 +70,7 @@ def main() -> None:
         max_batch_size=max(arguments.requests),
     )
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(model=files, limits=limits, run_dir=folder, memory_bytes=0)
+        settings = Settings(model=files, limits=limits, run_dir=folder)
         runner = Runner.load(settings, lambda done, total: None)
     print("| requests | tokens/s | step | forward | sampling | scheduling |\n|---|---|---|---|---|---|")
     for requests in arguments.requests:

@@ -35,7 +35,6 @@ def main(engine: str, router: str, grace: str) -> int:
             model=ModelFiles(model_id="m", folder="/", weights=[]),
             limits=LIMITS,
             run_dir=run_dir,
-            memory_bytes=1,
             api_key="the-secret",
             graceful_termination_timeout=float(grace),
         )

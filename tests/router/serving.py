@@ -44,7 +44,7 @@ def settings(folder: Path, limits: Limits = LIMITS, pipeline_tag: str | None = N
         folder, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
     )
     model = ModelFiles(model_id="a/model", sha="abc", pipeline_tag=pipeline_tag, folder=str(folder), weights=[])
-    values: dict[str, Any] = {"run_dir": str(folder), "memory_bytes": 1, "ledger": {"weights": 1, "cache": 2}} | changes
+    values: dict[str, Any] = {"run_dir": str(folder), "ledger": {"weights": 1, "cache": 2}} | changes
     return Settings(model=model, limits=limits, **values)
 
 

@@ -56,15 +56,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "float32"
     rope_scaling: str | None = None
     rope_factor: float | None = None
-    memory_bytes: int
-    """Bytes the engine may use in all; from the ledger."""
     ledger: dict[str, int] = {}
     """The memory ledger: name → bytes, in the order it is printed; shown at /info."""
     prefix_caching: bool = True
     api_key: str | None = None
     cors_allow_origin: list[str] = []
     tokenizer_config_path: str | None = None
-    disable_grammar_support: bool = False
     compute_type: str = "cpu"
     json_output: bool = False
     log_level: str = "info"

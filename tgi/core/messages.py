@@ -98,17 +98,14 @@ class StepStats(msgspec.Struct, array_like=True, frozen=True):
     """One step in numbers, for the metrics. Without rows: nothing ran, and this is how things stand now."""
 
     prefill_rows: int = 0
-    prefill_tokens: int = 0
     decode_rows: int = 0
     duration: float = 0.0
     forward: float = 0.0
     sample: float = 0.0
     running: int = 0
-    waiting: int = 0
     batch_tokens: int = 0
     """Tokens of KV cache that the running requests hold."""
     admitted: int = 0
-    preempted: int = 0
 
 
 class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):

@@ -83,17 +83,14 @@ class Loop:
             self._mailbox.send(router, Step(deltas[router], faults[router], stats if router == first else None))
 
     def _stats(self, plan: Plan, begin: float, forward: float, sampled: float) -> StepStats:
-        prefills = [chunk for chunk in plan.chunks if chunk.prefills]
+        prefills = sum(chunk.prefills for chunk in plan.chunks)
         return StepStats(
-            prefill_rows=len(prefills),
-            prefill_tokens=sum(chunk.length for chunk in prefills),
-            decode_rows=len(plan.chunks) - len(prefills),
+            prefill_rows=prefills,
+            decode_rows=len(plan.chunks) - prefills,
             duration=time.monotonic() - begin,
             forward=forward - begin,
             sample=sampled - forward,
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
             batch_tokens=self._scheduler.held_tokens,
             admitted=plan.admitted,
-            preempted=plan.preempted,
         )

@@ -307,7 +307,9 @@ class Options:
     tokenizer_config_path: str | None = _flag(
         _text("FILE"), None, "tokenizer_config.json to take the chat template and the special tokens from."
     )
-    disable_grammar_support: bool = _flag(_SWITCH, False, "Refuse requests with a grammar, and so tool calls.")
+    disable_grammar_support: bool = _flag(
+        _SWITCH, False, "Refuse requests with a grammar, and so tool calls. Today they are refused without it, too."
+    )
     env: bool = _flag(_SWITCH, False, "Log what this machine is made of at start.", short="-e", only="cli")
     max_client_batch_size: int = _flag(_integer(), 4, "Most prompts in one call of /v1/completions.")
     lora_adapters: str | None = _flag(_text("ID,…"), None, "LoRA adapters to load.", "refused")

@@ -18,10 +18,7 @@ class VocabEmbedding:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "VocabEmbedding":
-        shard = checkpoint.group.shard(vocab)
-        table = checkpoint.empty(shard.stop - shard.start, hidden)
-        table.copy_(checkpoint.tensors.take(f"{name}.weight", (vocab, hidden))[shard])
-        return cls(table, checkpoint.group)
+        return cls(_rows(checkpoint, name, vocab, hidden), checkpoint.group)
 
     def scaled(self, factor: float) -> "VocabEmbedding":
         """A copy with every row multiplied, so that the forward need not."""
@@ -43,10 +40,7 @@ class LmHead:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "LmHead":
-        shard = checkpoint.group.shard(vocab)
-        weight = checkpoint.empty(shard.stop - shard.start, hidden)
-        weight.copy_(checkpoint.tensors.take(f"{name}.weight", (vocab, hidden))[shard])
-        return cls(dense(weight, None), checkpoint.group)
+        return cls(dense(_rows(checkpoint, name, vocab, hidden), None), checkpoint.group)
 
     @classmethod
     def tie(cls, embedding: VocabEmbedding, group: Group) -> "LmHead":
@@ -56,3 +50,10 @@ class LmHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → float32 [rows, vocab]."""
         return self._group.all_gather(self.method(hidden)).float()
+
+
+def _rows(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> torch.Tensor:
+    """This rank's rows of a [vocab, hidden] matrix."""
+    shard = checkpoint.group.shard(vocab)
+    rows = checkpoint.empty(shard.stop - shard.start, hidden)
+    return rows.copy_(checkpoint.tensors.take(f"{name}.weight", (vocab, hidden))[shard])
