@@ -23,6 +23,7 @@ from tgi.core.messages import (
     Hello,
     Ping,
     Pong,
+    PromptToken,
     Step,
     StepStats,
     Submit,
@@ -221,11 +222,12 @@ class FakeEngine:
         submit, index = request.submit, request.known
         tokens: list[Token] = []
         finish: FinishReason | None = None
+        if submit.max_new_tokens == 0:
+            finish = "length"
         while finish is None and len(tokens) < self._per_step:
             id = request.reply[request.known]
             request.known += 1
-            top = [(id + n, -1.0 - n) for n in range(submit.sampling.top_n_tokens)]
-            tokens.append(Token(id, -request.known / 8, top))
+            tokens.append(Token(id, -request.known / 8, self._top(submit, id)))
             if request.known >= submit.max_new_tokens:
                 finish = "length"
             elif id in submit.stop_token_ids or request.known >= len(request.reply):
@@ -237,5 +239,10 @@ class FakeEngine:
             tokens=tokens,
             finish=finish,
             started=request.started,
-            prompt_logprobs=[-float(n) for n in range(1, prompt)],
+            prompt=[PromptToken(-float(n), self._top(submit, submit.token_ids[n])) for n in range(1, prompt)],
+            embedding=[float(id) for id in submit.token_ids] if submit.pooling else [],
         )
+
+    @staticmethod
+    def _top(submit: Submit, id: int) -> list[tuple[int, float]]:
+        return [(id + n, -1.0 - n) for n in range(submit.sampling.top_n_tokens)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from tgi.core.config import BLOCK_SIZE
-from tgi.core.messages import Token
+from tgi.core.messages import PromptToken, Token
 from tgi.core.plan import Sampled, Work
 
 VOCABULARY = 50
@@ -58,11 +58,11 @@ class FakeRunner:
         ]
 
     @staticmethod
-    def _scores(work: Work) -> list[float]:
+    def _scores(work: Work) -> list[PromptToken]:
         if not work.submit.prompt_logprobs:
             return []
         last = min(work.start + work.length, work.submit.prompt_length - 1)
-        return [float(-work.tokens[at + 1]) for at in range(work.start, last)]
+        return [PromptToken(float(-work.tokens[at + 1])) for at in range(work.start, last)]
 
     @staticmethod
     def _cell(work: Work, position: int) -> int:

@@ -47,7 +47,7 @@ def test_messages_arrive_whole_however_they_are_cut(mailbox: Mailbox, tmp_path: 
 
 def test_a_router_that_does_not_read_stops_nobody(mailbox: Mailbox, tmp_path: Path):
     with connect(mailbox, tmp_path) as slow, connect(mailbox, tmp_path) as quick:
-        big = Step([Delta(1, 0, [], prompt_logprobs=[0.5] * 100_000)])
+        big = Step([Delta(1, 0, [], embedding=[0.5] * 100_000)])
         for _ in range(20):
             mailbox.send(0, big)
         mailbox.send(1, Pong(1))

@@ -181,7 +181,7 @@ def test_prompt_logprobs_come_once_each_and_in_order_through_chunks_and_preempti
     engine.run()
     assert engine.preempted > 0
     for number, prompt in prompts.items():
-        scores = [score for delta in engine.deltas[number] for score in delta.prompt_logprobs]
+        scores = [token.logprob for delta in engine.deltas[number] for token in delta.prompt]
         assert scores == [float(-token) for token in prompt[1:]]
 
 

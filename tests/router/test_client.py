@@ -64,7 +64,7 @@ def test_a_request_runs_to_its_end(tmp_path: Path) -> None:
         assert [token.id for delta in deltas for token in delta.tokens] == ticket.output_ids == [7, 8, 9, 7, 8]
         assert [delta.index for delta in deltas] == [0, 1, 2, 3, 4]
         assert [delta.finish for delta in deltas] == [None] * 4 + ["length"]
-        assert deltas[0].prompt_logprobs == [-1.0, -2.0]
+        assert [token.logprob for token in deltas[0].prompt] == [-1.0, -2.0]
         assert deltas[0].tokens[0].top == [(7, -1.0), (8, -2.0)]
         assert before <= ticket.submitted <= ticket.started <= ticket.first_token <= ticket.finished
         assert client.open == client.queued == 0

@@ -47,6 +47,7 @@ def test_chat(router: Router) -> None:
         "prompt_tokens": prompt,
         "completion_tokens": len(ids),
         "total_tokens": prompt + len(ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -328,7 +329,7 @@ def test_several_prompts_streamed(router: Router) -> None:
     prompts = ["the quick brown fox", "a", "dog"]
     *chunks, done = events(router.complete(prompt=prompts, stream=True).content)
     assert done == "[DONE]"
-    assert list(chunks[0]) == ["object", "id", "created", "choices", "model", "system_fingerprint"]
+    assert list(chunks[0]) == ["object", "id", "created", "model", "system_fingerprint", "choices"]
     for index, prompt in enumerate(prompts):
         own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(chunk["choices"][0]["text"] for chunk in own) == prompt

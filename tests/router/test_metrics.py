@@ -112,7 +112,7 @@ def test_failures_by_cause(router: Router) -> None:
     router.http.post("/generate_stream", json={"inputs": "x", "parameters": {"best_of": 2}})
     router.complete(suffix="x")
     router.complete(prompt=list("abcde"))
-    router.chat(n=2)
+    router.chat(adapter_id="x")
     assert router.metric('tgi_request_failure{err="validation"}') == 6
     router.chat(continue_final_message=True, messages=[])
     assert router.metric('tgi_request_failure{err="template"}') == 1

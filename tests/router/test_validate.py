@@ -9,9 +9,9 @@ from msgspec.structs import replace
 from tests import small_tokenizers
 from tests.router.serving import LIMITS
 from tgi.core.errors import RequestError
-from tgi.router.schema import GenerateParameters
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import INLINE_CHARACTERS, Generation, Validator
+from tgi.router.wire.native import GenerateParameters
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,24 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True):
     top_k: int = 0
     top_p: float = 1.0
     typical_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are removed."""
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    """None of the ``stop_token_ids`` before so many tokens."""
+    watermark: tuple[float, float] | None = None
+    """(gamma, delta): share of green tokens and their bonus."""
+    grammar: str = ""
+    """What the tokens must spell, as llguidance reads it; "" for anything."""
     top_n_tokens: int = 0
+    """Also of each prompt token, where ``prompt_logprobs`` asks for those."""
+
+
+Pooling = Literal["mean", "last"]
+"""How the hidden states of a prompt become one vector."""
 
 
 class Submit(msgspec.Struct, tag=1, array_like=True, frozen=True):
@@ -40,12 +53,17 @@ class Submit(msgspec.Struct, tag=1, array_like=True, frozen=True):
     token_ids: list[int]
     prompt_length: int
     max_new_tokens: int
+    """0: only the prompt is computed."""
     stop_token_ids: list[int]
     sampling: Sampling
     arrived: float
     prompt_logprobs: bool = False
     cache_salt: bytes = b""
     """Blocks are shared only between requests of equal salt."""
+    priority: int = 0
+    """Requests of a lower value run first."""
+    pooling: Pooling | None = None
+    """Ask for the prompt's embedding; ``max_new_tokens`` is then 0."""
 
 
 class Cancel(msgspec.Struct, tag=2, array_like=True, frozen=True):
@@ -72,6 +90,13 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
     """The ``top_n_tokens`` most likely (id, logprob), best first."""
 
 
+class PromptToken(msgspec.Struct, array_like=True, frozen=True):
+    """The log-probability of one prompt token, and the most likely (id, logprob) in its place, best first."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
 class Delta(msgspec.Struct, array_like=True, frozen=True):
     """What one step added to one request; applied only if ``index`` equals the number of tokens known so far."""
 
@@ -83,8 +108,10 @@ class Delta(msgspec.Struct, array_like=True, frozen=True):
     """When the request was first scheduled."""
     cached: int = 0
     """Prompt tokens found in the prefix cache at the first admission."""
-    prompt_logprobs: list[float] = []
-    """Log-probabilities of the next prompt tokens, in order; the first prompt token has none."""
+    prompt: list[PromptToken] = []
+    """The next prompt tokens, in order, if the request asked for ``prompt_logprobs``; the first of them has none."""
+    embedding: list[float] = []
+    """With ``finish``, if the request asked for ``pooling``: the pooled last hidden states, not normalized."""
 
 
 class Fault(msgspec.Struct, array_like=True, frozen=True):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tgi.core.messages import Submit, Token
+from tgi.core.messages import PromptToken, Submit, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Sampled:
 
     token: Token | None = None
     """None if the chunk doesn't reach the end of the request."""
-    prompt_logprobs: Sequence[float] = ()
-    """Of the prompt tokens at ``start + 1 …``, if the request asked."""
+    prompt: Sequence[PromptToken] = ()
+    """The prompt tokens at ``start + 1 …``, if the request asked for ``prompt_logprobs``."""
+    embedding: Sequence[float] = ()
+    """Of the whole prompt, once the chunk reaches its end, if the request asked for ``pooling``."""
     error: str | None = None
     """The request can't go on; others can."""

@@ -161,7 +161,7 @@ class Scheduler:
         submit = request.submit
         index = request.generated
         skip = request.scored - (chunk.start + 1)
-        scores = list(result.prompt_logprobs[max(skip, 0) :])
+        scores = list(result.prompt[max(skip, 0) :])
         request.scored += len(scores)
         finish = None
         if result.token is not None:

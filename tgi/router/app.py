@@ -28,13 +28,13 @@ from tgi.core.errors import StartupError
 from tgi.core.messages import Ready
 from tgi.router import openapi, routes
 from tgi.router.call import Call
-from tgi.router.chat import ChatTemplate
 from tgi.router.client import EngineClient
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
-from tgi.router.schema import Unreadable, decode
+from tgi.router.template import ChatTemplate
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import Validator
+from tgi.router.wire.base import Unreadable, decode
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from tgi.router.schema import Unreadable
+from tgi.router.wire.base import Unreadable
 
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a stream says that it lives."""

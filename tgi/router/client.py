@@ -24,6 +24,7 @@ from tgi.core.messages import (
     Hello,
     Ping,
     Pong,
+    Pooling,
     Sampling,
     Step,
     StepStats,
@@ -215,6 +216,8 @@ class EngineClient:
         sampling: Sampling,
         prompt_logprobs: bool = False,
         cache_salt: bytes = b"",
+        priority: int = 0,
+        pooling: Pooling | None = None,
     ) -> Ticket:
         """Hand a request to the engine. Raises RequestError if there is none."""
         if not self.connected:
@@ -229,6 +232,8 @@ class EngineClient:
             arrived=time.monotonic(),
             prompt_logprobs=prompt_logprobs,
             cache_salt=cache_salt,
+            priority=priority,
+            pooling=pooling,
         )
         ticket = self._tickets[submit.id] = Ticket(submit, self._cancel)
         self._send(submit)

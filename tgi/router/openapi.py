@@ -11,7 +11,7 @@ from tgi.core.errors import GENERATION, INCOMPLETE, OVERLOADED, UNAVAILABLE, UNH
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
-from tgi.router.schema import ErrorResponse
+from tgi.router.wire.base import ErrorResponse
 
 _COMPONENT = "#/components/schemas/{name}"
 

@@ -13,13 +13,14 @@ from typing import Self
 
 from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
-from tgi.router.chat import ChatTemplate
+from tgi.core.messages import PromptToken
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.metrics import Metrics, Times
-from tgi.router.schema import FinishReason, Token
 from tgi.router.stream import Detokenizer, Stops
+from tgi.router.template import ChatTemplate
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import Generation, Validator
+from tgi.router.wire.native import FinishReason, Token
 
 ENGINE_PATIENCE = 60.0
 """Seconds that a request waits for an engine that is still loading, or starting again."""
@@ -84,17 +85,19 @@ class Piece:
 class Run:
     """One generation on its way. ``async with`` it, so that the engine stops when nobody wants the rest."""
 
-    def __init__(
-        self, service: Service, generation: Generation, arrived: float, *, keep_stop: bool, counts: bool = True
-    ) -> None:
-        """``keep_stop``: a stop string stays in the text. ``counts``: the metrics see a request of its own in it."""
+    def __init__(self, service: Service, generation: Generation, arrived: float, *, counts: bool = True) -> None:
+        """``counts``: the metrics see a request of its own in it."""
         self.generation = generation
         self.tokens = 0
-        self.prompt_logprobs: list[float] = []
+        self.cached = 0
+        """Prompt tokens that the prefix cache had."""
+        self.prompt: list[PromptToken] = []
+        """All prompt tokens but the first, if the generation asked for ``prompt_logprobs``."""
         self.finish: FinishReason | None = None
+        self.stop: str | None = None
+        """The stop string that ended it."""
         self._service = service
         self._arrived = arrived
-        self._keep_stop = keep_stop
         self._counts = counts
         self._text: list[str] = []
         self._ticket: Ticket
@@ -110,6 +113,8 @@ class Run:
             stop_token_ids=generation.stop_token_ids,
             sampling=generation.sampling,
             prompt_logprobs=generation.prompt_logprobs,
+            cache_salt=generation.cache_salt,
+            priority=generation.priority,
         )
         if self._counts:
             service.metrics.validated(len(generation.token_ids), generation.max_new_tokens)
@@ -125,10 +130,11 @@ class Run:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces until the generation is finished. Raises RequestError where the engine fails it."""
         tokenizer, metrics, generation = self._service.tokenizer, self._service.metrics, self.generation
-        detokenizer = Detokenizer(tokenizer, generation.token_ids, skip_special_tokens=True)
-        stops = Stops(generation.stop, keep=self._keep_stop)
+        detokenizer = Detokenizer(tokenizer, generation.token_ids, skip_special_tokens=generation.skip_special_tokens)
+        stops = Stops(generation.stop, keep=generation.keep_stop)
         async for delta in self._ticket:
-            self.prompt_logprobs += delta.prompt_logprobs
+            self.cached = max(self.cached, delta.cached)
+            self.prompt += delta.prompt
             if delta.tokens:
                 metrics.spoke(len(delta.tokens))
             for at, token in enumerate(delta.tokens, 1):
@@ -142,13 +148,13 @@ class Run:
                     text += rest
                     grown += more if stop is not None else more + stops.flush()
                 if stop is not None:
-                    self.finish = "stop_sequence"
+                    self.finish, self.stop = "stop_sequence", stop
                 self._text.append(grown)
                 if self.finish is not None:
                     self._ticket.cancel()
                     self._record()
                 special = token.id in tokenizer.special_ids
-                shown = tokenizer.piece(token.id) if special else grown if self._keep_stop else text
+                shown = tokenizer.piece(token.id) if special else grown if generation.keep_stop else text
                 top = self._service.tokens(token.top)
                 yield Piece(Token(token.id, shown, token.logprob, special), top, grown, self.finish)
                 if self.finish is not None:

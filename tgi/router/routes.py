@@ -3,24 +3,25 @@
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
-from tgi.router import native, openai
 from tgi.router.call import Call
+from tgi.router.dialects import chat, completions, native, openai
 from tgi.router.pipeline import Service
-from tgi.router.schema import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatRequest,
+from tgi.router.wire.native import (
     ChatTokenizeResponse,
-    Chunk,
     CompatGenerateRequest,
-    CompletionFinal,
-    CompletionRequest,
     GenerateRequest,
     GenerateResponse,
     Info,
-    ModelsInfo,
     SimpleToken,
     StreamResponse,
+)
+from tgi.router.wire.openai import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ModelsInfo,
 )
 
 
@@ -72,7 +73,7 @@ ROUTES = (
     Row(
         "POST",
         "/v1/chat/completions",
-        openai.chat,
+        chat.chat,
         "Continue a conversation",
         body=ChatRequest,
         answer=ChatCompletion,
@@ -82,11 +83,11 @@ ROUTES = (
     Row(
         "POST",
         "/v1/completions",
-        openai.completions,
+        completions.completions,
         "Continue one or several texts",
         body=CompletionRequest,
-        answer=CompletionFinal,
-        event=Chunk,
+        answer=Completion,
+        event=Completion,
         protected=True,
     ),
     Row(
@@ -101,7 +102,7 @@ ROUTES = (
     Row(
         "POST",
         "/chat_tokenize",
-        openai.chat_tokenize,
+        chat.chat_tokenize,
         "Template and tokenize a conversation",
         body=ChatRequest,
         answer=ChatTokenizeResponse,

@@ -14,8 +14,8 @@ import msgspec
 from tgi.core.config import Limits
 from tgi.core.errors import VALIDATION, RequestError
 from tgi.core.messages import Sampling
-from tgi.router.schema import GenerateParameters
 from tgi.router.tokenizer import Tokenizer
+from tgi.router.wire.native import GenerateParameters
 
 INLINE_CHARACTERS = 4096
 """Longer texts are worked on beside the event loop: they would hold up every stream for milliseconds."""
@@ -26,6 +26,8 @@ _NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "watermark": (False,),
     "adapter_id": (None,),
     "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "stop_token_ids": ([],),
     "grammar": (None,),
 }
 
@@ -51,8 +53,13 @@ class Generation:
     max_new_tokens: int
     sampling: Sampling
     stop: list[str]
+    keep_stop: bool
+    """A stop string stays in the text."""
     stop_token_ids: list[int]
+    skip_special_tokens: bool
     prompt_logprobs: bool
+    cache_salt: bytes
+    priority: int
 
     @property
     def seed(self) -> int | None:
@@ -116,6 +123,10 @@ class Validator:
             max_new_tokens=room if wanted is None else wanted,
             sampling=_sampling(parameters, greedy),
             stop=parameters.stop,
+            keep_stop=parameters.include_stop_str_in_output,
+            skip_special_tokens=parameters.skip_special_tokens,
+            cache_salt=(parameters.cache_salt or "").encode(),
+            priority=parameters.priority,
             stop_token_ids=[] if parameters.ignore_eos else sorted(self._tokenizer.eos_ids),
             prompt_logprobs=parameters.decoder_input_details,
         )

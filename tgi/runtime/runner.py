@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tgi.core.config import BLOCK_SIZE, Settings
+from tgi.core.messages import PromptToken
 from tgi.core.plan import Sampled, Work
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
@@ -86,8 +87,8 @@ class Runner:
             results.append(
                 Sampled(
                     None if isinstance(token, str) else token,
-                    () if scores is None else scores.tolist(),
-                    token if isinstance(token, str) else None,
+                    () if scores is None else [PromptToken(score) for score in scores.tolist()],
+                    error=token if isinstance(token, str) else None,
                 )
             )
         return results

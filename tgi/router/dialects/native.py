@@ -11,7 +11,7 @@ from tgi.router import headers
 from tgi.router.call import Call, event
 from tgi.router.metrics import CONTENT_TYPE
 from tgi.router.pipeline import Answer, Run, Service, collect
-from tgi.router.schema import (
+from tgi.router.wire.native import (
     BestOfSequence,
     CompatGenerateRequest,
     Details,
@@ -99,9 +99,7 @@ async def _generate(call: Call, service: Service, request: GenerateRequest) -> l
     with service.permits.take(best_of):
         generation = await service.validator.validate(request.inputs, parameters)
         generations = [generation] if best_of == 1 else [generation.reseeded() for _ in range(best_of)]
-        answers = await collect(
-            [Run(service, g, call.arrived, keep_stop=True, counts=i == 0) for i, g in enumerate(generations)]
-        )
+        answers = await collect([Run(service, g, call.arrived, counts=i == 0) for i, g in enumerate(generations)])
     best = max(answers, key=_mean_logprob)
     return [best, *(answer for answer in answers if answer is not best)]
 
@@ -128,7 +126,7 @@ async def _events(
     service.validator.check_stream(parameters)
     with service.permits.take():
         generation = await service.validator.validate(request.inputs, parameters)
-        async with Run(service, generation, call.arrived, keep_stop=True) as run:
+        async with Run(service, generation, call.arrived) as run:
             async for piece in run:
                 text, details = None, None
                 if piece.finish is not None:
@@ -163,7 +161,7 @@ def _details(service: Service, answer: Answer) -> Details:
     run, generation = answer.run, answer.run.generation
     prefill: list[PrefillToken] = []
     if generation.prompt_logprobs:
-        logprobs = [None, *run.prompt_logprobs]  # nothing precedes the first token
+        logprobs = [None, *(token.logprob for token in run.prompt)]  # nothing precedes the first token
         prefill = [
             PrefillToken(id, service.tokenizer.piece(id), logprob)
             for id, logprob in zip(generation.token_ids, logprobs, strict=True)

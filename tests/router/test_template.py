@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tgi.core.errors import RequestError
-from tgi.router.chat import ChatTemplate
+from tgi.router.template import ChatTemplate
 
 CHATML = """\
 {% for message in messages %}

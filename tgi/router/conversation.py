@@ -1,0 +1,235 @@
+"""What every chat dialect shares: a conversation becomes generations, and their pieces what the assistant says.
+
+A dialect translates its request into a ChatRequest, which is the router's own term for a conversation, and what is said
+into its own events or its own answer. Knows no event and no answer of any dialect.
+"""
+
+import functools
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from tgi.router.pipeline import Piece, Run, Service, interleave
+from tgi.router.validate import invalid, refuse
+from tgi.router.wire.native import FinishReason as NativeFinishReason
+from tgi.router.wire.native import GenerateParameters
+from tgi.router.wire.openai import ChatRequest, FinishReason, ImagePart, Message, OpenAIRequest
+
+FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "response_format": (None, {"type": "text"}),
+    "watermark": (None, False),
+    "grammar": (None,),
+    "adapter_id": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+}
+_CHAT_NEUTRAL = _NEUTRAL | {
+    "best_of": (None, 1),
+    "documents": (None, []),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "chat_template": (None,),
+}
+
+_TEMPLATE_OWN = {
+    "add_generation_prompt",
+    "bos_token",
+    "continue_final_message",
+    "documents",
+    "eos_token",
+    "messages",
+    "self",
+    "tools",
+}
+"""What ``chat_template_kwargs`` must not set."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """What a tool call grows by. The first delta of a call has its id and name."""
+
+    index: int
+    """Of the call among the calls of its answer."""
+    arguments: str
+    """JSON, or a part of it."""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What one token adds to one answer."""
+
+    choice: int
+    piece: Piece
+    text: str
+    calls: list[CallDelta]
+    finish: FinishReason | None
+
+
+@dataclass(slots=True)
+class Call:
+    """A whole tool call."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Reply:
+    """One whole answer."""
+
+    run: Run
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    finish: FinishReason = "stop"
+
+
+class Conversation:
+    """The answers on their way; ``async for said in conversation`` as they come, or ``replies`` at the end.
+
+    A whole answer is the sum of what is said, so that streams and whole answers agree.
+    """
+
+    def __init__(self, service: Service, request: ChatRequest, runs: list[Run]) -> None:
+        self.runs = runs
+        self._service = service
+        self._request = request
+
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        async for choice, piece in interleave(self.runs):
+            yield Said(choice, piece, piece.text, [], FINISH[piece.finish] if piece.finish else None)
+
+    async def replies(self) -> list[Reply]:
+        replies = [Reply(run) for run in self.runs]
+        async for said in self:
+            reply = replies[said.choice]
+            reply.pieces.append(said.piece)
+            reply.text += said.text
+            for delta in said.calls:
+                if delta.id is not None:
+                    reply.calls.append(Call(delta.id, delta.name or ""))
+                reply.calls[delta.index].arguments += delta.arguments
+            if said.finish is not None:
+                reply.finish = said.finish
+        return replies
+
+
+@asynccontextmanager
+async def converse(service: Service, request: ChatRequest, arrived: float) -> AsyncIterator[Conversation]:
+    """Judge the request, put it before the model and hand it to the engine; leaving cancels what is unfinished."""
+    choices = request.n or 1
+    service.metrics.arrived(choices)
+    _refuse(request)
+    max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    parameters = to_parameters(request, max_tokens, request.top_logprobs if request.logprobs else None)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(service.permits.take(choices))
+        generation = await service.validator.validate(
+            await prompt_of(service, request), parameters, add_special_tokens=False, greedy=is_greedy(request)
+        )
+        runs = [Run(service, generation, arrived) for _ in range(choices)]
+        for run in runs:
+            await stack.enter_async_context(run)
+        yield Conversation(service, request, runs)
+
+
+async def prompt_of(service: Service, request: ChatRequest) -> str:
+    """The conversation as the model's template writes it. A last message by the assistant is gone on with."""
+    variables = request.chat_template_kwargs or {}
+    for name in variables.keys() & _TEMPLATE_OWN:
+        raise invalid(f"`chat_template_kwargs` must not set `{name}`")
+    last = request.messages[-1] if request.messages else None
+    goes_on = request.continue_final_message
+    if goes_on is None:
+        goes_on = last is not None and last.role == "assistant" and last.content is not None
+    render = functools.partial(
+        service.template.render,
+        [_as_template_reads(message) for message in request.messages],
+        add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
+        continue_final_message=goes_on,
+        **variables,
+    )
+    # A message costs a template about as much as some tens of characters cost the tokenizer.
+    return await service.validator.apart(render, sum(64 + len(message.content or "") for message in request.messages))
+
+
+def is_greedy(request: OpenAIRequest) -> bool:
+    return request.temperature == 0 or request.top_p == 0
+
+
+def to_parameters(
+    request: OpenAIRequest, max_tokens: int | None, top_logprobs: int | None = None
+) -> GenerateParameters:
+    """In TGI's terms. OpenAI samples unless told not to; its ``top_p`` includes both ends: 0 is greedy, 1 is off."""
+    if request.top_p is not None and not 0 <= request.top_p <= 1:
+        raise invalid("`top_p` must be >= 0.0 and <= 1.0")
+    logit_bias = request.logit_bias or None
+    if isinstance(logit_bias, list):
+        raise invalid("`logit_bias` as a list is not supported: send an object of token ids and biases")
+    return GenerateParameters(
+        do_sample=True,
+        temperature=request.temperature or None,
+        top_p=None if request.top_p in (0, 1) else request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=logit_bias,
+        max_new_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos or False,
+        stop=[request.stop] if isinstance(request.stop, str) else request.stop or [],
+        stop_token_ids=request.stop_token_ids or [],
+        include_stop_str_in_output=request.include_stop_str_in_output or False,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        seed=request.seed,
+        top_n_tokens=top_logprobs,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt,
+    )
+
+
+def refuse_unsupported(request: OpenAIRequest) -> None:
+    """What no route of OpenAI's can be asked for yet."""
+    refuse(request, _NEUTRAL)
+
+
+def _refuse(request: ChatRequest) -> None:
+    refuse(request, _CHAT_NEUTRAL)
+    if request.n not in (None, 1):
+        raise invalid("`n` is not supported")
+    if request.tools and request.tool_choice != "none":
+        raise invalid("`tools` is not supported")
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise invalid("`max_tokens` and `max_completion_tokens` must not both be set")
+
+
+def _as_template_reads(message: Message) -> dict[str, Any]:
+    if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content or []):
+        raise invalid("`image_url` content is not supported")
+    try:
+        plain: dict[str, Any] = msgspec.to_builtins(message)
+        for call in plain["tool_calls"] or []:
+            # OpenAI sends JSON in a string; templates write the object out themselves.
+            call["function"]["arguments"] = _unpacked(call["function"]["arguments"])
+    except RecursionError:
+        raise invalid("the arguments of `tool_calls` are nested too deeply") from None
+    return plain
+
+
+def _unpacked(arguments: Any) -> Any:
+    try:
+        return msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+    except msgspec.DecodeError:
+        return arguments

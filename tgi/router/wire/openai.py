@@ -1,0 +1,275 @@
+"""The wire of OpenAI's routes, with the extensions of other servers. Types only: ``validate`` judges the values."""
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from tgi.router.wire.base import F32, I32, U32, U64
+
+# --- Requests --------------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Struct, frozen=True, kw_only=True):
+    include_usage: bool = False
+    """One more chunk at the end, with the usage and no choices."""
+    continuous_usage_stats: bool = False
+    """The usage so far on every chunk."""
+
+
+class OpenAIRequest(Struct, frozen=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    """Any name is accepted: one model is served."""
+    max_tokens: U32 | None = None
+    temperature: F32 | None = None
+    """0 is greedy; null samples at 1."""
+    top_p: F32 | None = None
+    top_k: I32 | None = None
+    min_p: F32 | None = None
+    repetition_penalty: F32 | None = None
+    frequency_penalty: F32 | None = None
+    presence_penalty: F32 | None = None
+    logit_bias: dict[int, F32] | list[Any] | None = None
+    seed: U64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[U32] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: U32 | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: U32 | None = None
+    best_of: U32 | None = None
+    user: str | None = None
+    priority: I32 | None = None
+    cache_salt: str | None = None
+    response_format: Any = None
+    watermark: bool | None = None
+    grammar: Any = None
+    adapter_id: str | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+
+class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
+    text: str
+
+
+class Url(Struct, frozen=True):
+    url: str
+
+
+class ImagePart(Struct, frozen=True, tag_field="type", tag="image_url"):
+    image_url: Url
+
+
+class FunctionCall(Struct, frozen=True, kw_only=True):
+    name: str
+    arguments: Any = None
+
+
+class ToolCall(Struct, frozen=True, kw_only=True):
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
+class Message(Struct, frozen=True, kw_only=True):
+    role: str
+    content: str | list[TextPart | ImagePart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs `content` or `tool_calls`")
+
+
+class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: U32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    documents: list[Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
+    prompt: str | list[str | U32 | list[U32]]
+    """One text, several texts, one prompt of token ids, or several of those."""
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: U32 | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt == []:
+            raise ValueError("Empty array detected. Do not use an empty array for the prompt.")
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------------
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Logprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: list[Logprob]
+
+
+class FunctionCalled(Struct, frozen=True):
+    name: str
+    arguments: str
+    """JSON in a string."""
+
+
+class ToolCalled(Struct, frozen=True, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCalled
+
+
+class AssistantMessage(Struct, frozen=True, kw_only=True):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    tool_calls: list[ToolCalled] | UnsetType = UNSET
+
+
+class ChatChoice(Struct, frozen=True):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Struct, frozen=True, kw_only=True, tag_field="object", tag="chat.completion"):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionCallDelta(Struct, frozen=True):
+    name: str | None
+    arguments: str
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallDelta
+
+
+class ChatDelta(Struct, frozen=True):
+    role: str
+    """On every delta, as the text-generation client wants it."""
+    content: str | None
+    tool_calls: list[ToolCallDelta] | None = None
+    """Always there: the text-generation client can't read a delta without the key."""
+
+
+class ChatChunkChoice(Struct, frozen=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(Struct, frozen=True, kw_only=True, tag_field="object", tag="chat.completion.chunk"):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """Of the legacy route: parallel lists, one item for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct, frozen=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    """null while the choice's text goes on, in a stream."""
+
+
+class Completion(Struct, frozen=True, kw_only=True, tag_field="object", tag="text_completion"):
+    """A whole answer, and each chunk of a stream."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class StreamErrorBody(Struct, frozen=True):
+    message: str
+    http_status_code: int
+
+
+class StreamError(Struct, frozen=True):
+    """How a failure reads inside a stream of an OpenAI route."""
+
+    error: StreamErrorBody
+
+
+class ModelInfo(Struct, frozen=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsInfo(Struct, frozen=True):
+    object: Literal["list"]
+    data: list[ModelInfo]
