@@ -98,9 +98,16 @@ class Validator:
             raise invalid("`decoder_input_details` == true is not supported when streaming tokens")
 
     async def validate(
-        self, text: str, parameters: GenerateParameters, *, add_special_tokens: bool = True, greedy: bool = False
+        self,
+        text: str,
+        parameters: GenerateParameters,
+        *,
+        add_special_tokens: bool = True,
+        greedy: bool = False,
+        grammar: str = "",
     ) -> Generation:
-        """Judge and tokenise. ``greedy`` overrides what the parameters say about sampling."""
+        """Judge and tokenise. ``greedy`` overrides what the parameters say about sampling; ``grammar``, as llguidance
+        reads it, is the caller's own."""
         self._check(text, parameters)
         token_ids = await self.encode(text, add_special_tokens=add_special_tokens)
         if parameters.truncate is not None:
@@ -121,7 +128,7 @@ class Validator:
             text=text,
             token_ids=token_ids,
             max_new_tokens=room if wanted is None else wanted,
-            sampling=_sampling(parameters, greedy),
+            sampling=msgspec.structs.replace(_sampling(parameters, greedy), grammar=grammar),
             stop=parameters.stop,
             keep_stop=parameters.include_stop_str_in_output,
             skip_special_tokens=parameters.skip_special_tokens,
