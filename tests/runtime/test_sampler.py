@@ -15,9 +15,11 @@ from tgi.runtime.sampler import sample
 VOCABULARY = 1000
 
 
-def work(sampling: Sampling, prompt: list[int], generated: list[int] | None = None) -> Work:
+def work(
+    sampling: Sampling, prompt: list[int], generated: list[int] | None = None, stops: list[int] | None = None
+) -> Work:
     tokens = prompt + (generated or [])
-    submit = Submit(0, prompt, len(prompt), 100, [], sampling, 0.0)
+    submit = Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0)
     return Work(submit, tokens, len(tokens) - 1, 1, [0], {})
 
 
@@ -135,6 +137,63 @@ def test_typical_p_keeps_the_tokens_nearest_to_the_entropy(logits: torch.Tensor)
     assert set(kept.tolist()) == set(order[:count].tolist())
 
 
+@pytest.mark.parametrize("p", [1e-3, 0.05, 0.3, 1.0])
+def test_min_p_keeps_what_is_not_too_far_below_the_likeliest(logits: torch.Tensor, p: float):
+    """As transformers' and vLLM's definition: p_i >= min_p * p_max."""
+    probs = logits[0].softmax(-1)
+    kept = sampler._min_p(logits[:1], torch.tensor([p]))[0].isfinite()
+    assert torch.equal(kept, probs >= p * probs.max())
+    assert int(kept.sum()) < VOCABULARY
+
+
+def test_min_p_looks_at_the_tempered_probabilities(logits: torch.Tensor):
+    probs = (logits[0] / 2.0).softmax(-1)
+    expected = set((probs >= 0.3 * probs.max()).nonzero().squeeze(1).tolist())
+    assert len(expected) > int((logits[0].softmax(-1) >= 0.3 * logits[0].softmax(-1).max()).sum())
+    assert support(logits[:1], temperature=2.0, min_p=0.3) == expected
+    (greedy,) = drawn(logits[:1], work(Sampling(min_p=0.3), [1]))
+    assert greedy.id == int(logits[0].argmax())
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_no_stop_token_before_min_tokens(greedy: bool):
+    """A matter of how many were generated, wherever the request was interrupted in between."""
+    rows = torch.zeros(1, VOCABULARY)
+    rows[0, 5], rows[0, 6], rows[0, 7] = 300.0, 200.0, 100.0
+    sampling = Sampling(greedy=greedy, min_tokens=3)
+    for generated, expected in ((0, 7), (2, 7), (3, 5), (4, 5)):
+        (token,) = drawn(rows, work(sampling, [1, 2], [9] * generated, stops=[5, 6, VOCABULARY, -1]))
+        assert token.id == expected
+        assert token.logprob == pytest.approx(rows[0, expected] - 300.0)
+    (token,) = drawn(rows, work(sampling, [1, 2]))
+    assert token.id == 5, "without stop tokens there is nothing to hold back"
+
+
+@pytest.mark.parametrize(("prompt", "generated"), [([1, 2], [77]), ([77], [])])
+def test_a_watermark_favours_the_green_list_of_the_last_token(
+    logits: torch.Tensor, prompt: list[int], generated: list[int]
+):
+    permutation = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(15485863 * 77))
+    expected = logits[0].clone()
+    expected[permutation[: int(0.3 * VOCABULARY)]] += 2.5
+    row = logits[0].clone()
+    sampler._change(row, work(Sampling(watermark=(0.3, 2.5)), prompt, generated))
+    assert torch.equal(row, expected)
+
+
+def test_a_watermark_shows_in_greedy_and_sampled_text(logits: torch.Tensor):
+    green = set(sampler._green(1, VOCABULARY, 0.25).tolist())
+    assert len(green) == VOCABULARY // 4
+    flat = logits / 10
+    for greedy in (True, False):
+        shares = []
+        for watermark in (None, (0.25, 4.0)):
+            works = [work(Sampling(greedy=greedy, seed=seed, watermark=watermark), [1]) for seed in range(400)]
+            tokens = drawn(flat[torch.arange(400) % 8], *works)
+            shares.append(sum(token.id in green for token in tokens) / 400)
+        assert shares[0] < 0.5 and shares[1] > 0.9
+
+
 def test_draws_follow_the_distribution():
     row = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
     count = 20_000
@@ -202,11 +261,14 @@ def test_a_row_draws_the_same_alone_and_among_others(logits: torch.Tensor):
             top_k=chance.choice([0, 7, 300]),
             top_p=chance.choice([1.0, 0.8]),
             typical_p=chance.choice([1.0, 0.9]),
+            min_p=chance.choice([0.0, 0.1]),
+            min_tokens=chance.choice([0, 4]),
+            watermark=chance.choice([None, (0.5, 2.0)]),
             repetition_penalty=chance.choice([1.0, 1.2]),
             frequency_penalty=chance.choice([0.0, 0.7]),
             top_n_tokens=chance.choice([0, 2]),
         )
-        works.append(work(sampling, [1, 2, 3], [4] * row))
+        works.append(work(sampling, [1, 2, 3], [4] * row, stops=[int(logits[row].argmax())]))
     together = drawn(logits, *works)
     for row, item in enumerate(works):
         (alone,) = drawn(logits[row : row + 1], item)

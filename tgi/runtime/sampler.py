@@ -1,7 +1,8 @@
-"""The next token of every row: penalties, warpers, draw. All rows run together; a feature costs those that use it.
+"""The next token of every row: watermark, penalties, warpers, draw. All rows run together; a feature costs those that
+use it.
 
 A draw is a pure function of (seed, position): the same request gives the same tokens alone, in a batch, after
-preemption and after a restart. Log-probabilities are the model's own, before penalties and warpers.
+preemption and after a restart. Log-probabilities are the model's own, before all of this.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _BUCKET = 256
 """The draw first chooses a bucket of this many tokens, then the token in it."""
+_WATERMARK_PRIME = 15485863
+"""The millionth prime, as in the published code."""
 
 
 def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
@@ -34,10 +37,10 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
     samplings = [work.submit.sampling for work in works]
     raw = logits
     norm = raw.logsumexp(-1)
-    if penalized := [row for row, s in enumerate(samplings) if _penalizes(s)]:
+    if changed := [(row, work) for row, work in enumerate(works) if _changes(work)]:
         logits = logits.clone()
-        for row in penalized:
-            _History.of(works[row], logits.device).apply(logits[row], samplings[row])
+        for row, work in changed:
+            _change(logits[row], work)
     ids = logits.argmax(-1)
     if drawn := [row for row, s in enumerate(samplings) if not s.greedy]:
         rows = torch.tensor(drawn, device=logits.device)
@@ -80,6 +83,37 @@ def _exponential(keys: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
     x = x ^ (x >> 31 & (1 << 33) - 1)
     return -(((x >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53).log()
+
+
+def _changes(work: Work) -> bool:
+    """Whether the request's wishes touch the logits before they are warped, greedy or not."""
+    s = work.submit.sampling
+    return s.watermark is not None or _penalizes(s) or _may_not_stop(work)
+
+
+def _change(row: torch.Tensor, work: Work) -> None:
+    """Change one row of logits in place."""
+    sampling = work.submit.sampling
+    if sampling.watermark is not None:
+        gamma, delta = sampling.watermark
+        row[_green(work.tokens[-1], len(row), gamma).to(row.device)] += delta
+    if _penalizes(sampling):
+        _History.of(work, row.device).apply(row, sampling)
+    if _may_not_stop(work):
+        # A model's files can name end tokens that it doesn't have.
+        row[[token for token in work.submit.stop_token_ids if 0 <= token < len(row)]] = float("-inf")
+
+
+def _may_not_stop(work: Work) -> bool:
+    """Whether ``min_tokens`` still keeps the stop tokens away: a matter of the position alone."""
+    submit = work.submit
+    return len(work.tokens) - submit.prompt_length < submit.sampling.min_tokens and bool(submit.stop_token_ids)
+
+
+def _green(previous: int, vocabulary: int, gamma: float) -> torch.Tensor:
+    """Ids that a watermark (Kirchenbauer et al. 2023) favours behind the token ``previous``; the same on any device."""
+    generator = torch.Generator().manual_seed(_WATERMARK_PRIME * previous)
+    return torch.randperm(vocabulary, generator=generator)[: int(gamma * vocabulary)]
 
 
 def _penalizes(s: Sampling) -> bool:
@@ -164,7 +198,7 @@ class _Warper:
 
 
 def _warp(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Temperature, then the warpers in TGI's order; removed tokens are -inf. logits: [rows, vocabulary]."""
+    """Temperature, then the warpers in TGI's order, min-p last; removed tokens are -inf. logits: [rows, vocabulary]."""
     temperatures = torch.tensor([s.temperature for s in samplings], device=logits.device).clamp(min=_SMALLEST)
     # The largest becomes 0, so that no temperature, however small, makes infinities of two tokens.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
@@ -210,7 +244,17 @@ def _typical_p(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill((-logprobs - entropy).abs() > distance.gather(1, last), float("-inf"))
 
 
-_WARPERS = (_Warper("top_k", 0, _top_k), _Warper("top_p", 1.0, _top_p), _Warper("typical_p", 1.0, _typical_p))
+def _min_p(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Remove tokens less likely than p times the likeliest (Nguyen et al. 2024). p: [rows]."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + p.log()[:, None], float("-inf"))
+
+
+_WARPERS = (
+    _Warper("top_k", 0, _top_k),
+    _Warper("top_p", 1.0, _top_p),
+    _Warper("typical_p", 1.0, _typical_p),
+    _Warper("min_p", 0.0, _min_p),
+)
 
 
 def _draw(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
