@@ -29,6 +29,8 @@ class Call:
         self.arrived = time.monotonic()
         self.answered = False
         """Whether the status line is out: after that an error can only be an event."""
+        self.path: dict[str, str] = scope.get("path_params", {})
+        """What stands in the path for each ``{name}`` of the route."""
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
         self._send = send
