@@ -133,6 +133,10 @@ class StepStats(msgspec.Struct, array_like=True, frozen=True):
     batch_tokens: int = 0
     """Tokens of KV cache that the running requests hold."""
     admitted: int = 0
+    planning: float = 0.0
+    """Seconds that it took to form the batch; ``forward`` begins behind them."""
+    preempted: int = 0
+    """Requests that had to give up their cache."""
 
 
 class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):

@@ -52,12 +52,13 @@ class Loop:
     def step(self) -> None:
         begin = time.monotonic()
         plan = self._scheduler.schedule()
+        planned = time.monotonic()
         launched = self._runner.launch([chunk.work() for chunk in plan.chunks])
         forward = time.monotonic()
         results = self._runner.sample(launched)
         sampled = time.monotonic()
         messages = self._scheduler.commit(plan, results)
-        self._send(messages, self._stats(plan, begin, forward, sampled))
+        self._send(messages, self._stats(plan, begin, planned, forward, sampled))
 
     def _submit(self, router: int, submit: Submit) -> None:
         request = Request(router, submit, list(submit.token_ids))
@@ -82,15 +83,17 @@ class Loop:
         for router in {first} | deltas.keys() | faults.keys():
             self._mailbox.send(router, Step(deltas[router], faults[router], stats if router == first else None))
 
-    def _stats(self, plan: Plan, begin: float, forward: float, sampled: float) -> StepStats:
+    def _stats(self, plan: Plan, begin: float, planned: float, forward: float, sampled: float) -> StepStats:
         prefills = sum(chunk.prefills for chunk in plan.chunks)
         return StepStats(
             prefill_rows=prefills,
             decode_rows=len(plan.chunks) - prefills,
             duration=time.monotonic() - begin,
-            forward=forward - begin,
+            forward=forward - planned,
             sample=sampled - forward,
             running=len(self._scheduler.running),
             batch_tokens=self._scheduler.held_tokens,
             admitted=plan.admitted,
+            planning=planned - begin,
+            preempted=plan.preempted,
         )
