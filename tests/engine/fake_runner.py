@@ -53,7 +53,9 @@ class FakeRunner:
 
     def sample(self, launched: Sequence[Work]) -> list[Sampled]:
         return [
-            Sampled(Token(next_token(work.tokens), -1.0) if work.samples else None, self._scores(work))
+            Sampled(
+                Token(next_token(work.tokens), -1.0) if work.samples else None, self._scores(work), self._pooled(work)
+            )
             for work in launched
         ]
 
@@ -63,6 +65,17 @@ class FakeRunner:
             return []
         last = min(work.start + work.length, work.submit.prompt_length - 1)
         return [PromptToken(float(-work.tokens[at + 1])) for at in range(work.start, last)]
+
+    @staticmethod
+    def _pooled(work: Work) -> list[float]:
+        """What is pooled: the last id, or all ids, each of which must have been computed for this request."""
+        if work.submit.pooling is None:
+            return []
+        chunk = list(work.tokens[work.start : work.start + work.length])
+        work.scratch["pooled"] = chunk if work.start == 0 else work.scratch.get("pooled", []) + chunk
+        if work.start + work.length < work.submit.prompt_length:
+            return []
+        return [float(id) for id in (chunk[-1:] if work.submit.pooling == "last" else work.scratch["pooled"])]
 
     @staticmethod
     def _cell(work: Work, position: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.engine.fake_runner import FakeRunner, text_of
-from tgi.core.messages import Delta, Fault, Sampling, Submit
+from tgi.core.messages import Delta, Fault, Pooling, Sampling, Submit
 from tgi.core.plan import Sampled
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Plan, Scheduler
@@ -21,9 +21,11 @@ def submit(
     stops: Sequence[int] = (),
     salt: bytes = b"",
     prompt_logprobs: bool = False,
+    priority: int = 0,
+    pooling: Pooling | None = None,
 ) -> Submit:
     ids = [*prompt, *resumed]
-    return Submit(number, ids, len(prompt), new, list(stops), Sampling(), 0.0, prompt_logprobs, salt)
+    return Submit(number, ids, len(prompt), new, list(stops), Sampling(), 0.0, prompt_logprobs, salt, priority, pooling)
 
 
 class Engine:
@@ -76,6 +78,11 @@ class Engine:
     def text(self, number: int) -> list[int]:
         """Generated tokens, those included with which the request was resumed."""
         return self.resumed[number] + [token.id for delta in self.deltas[number] for token in delta.tokens]
+
+    def started(self) -> list[int]:
+        """Requests in the order in which they were first run."""
+        first = {number: deltas[0].started for number, deltas in self.deltas.items() if deltas}
+        return sorted(first, key=first.__getitem__)
 
 
 def test_one_request_runs_to_its_length():
@@ -185,6 +192,90 @@ def test_prompt_logprobs_come_once_each_and_in_order_through_chunks_and_preempti
         assert scores == [float(-token) for token in prompt[1:]]
 
 
+def test_without_new_tokens_only_the_prompt_is_computed():
+    engine = Engine(step_tokens=16)
+    prompt = [index % 50 for index in range(40)]
+    engine.add(submit(1, prompt, 0, stops=[prompt[-1]], prompt_logprobs=True))
+    engine.run()
+    assert engine.runner.computed == 40
+    assert [delta.finish for delta in engine.deltas[1]] == [None, None, "length"]
+    assert engine.text(1) == []
+    assert [token.logprob for delta in engine.deltas[1] for token in delta.prompt] == [float(-t) for t in prompt[1:]]
+
+
+def test_a_prompt_alone_may_fill_the_cache():
+    engine = Engine(blocks=2)
+    engine.add(submit(1, [1] * 32, 0))
+    engine.run()
+    assert [delta.finish for delta in engine.deltas[1]] == ["length"]
+
+
+@pytest.mark.parametrize(("pooling", "cached"), [("mean", 0), ("last", 32)])
+def test_a_mean_needs_every_token_and_a_last_state_only_the_last(pooling: Pooling, cached: int):
+    engine = Engine(step_tokens=24)
+    prompt = [index % 50 for index in range(40)]
+    for number in (1, 2):
+        engine.add(submit(number, prompt, 0, pooling=pooling))
+        engine.run()
+    (delta,) = engine.deltas[2]
+    assert delta.cached == cached
+    assert delta.embedding == [float(id) for id in (prompt if pooling == "mean" else prompt[-1:])]
+    assert (delta.finish, delta.tokens) == ("length", [])
+
+
+def test_a_preempted_embedding_begins_again():
+    engine = Engine(blocks=8, step_tokens=16)
+    engine.add(submit(1, [1] * 30, 80))
+    engine.step()
+    engine.step()
+    prompt = [index % 50 for index in range(90)]
+    engine.add(submit(2, prompt, 0, pooling="mean"))
+    engine.run()
+    assert engine.preempted > 0
+    (delta,) = engine.deltas[2]
+    assert delta.embedding == [float(id) for id in prompt]
+
+
+def test_important_requests_pass_waiting_ones_but_not_running_ones():
+    engine = Engine(max_running=1)
+    for number, priority in enumerate((5, 1, 0, 1, -3, 0)):
+        engine.add(submit(number, [number, 1], 4, priority=priority))
+        if number == 0:
+            engine.step()
+    engine.run()
+    assert engine.started() == [0, 4, 2, 5, 1, 3]
+    for number in range(6):
+        assert engine.text(number) == text_of([number, 1], 4)
+
+
+def test_short_of_blocks_the_least_important_is_preempted_even_if_it_is_the_oldest():
+    engine = Engine(blocks=8, step_tokens=256)
+    for number, priority in enumerate((1, 0, 0)):
+        engine.add(submit(number, [number] * 30, 60, priority=priority))
+    ends = []
+    while not engine.scheduler.idle:
+        before = list(engine.scheduler.running)
+        if engine.step().preempted:
+            gone = [request.submit.id for request in before if request not in engine.scheduler.running]
+            ends.append([id for id in gone if engine.deltas[id][-1].finish is None])
+    assert ends[0] == [0]
+    assert any(2 in victims for victims in ends), "the youngest of the important ones is next"
+    assert not any(1 in victims for victims in ends)
+    for number in range(3):
+        assert engine.text(number) == text_of([number] * 30, 60)
+
+
+def test_a_step_goes_to_the_important_first():
+    engine = Engine(step_tokens=16)
+    engine.add(submit(1, [1] * 10, 9, priority=2))
+    engine.step()
+    engine.add(submit(2, [2] * 50, 2, priority=1))
+    steps = [engine.step() for _ in range(4)]
+    shares = [[(chunk.request.submit.id, chunk.length) for chunk in plan.chunks] for plan in steps]
+    assert shares == [[(1, 1), (2, 15)], [(2, 16)], [(2, 16)], [(2, 3), (1, 1)]]
+    engine.run()
+
+
 def test_a_cancelled_request_gives_everything_back():
     engine = Engine()
     for number in range(4):
@@ -232,7 +323,8 @@ def test_an_error_ends_one_request_only():
     [
         (submit(1, [1] * 1000, 100), "don't fit into the cache of 1024 tokens"),
         (submit(1, [], 5), "needs a prompt"),
-        (submit(1, [1], 0), "room for a token"),
+        (submit(1, [1], -1), "less than no tokens"),
+        (submit(1, [1], 5, pooling="last"), "an embedding or for tokens"),
     ],
 )
 def test_what_can_never_run_is_refused(message: Submit, words: str):
@@ -273,18 +365,31 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     engine = Engine(blocks, chance.choice([5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8)
     stems = [[chance.randrange(50) for _ in range(chance.randrange(50))] for _ in range(3)]
     wanted: dict[int, list[int]] = {}
+    submits: dict[int, Submit] = {}
     cancelled: set[int] = set()
     for number in range(30):
         stem = chance.choice(stems)
         prompt = stem[: chance.randrange(len(stem) + 1)] + [
             chance.randrange(50) for _ in range(chance.randrange(1, 20))
         ]
-        new = chance.randrange(1, min(50, blocks * 16 - len(prompt)))
+        pooling: Pooling | None = chance.choice(["mean", "last"]) if chance.random() < 0.2 else None
+        new = 0 if pooling or chance.random() < 0.1 else chance.randrange(1, min(50, blocks * 16 - len(prompt)))
         stops = [chance.randrange(50)] if chance.random() < 0.3 else []
         salt = chance.choice([b"", b"tenant"])
         wanted[number] = text_of(prompt, new, stops)
-        resumed = wanted[number][: chance.randrange(new)] if not stops and chance.random() < 0.2 else []
-        engine.add(submit(number, prompt, new, resumed=resumed, stops=stops, salt=salt))
+        resumed = wanted[number][: chance.randrange(new)] if new and not stops and chance.random() < 0.2 else []
+        submits[number] = submit(
+            number,
+            prompt,
+            new,
+            resumed=resumed,
+            stops=stops,
+            salt=salt,
+            prompt_logprobs=chance.random() < 0.2,
+            priority=chance.choice([0, 0, 0, -1, 5]),
+            pooling=pooling,
+        )
+        engine.add(submits[number])
         for _ in range(chance.randrange(4)):
             if not engine.scheduler.idle:
                 engine.step()
@@ -295,5 +400,13 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
             engine.scheduler.check_integrity()
     engine.run()
     for number, text in wanted.items():
-        got = engine.text(number)
+        got, deltas = engine.text(number), engine.deltas[number]
         assert got == text or (number in cancelled and got == text[: len(got)])
+        if number not in cancelled:
+            message = submits[number]
+            prompt = message.token_ids[: message.prompt_length]
+            assert [delta.finish for delta in deltas if delta.finish] == [deltas[-1].finish]
+            scores = [token.logprob for delta in deltas for token in delta.prompt]
+            assert scores == ([float(-id) for id in prompt[1:]] if message.prompt_logprobs else [])
+            pooled = {None: [], "mean": prompt, "last": prompt[-1:]}[message.pooling]
+            assert deltas[-1].embedding == [float(id) for id in pooled]

@@ -23,8 +23,8 @@ class Work:
 
     @property
     def samples(self) -> bool:
-        """Whether the chunk reaches the end of the request, so that it yields the next token."""
-        return self.start + self.length == len(self.tokens)
+        """Whether the chunk reaches the end of the request, so that it yields the next token, if any is wanted."""
+        return self.start + self.length == len(self.tokens) and self.submit.max_new_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Sampled:
     """What the device made of one chunk."""
 
     token: Token | None = None
-    """None if the chunk doesn't reach the end of the request."""
+    """None if the work doesn't sample."""
     prompt: Sequence[PromptToken] = ()
     """The prompt tokens at ``start + 1 …``, if the request asked for ``prompt_logprobs``."""
     embedding: Sequence[float] = ()

@@ -15,6 +15,8 @@ class Request:
     submit: Submit
     tokens: list[int]
     """Prompt and generated ids."""
+    turn: tuple[int, int] = (0, 0)
+    """(priority, order of arrival): the scheduler serves lower ones first."""
     computed: int = 0
     """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``len(tokens)``."""
     blocks: list[int] = field(default_factory=list)
@@ -36,7 +38,7 @@ class Request:
         return len(self.tokens) - self.submit.prompt_length
 
     def finish_reason(self) -> FinishReason | None:
-        """Why the last token ends the request, if it does. An end token in the last place counts as one."""
-        if self.tokens[-1] in self.submit.stop_token_ids:
+        """Why the request ends with the tokens it has, if it does. An end token in the last place counts as one."""
+        if self.generated and self.tokens[-1] in self.submit.stop_token_ids:
             return "eos_token"
         return "length" if self.generated >= self.submit.max_new_tokens else None

@@ -4,8 +4,9 @@ There are no phases: a request has ``computed`` tokens in the cache and catches 
 chunks, prefix hits, decoding, preemption and resumption are that one rule. Runs without torch.
 """
 
+import itertools
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,13 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served; running requests before new ones; the youngest is preempted when blocks run out."""
+    """Serves by turn, (priority, order of arrival), lower first; what runs goes before what waits.
+
+    Both lists are kept in that order. So a step's tokens go to the running requests by turn; a new request passes
+    waiting ones of lower importance, but takes no place from a running one; and when blocks run out, the last in turn
+    is preempted and waits in its old place. The first of the running, or else of the waiting, always gets on: whatever
+    the priorities, everything ends that more important requests let come to its turn.
+    """
 
     def __init__(
         self,
@@ -57,13 +64,14 @@ class Scheduler:
     ) -> None:
         """``step_tokens``: tokens that one step may compute, all requests together."""
         assert blocks > 0 and step_tokens > 0 and max_running > 0
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pool = BlockPool(blocks)
         self._hasher = BlockHasher(secret)
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._prefix_caching = prefix_caching
+        self._arrivals = itertools.count()
 
     @property
     def idle(self) -> bool:
@@ -84,11 +92,14 @@ class Scheduler:
         submit = request.submit
         most = submit.prompt_length + submit.max_new_tokens
         capacity = self.pool.size * BLOCK_SIZE
-        if not 0 < submit.prompt_length <= len(request.tokens) or submit.max_new_tokens < 1:
-            return Fault(submit.id, "a request needs a prompt and room for a token")
+        if not 0 < submit.prompt_length <= len(request.tokens) or submit.max_new_tokens < 0:
+            return Fault(submit.id, "a request needs a prompt, and can't ask for less than no tokens")
+        if submit.pooling is not None and submit.max_new_tokens > 0:
+            return Fault(submit.id, "a request is for an embedding or for tokens")
         if most > capacity:
             return Fault(submit.id, f"{most} tokens don't fit into the cache of {capacity} tokens")
-        self.waiting.append(request)
+        request.turn = submit.priority, next(self._arrivals)
+        insort(self.waiting, request, key=_turn)
         return None
 
     def cancel(self, router: int, request_id: int | None = None) -> None:
@@ -107,7 +118,7 @@ class Scheduler:
             request = self.running[at]
             length = min(len(request.tokens) - request.computed, budget)
             if not self._reserve(request, request.computed + length):
-                self._preempt(self.running.pop())  # the youngest, at worst this one: try again or leave the loop
+                self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
                 continue
             plan.chunks.append(Chunk(request, request.computed, length))
@@ -116,8 +127,8 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self._max_running and not plan.preempted:
             if not self._admit(self.waiting[0]):
                 break
-            request = self.waiting.popleft()
-            self.running.append(request)
+            request = self.waiting.pop(0)
+            insort(self.running, request, key=_turn)
             length = min(len(request.tokens) - request.computed, budget)
             plan.chunks.append(Chunk(request, request.computed, length))
             plan.admitted += 1
@@ -153,9 +164,13 @@ class Scheduler:
         return None
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if blocks leak or are held twice."""
+        """Raise AssertionError if blocks leak or are held twice, or if a queue is out of order."""
         self.pool.check_integrity([request.blocks for request in self.requests])
         assert all(not r.blocks and r.computed == 0 for r in self.waiting), "a waiting request holds blocks"
+        assert len(self.running) <= self._max_running, "more requests run than may"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_turn), "a queue is out of order"
+            assert not any(request.done for request in queue), "a request that has ended is queued"
 
     def _delta(self, request: Request, chunk: Chunk, result: Sampled) -> Delta | None:
         submit = request.submit
@@ -163,21 +178,23 @@ class Scheduler:
         skip = request.scored - (chunk.start + 1)
         scores = list(result.prompt[max(skip, 0) :])
         request.scored += len(scores)
-        finish = None
-        if result.token is not None:
-            request.tokens.append(result.token.id)
-            finish = request.finish_reason()
-            if finish is not None:
-                self._end(request)
-        elif not scores:
-            return None
         tokens = [] if result.token is None else [result.token]
-        return Delta(submit.id, index, tokens, finish, request.started, request.cached, scores)
+        finish = None
+        if request.computed == len(request.tokens):
+            request.tokens += [token.id for token in tokens]
+            finish = request.finish_reason()
+        if finish is not None:
+            self._end(request)
+        elif not tokens and not scores:
+            return None
+        return Delta(submit.id, index, tokens, finish, request.started, request.cached, scores, list(result.embedding))
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its cached prefix and the blocks of all its tokens, if there are enough."""
         found: list[int] = []
-        if self._prefix_caching and not request.submit.prompt_logprobs:
+        # Prompt log-probabilities and a mean of hidden states are made of every token's.
+        whole = request.submit.prompt_logprobs or request.submit.pooling == "mean"
+        if self._prefix_caching and not whole:
             self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
             # At least one token must be computed: its logits give the next one.
             found = self.pool.find(request.hashes[: (len(request.tokens) - 1) // BLOCK_SIZE])
@@ -212,9 +229,9 @@ class Scheduler:
             request.published = full
 
     def _preempt(self, request: Request) -> None:
-        """Back to the front of the queue; what it had computed is recomputed, or found again in the prefix cache."""
+        """Back into the queue; what it had computed is recomputed, or found again in the prefix cache."""
         self._release(request)
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_turn)
 
     def _end(self, request: Request) -> None:
         self.running.remove(request)
@@ -225,6 +242,10 @@ class Scheduler:
         self.pool.release(request.blocks)
         request.blocks = []
         request.published = request.computed = 0
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    return request.turn
 
 
 def _blocks_for(tokens: int) -> int:
