@@ -1,5 +1,6 @@
 """The OpenAPI document against TGI's: every path that is served, with every field that clients may send."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,18 @@ TGI_BODIES = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
 }
-TGI_GETS = ["/health", "/info", "/metrics", "/v1/models"]
+TGI_CLOUDS = ["/invocations", "/vertex", "/v2/models/{model_name}/versions/{model_version}/infer"]
+TGI_GETS = [
+    "/health",
+    "/info",
+    "/metrics",
+    "/v1/models",
+    "/v2",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/{model_name}/versions/{model_version}",
+    "/v2/models/{model_name}/versions/{model_version}/ready",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +62,8 @@ def schema(api: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_paths(api: dict[str, Any]) -> None:
-    assert {path for path, operations in api["paths"].items() if "post" in operations} == set(TGI_BODIES)
-    assert sorted(path for path, operations in api["paths"].items() if "get" in operations) == TGI_GETS
+    assert {path for path, operations in api["paths"].items() if "post" in operations} >= {*TGI_BODIES, *TGI_CLOUDS}
+    assert {path for path, operations in api["paths"].items() if "get" in operations} >= set(TGI_GETS)
 
 
 @pytest.mark.parametrize(("path", "fields"), TGI_BODIES.items())
@@ -79,12 +91,29 @@ def test_every_reference_leads_somewhere(api: dict[str, Any]) -> None:
     assert {reference.removeprefix("#/components/schemas/") for reference in found} <= set(api["components"]["schemas"])
 
 
+def test_one_body_of_several(api: dict[str, Any]) -> None:
+    operation = api["paths"]["/invocations"]["post"]
+    bodies = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [set(schema(api, body)["required"]) for body in bodies] == [{"inputs"}, {"messages"}, {"prompt"}]
+    answers = operation["responses"]["200"]["content"]
+    assert [len(answers[kind]["schema"]["anyOf"]) for kind in ("application/json", "text/event-stream")] == [3, 3]
+    instance = schema(api, {"$ref": "#/components/schemas/VertexRequest"})["properties"]["instances"]["items"]
+    assert [set(schema(api, body)["required"]) for body in instance["anyOf"]] == [{"inputs"}, {"messages"}]
+
+
+def test_names_in_a_path_are_parameters(api: dict[str, Any]) -> None:
+    for path, operations in api["paths"].items():
+        for operation in operations.values():
+            named = [parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "path"]
+            assert re.findall(r"{([^}]*)}", path) == named
+
+
 def test_operations_are_told_apart_and_say_what_they_need(api: dict[str, Any]) -> None:
     operations = [operation for path in api["paths"].values() for operation in path.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
     for row in ROUTES:
         if row.summary is not None:
-            operation = api["paths"][row.path][row.method.lower()]
+            operation = api["paths"][row.path.replace(":path", "")][row.method.lower()]
             assert ("security" in operation) is row.protected
             assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) is (row.event is not None)
 

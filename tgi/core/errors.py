@@ -32,6 +32,9 @@ SUFFIX = Kind(
 BATCH_SIZE = Kind(
     "batch size exceeded", 422, "Number of prompts exceeds the maximum allowed batch size of ", "validation"
 )
+NO_INSTANCES = Kind("Input validation error", 422, "Input validation error", "validation")
+UTF8 = Kind("utf8", 422, "", "validation")
+LENGTH_MISMATCH = Kind("length mismatch", 422, "Inputs and outputs length mismatch", "validation")
 
 
 class RequestError(Exception):

@@ -34,7 +34,7 @@ from tgi.router.pipeline import Permits, Service
 from tgi.router.template import ChatTemplate
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import Validator
-from tgi.router.wire.base import Unreadable, decode
+from tgi.router.wire.base import OneOf, Unreadable, decode, decode_one
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ class Endpoint:
         kind = call.header(b"content-type").partition(b";")[0].strip().lower()
         if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
             raise Unreadable(415, "Expected request with `Content-Type: application/json`")
-        return decode(await call.body(self._service.settings.limits.payload_limit), row.body)
+        body = await call.body(self._service.settings.limits.payload_limit)
+        return decode_one(body, row.body) if isinstance(row.body, OneOf) else decode(body, row.body)
 
 
 def create(service: Service) -> Starlette:
@@ -133,7 +134,7 @@ def build(settings: Settings) -> Service:
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer.chat_templates.get("default"), tokenizer.bos_token, tokenizer.eos_token),
         validator=Validator(settings.limits, tokenizer),
-        client=EngineClient(settings.socket, metrics.stepped),
+        client=EngineClient(settings.socket, metrics),
         metrics=metrics,
         permits=Permits(settings.limits.max_concurrent_requests),
     )

@@ -1,6 +1,7 @@
 """The OpenAPI document, made from the table of routes and the wire's types, and a page that shows it."""
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from tgi.core.errors import GENERATION, INCOMPLETE, OVERLOADED, UNAVAILABLE, UNH
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
-from tgi.router.wire.base import ErrorResponse
+from tgi.router.wire.base import ErrorResponse, OneOf
 
 _COMPONENT = "#/components/schemas/{name}"
+
+_PARAMETER = re.compile(r"{(\w+)[}:]")
+_CONVERTOR = re.compile(r":\w+}")
+"""How Starlette is told that a parameter may hold slashes."""
 
 _PAGE = Path(__file__).with_name("docs.html")
 
@@ -43,12 +48,12 @@ OWN_ROUTES = (
 @functools.cache
 def _document() -> bytes:
     rows = [row for row in ROUTES if row.summary is not None]
-    types = [kind for row in rows for kind in (row.body, row.answer, row.event) if kind is not None]
+    types = [kind for row in rows for union in (row.body, row.answer, row.event) for kind in _kinds(union)]
     schemas, components = msgspec.json.schema_components([*types, ErrorResponse], ref_template=_COMPONENT)
     schema_of = dict(zip([*types, ErrorResponse], schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for row in rows:
-        paths.setdefault(row.path, {})[row.method.lower()] = _operation(row, schema_of)
+        paths.setdefault(_CONVERTOR.sub("}", row.path), {})[row.method.lower()] = _operation(row, schema_of)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -67,17 +72,27 @@ def _document() -> bytes:
     )
 
 
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return () if kind is None else kind.kinds if isinstance(kind, OneOf) else (kind,)
+
+
 def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     def json(kind: Any) -> dict[str, Any]:
-        return {"application/json": {"schema": schema_of[kind]}}
+        return {"application/json": {"schema": schema(kind)}}
+
+    def schema(kind: Any) -> Any:
+        kinds = _kinds(kind)
+        return {"anyOf": [schema_of[one] for one in kinds]} if len(kinds) > 1 else schema_of[kind]
 
     content = json(row.answer) if row.answer is not None else {}
     if row.event is not None:
-        content["text/event-stream"] = {"schema": schema_of[row.event]}
+        content["text/event-stream"] = {"schema": schema(row.event)}
     if row.path == "/metrics":
         content["text/plain"] = {"schema": {"type": "string"}}
     success: dict[str, Any] = {"description": "Success"} | ({"content": content} if content else {})
-    failures: tuple[Kind, ...] = _FAILURES if row.body is not None else (UNHEALTHY,) if row.path == "/health" else ()
+    failures: tuple[Kind, ...] = (
+        _FAILURES if row.body is not None else (UNHEALTHY,) if row.path.endswith(("/health", "/ready")) else ()
+    )
     operation: dict[str, Any] = {
         "tags": ["Text Generation Inference"],
         "summary": row.summary,
@@ -85,6 +100,10 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "responses": {"200": success}
         | {str(kind.status): {"description": kind.prefix, "content": json(ErrorResponse)} for kind in failures},
     }
+    if names := _PARAMETER.findall(row.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if row.body is not None:
         operation["requestBody"] = {"content": json(row.body), "required": True}
     if row.protected:

@@ -5,11 +5,11 @@ Knows tokens, text and metrics; knows no dialect and no connection.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
@@ -26,6 +26,8 @@ ENGINE_PATIENCE = 60.0
 """Seconds that a request waits for an engine that is still loading, or starting again."""
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Permits:
@@ -139,9 +141,12 @@ class Run:
                 metrics.spoke(len(delta.tokens))
             for at, token in enumerate(delta.tokens, 1):
                 self.tokens += 1
-                text = detokenizer.push(token.id)
-                grown, stop = stops.push(text)
-                if stop is None and delta.finish is not None and at == len(delta.tokens):
+                last = delta.finish is not None and at == len(delta.tokens)
+                ended_by_it = last and token.id in generation.stop_token_ids
+                text = "" if ended_by_it and not generation.keep_stop else detokenizer.push(token.id)
+                too_early = self.tokens < generation.sampling.min_tokens
+                grown, stop = (text, None) if too_early else stops.push(text)
+                if stop is None and last:
                     self.finish = delta.finish
                     rest = detokenizer.flush()
                     more, stop = stops.push(rest)
@@ -159,6 +164,10 @@ class Run:
                 yield Piece(Token(token.id, shown, token.logprob, special), top, grown, self.finish)
                 if self.finish is not None:
                     return
+            if delta.finish is not None:  # without a token: only the prompt was to be computed
+                self.finish = delta.finish
+                self._record()
+                return
         raise RequestError(INCOMPLETE)
 
     @property
@@ -174,11 +183,12 @@ class Run:
             validation=ticket.submitted - self._arrived,
             queue=ticket.started - ticket.submitted,
             inference=ticket.finished - ticket.started,
+            first_token=ticket.first_token - self._arrived,
         )
 
     def _record(self) -> None:
         if self._counts:
-            self._service.metrics.finished(self.times, self.tokens)
+            self._service.metrics.finished(self.times, self.tokens, self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,19 +199,24 @@ class Answer:
     pieces: list[Piece]
 
 
+async def together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results, in order. The first failure ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
 async def collect(runs: Sequence[Run]) -> list[Answer]:
-    """All answers, in order. The first failure ends the others."""
+    """All answers, in order."""
 
     async def follow(run: Run) -> Answer:
         async with run:
             return Answer(run, [piece async for piece in run])
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(follow(run)) for run in runs]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await together(follow(run) for run in runs)
 
 
 async def interleave(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -210,12 +225,13 @@ async def interleave(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Piece], N
         async for piece in runs[0]:
             yield 0, piece
         return
-    queue: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue(len(runs))
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(len(runs))
 
     async def follow(index: int, run: Run) -> None:
         try:
             async for piece in run:
                 await queue.put((index, piece))
+            await queue.put(None)
         except Exception as error:
             await queue.put(error)
 
@@ -226,8 +242,10 @@ async def interleave(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Piece], N
             news = await queue.get()
             if isinstance(news, Exception):
                 raise news
-            unfinished -= news[1].finish is not None
-            yield news
+            if news is None:
+                unfinished -= 1
+            else:
+                yield news
     finally:
         for task in tasks:
             task.cancel()

@@ -4,8 +4,18 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from tgi.router.call import Call
-from tgi.router.dialects import chat, completions, native, openai
+from tgi.router.dialects import chat, cloud, completions, native, openai
 from tgi.router.pipeline import Service
+from tgi.router.wire.base import OneOf
+from tgi.router.wire.cloud import (
+    INVOCATION,
+    InferRequest,
+    InferResponse,
+    Live,
+    Metadata,
+    VertexRequest,
+    VertexResponse,
+)
 from tgi.router.wire.native import (
     ChatTokenizeResponse,
     CompatGenerateRequest,
@@ -32,7 +42,7 @@ class Row(NamedTuple):
     summary: str | None = None
     """None keeps the route out of the OpenAPI document."""
     body: Any = None
-    """The JSON type it takes."""
+    """The JSON type it takes; this and the others may be OneOf."""
     answer: Any = None
     """The JSON type it returns, if it returns JSON."""
     event: Any = None
@@ -40,6 +50,8 @@ class Row(NamedTuple):
     protected: bool = False
     """Needs the API key, if the server has one."""
 
+
+_MODEL = "/v2/models/{model_name:path}/versions/{model_version}"
 
 ROUTES = (
     Row(
@@ -108,6 +120,39 @@ ROUTES = (
         answer=ChatTokenizeResponse,
         protected=True,
     ),
+    Row(
+        "POST",
+        "/invocations",
+        cloud.invocations,
+        "Generate as /, /v1/chat/completions or /v1/completions do: SageMaker's one route for all of them",
+        body=INVOCATION,
+        answer=OneOf((list[GenerateResponse], ChatCompletion, Completion)),
+        event=OneOf((StreamResponse, ChatCompletionChunk, Completion)),
+        protected=True,
+    ),
+    Row(
+        "POST",
+        "/vertex",
+        cloud.vertex,
+        "Generate one text for each instance, as Vertex AI asks",
+        body=VertexRequest,
+        answer=VertexResponse,
+        protected=True,
+    ),
+    Row(
+        "POST",
+        f"{_MODEL}/infer",
+        cloud.infer,
+        "KServe: generate one output for each input",
+        body=InferRequest,
+        answer=InferResponse,
+        protected=True,
+    ),
+    Row("GET", _MODEL, cloud.model_metadata, "KServe: metadata of the model", answer=Metadata),
+    Row("GET", f"{_MODEL}/ready", cloud.model_ready, "KServe: whether the model answers", answer=Live),
+    Row("GET", "/v2/health/live", cloud.live, "KServe: whether the server lives", answer=Live),
+    Row("GET", "/v2/health/ready", cloud.ready, "KServe: whether the engine answers", answer=Live),
+    Row("GET", "/v2", cloud.server_metadata, "KServe: metadata of the server", answer=Metadata),
     Row("GET", "/v1/models", openai.models, "The served model", answer=ModelsInfo),
     Row("GET", "/info", native.info, "Text Generation Inference endpoint info", answer=Info),
     Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error"),

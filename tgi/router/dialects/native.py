@@ -31,13 +31,13 @@ async def compat(call: Call, service: Service, request: CompatGenerateRequest) -
     if request.stream:
         await _stream(call, service, request, full_text)
     else:
-        answers = await _generate(call, service, request)
+        answers = await answers_to(call, service, request)
         response = [_response(service, request, answers, full_text)]
         await call.json(response, headers.of_answer(service.settings.compute_type, [answers[0].run]))
 
 
 async def generate(call: Call, service: Service, request: GenerateRequest) -> None:
-    answers = await _generate(call, service, request)
+    answers = await answers_to(call, service, request)
     response = _response(service, request, answers, full_text=False)
     await call.json(response, headers.of_answer(service.settings.compute_type, [answers[0].run]))
 
@@ -47,7 +47,7 @@ async def generate_stream(call: Call, service: Service, request: GenerateRequest
 
 
 async def tokenize(call: Call, service: Service, request: GenerateRequest) -> None:
-    spans = await service.validator.spans(request.inputs, add_special_tokens=True)
+    spans = await service.validator.spans(request.inputs, add_special_tokens=request.parameters.add_special_tokens)
     await call.json([SimpleToken(*span) for span in spans])
 
 
@@ -90,7 +90,7 @@ async def metrics(call: Call, service: Service, _: None) -> None:
     await call.answer(200, service.metrics.expose(service.client.queued), CONTENT_TYPE)
 
 
-async def _generate(call: Call, service: Service, request: GenerateRequest) -> list[Answer]:
+async def answers_to(call: Call, service: Service, request: GenerateRequest) -> list[Answer]:
     """The answers, best first; one unless ``best_of`` asks for more."""
     parameters = request.parameters
     service.metrics.arrived()
@@ -98,8 +98,8 @@ async def _generate(call: Call, service: Service, request: GenerateRequest) -> l
     best_of = parameters.best_of or 1
     with service.permits.take(best_of):
         generation = await service.validator.validate(request.inputs, parameters)
-        generations = [generation] if best_of == 1 else [generation.reseeded() for _ in range(best_of)]
-        answers = await collect([Run(service, g, call.arrived, counts=i == 0) for i, g in enumerate(generations)])
+        runs = [Run(service, generation.choice(i), call.arrived, counts=i == 0) for i in range(best_of)]
+        answers = await collect(runs)
     best = max(answers, key=_mean_logprob)
     return [best, *(answer for answer in answers if answer is not best)]
 
@@ -130,7 +130,7 @@ async def _events(
             async for piece in run:
                 text, details = None, None
                 if piece.finish is not None:
-                    text = _whole_text(request, run, full_text)
+                    text = whole_text(request, run, full_text)
                     if parameters.details:
                         details = StreamDetails(piece.finish, run.tokens, generation.seed, len(generation.token_ids))
                 top = piece.top or UNSET
@@ -141,14 +141,14 @@ async def _events(
                 )
 
 
-def _whole_text(request: GenerateRequest, run: Run, full_text: bool) -> str:
+def whole_text(request: GenerateRequest, run: Run, full_text: bool) -> str:
     wanted = request.parameters.return_full_text
     return request.inputs + run.text if (full_text if wanted is None else wanted) else run.text
 
 
 def _response(service: Service, request: GenerateRequest, answers: list[Answer], full_text: bool) -> GenerateResponse:
     best, *others = answers
-    text = _whole_text(request, best.run, full_text)
+    text = whole_text(request, best.run, full_text)
     if not (request.parameters.details or request.parameters.decoder_input_details):
         return GenerateResponse(text)
     details = _details(service, best)
@@ -180,7 +180,7 @@ def _details(service: Service, answer: Answer) -> Details:
 def _loser(service: Service, request: GenerateRequest, answer: Answer, full_text: bool) -> BestOfSequence:
     details = _details(service, answer)
     return BestOfSequence(
-        generated_text=_whole_text(request, answer.run, full_text),
+        generated_text=whole_text(request, answer.run, full_text),
         finish_reason=details.finish_reason,
         generated_tokens=details.generated_tokens,
         seed=details.seed,

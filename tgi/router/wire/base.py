@@ -1,16 +1,18 @@
 """Strict decoding of JSON bodies, and the numbers and the error that all routes share."""
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 U63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 U64 = Annotated[int, Meta(ge=0)]
 """msgspec checks no bound above 63 bits: ``validate`` does."""
+I64 = Annotated[int, Meta(ge=-(2**63))]
+"""As U64."""
 F32 = Annotated[float, Meta(ge=-3.4028234663852886e38, le=3.4028234663852886e38)]
 
 Body = TypeVar("Body")
@@ -28,18 +30,46 @@ class Unreadable(Exception):
         self.text = text
 
 
-def decode(body: bytes, kind: type[Body]) -> Body:
-    """JSON to a request struct. No value is coerced, except integers to floats.
+class OneOf(NamedTuple):
+    """JSON of one of several types, which are told apart by the fields that each requires."""
+
+    kinds: tuple[Any, ...]
+    name: str = ""
+    """What TGI calls it in an error."""
+
+
+def decode(body: bytes, kind: type[Body], at: str = "") -> Body:
+    """JSON to a request struct. No value is coerced, except integers to floats. ``at``: where in a larger body it lies.
 
     Raises Unreadable: 400 for what is not JSON, 422 for JSON of another type, with the path of the wrong value.
     """
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        text = _PATH.sub(r"\2: \1", str(error))
-        raise Unreadable(422, f"Failed to deserialize the JSON body into the target type: {text}") from error
+        text, path = str(error), at
+        if match := _PATH.fullmatch(text):
+            text, path = match[1], ".".join(filter(None, (at, match[2])))
+        raise _mistyped(f"{path}: {text}" if path else text) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(400, f"Failed to parse the request body as JSON: {error}") from error
+
+
+def decode_one(body: bytes, union: OneOf, at: str = "") -> Any:
+    """The first of the union's types that the body is. Raises Unreadable: what is wrong as the first it means to be."""
+    fields = decode(body, dict[str, Raw], at).keys()
+    wrong: Unreadable | None = None
+    for kind in union.kinds:
+        if fields >= {field.encode_name for field in msgspec.structs.fields(kind) if field.required}:
+            try:
+                return decode(body, kind, at)
+            except Unreadable as error:
+                wrong = wrong or error
+    untold = f"data did not match any variant of untagged enum {union.name}"
+    raise wrong or _mistyped(f"{at}: {untold}" if at else untold)
+
+
+def _mistyped(text: str) -> Unreadable:
+    return Unreadable(422, f"Failed to deserialize the JSON body into the target type: {text}")
 
 
 class ErrorResponse(Struct, frozen=True):
