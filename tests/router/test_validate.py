@@ -1,9 +1,11 @@
 """Every row of TGI's validation table, with its exact words, its order, and what a valid request becomes."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from msgspec.structs import replace
 
 from tests import small_tokenizers
@@ -25,11 +27,11 @@ def validator(tokenizer: Tokenizer) -> Validator:
     return Validator(LIMITS, tokenizer)
 
 
-def run(validator: Validator, text: str = "hello", *, greedy: bool = False, **parameters: Any) -> Generation:
+def run(validator: Validator, text: str | list[int] = "hello", *, greedy: bool = False, **parameters: Any) -> Generation:
     return asyncio.run(validator.validate(text, GenerateParameters(**parameters), greedy=greedy))
 
 
-def refusal(validator: Validator, text: str = "hello", **parameters: Any) -> str:
+def refusal(validator: Validator, text: str | list[int] = "hello", **parameters: Any) -> str:
     with pytest.raises(RequestError) as caught:
         run(validator, text, **parameters)
     assert caught.value.kind.status == 422
@@ -66,9 +68,16 @@ FAILURES: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {10**6: 1.0}}, "`logit_bias` names token 1000000, which the model doesn't have"),
     ({"logit_bias": {-1: 1.0}}, "`logit_bias` names token -1, which the model doesn't have"),
     ({"logit_bias": {3: -101.0}}, "`logit_bias` must be >= -100.0 and <= 100.0. Given: -101.0 for token 3"),
-    ({"watermark": True}, "`watermark` is not supported"),
     ({"adapter_id": "mine"}, "`adapter_id` is not supported"),
-    ({"min_p": 0.5}, "`min_p` is not supported"),
+    ({"min_p": 1.01}, "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"min_p": -0.01}, "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"min_tokens": 4, "max_new_tokens": 3}, "`min_tokens` must be <= `max_new_tokens`. Given: 4 and 3"),
+    ({"stop_token_ids": [1] * 65}, "`stop_token_ids` supports up to 64 ids. Given: 65"),
+    ({"stop_token_ids": [1, 10**6]}, "`stop_token_ids` names token 1000000, which the model doesn't have"),
+    ({"cache_salt": "x" * 257}, "`cache_salt` supports up to 256 characters. Given: 257"),
+    ({"text": []}, "`inputs` cannot be empty"),
+    ({"text": [1, 10**6]}, "`prompt` names token 1000000, which the model doesn't have"),
+    ({"text": [1] * 101}, "`inputs` must have less than 100 tokens. Given: 101"),
     ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
 ]
 
@@ -170,6 +179,8 @@ def test_what_is_checked_before_a_request_counts(validator: Validator, tokenizer
         ({"top_k": 5}, True),
         ({"top_p": 0.5}, True),
         ({"typical_p": 0.5}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.0}, False),
     ],
 )
 def test_sampling_only_if_something_asks_for_it(
@@ -190,19 +201,63 @@ def test_seeds(validator: Validator) -> None:
     seeds = {run(validator, do_sample=True).seed for _ in range(4)}
     assert len(seeds) == 4
     assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds)
-    one = run(validator, do_sample=True)
-    assert one.reseeded().seed != one.seed
-    assert one.reseeded().token_ids == one.token_ids
+
+
+def test_each_choice_has_a_seed_that_follows_from_the_first(validator: Validator) -> None:
+    one, again, other = (run(validator, do_sample=True, seed=seed) for seed in (5, 5, 6))
+    assert one.choice(0) is one
+    seeds = [generation.choice(index).seed for generation in (one, other) for index in range(8)]
+    assert len(set(seeds)) == 16
+    assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds)
+    assert [again.choice(index).seed for index in range(8)] == seeds[:8]
+    assert one.choice(1).token_ids == one.token_ids
+    assert run(validator).choice(1) == run(validator)
 
 
 def test_end_of_text_tokens(validator: Validator) -> None:
     assert run(validator).stop_token_ids == [2]
     assert run(validator, ignore_eos=True).stop_token_ids == []
+    assert run(validator, stop_token_ids=[9, 2, 7]).stop_token_ids == [2, 7, 9]
+    assert run(validator, stop_token_ids=[9], ignore_eos=True).stop_token_ids == [9]
 
 
 def test_special_tokens_are_added_only_where_asked(validator: Validator) -> None:
-    bare = asyncio.run(validator.validate("hello", GenerateParameters(), add_special_tokens=False)).token_ids
+    bare = run(validator, add_special_tokens=False).token_ids
     assert run(validator).token_ids == [1, *bare]
+
+
+def test_token_ids_are_taken_as_they_are(validator: Validator, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the cat", add_special_tokens=False)
+    generation = run(validator, ids)
+    assert generation.token_ids == ids
+    assert generation.text == "the cat"
+    assert run(validator, ids, truncate=1).token_ids == ids[-1:]
+
+
+def test_nothing_but_the_prompt(validator: Validator) -> None:
+    parameters = GenerateParameters(max_new_tokens=0)
+    assert asyncio.run(validator.validate("hello", parameters, generates=False)).max_new_tokens == 0
+    assert asyncio.run(validator.validate([1] * 100, GenerateParameters(), generates=False)).max_new_tokens == 0
+
+
+def test_salts_are_kept_apart_and_never_sent_as_they_are(validator: Validator) -> None:
+    salts = [run(validator, cache_salt=salt).cache_salt for salt in (None, "", "a", "b")]
+    assert salts[:2] == [b"", b""]
+    assert len(set(salts)) == 3
+    assert all(len(salt) == 32 for salt in salts[2:])
+
+
+def test_watermark(validator: Validator, tokenizer: Tokenizer) -> None:
+    assert run(validator).sampling.watermark is None
+    assert run(validator, watermark=True).sampling.watermark == (0.5, 2.0)
+    assert run(Validator(LIMITS, tokenizer, (0.25, 3.0)), watermark=True).sampling.watermark == (0.25, 3.0)
+
+
+def test_a_tokenizer_that_fails(tmp_path: Path) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    validator = Validator(LIMITS, Tokenizer.load(tmp_path))
+    assert refusal(validator, "zebra").startswith("tokenizer error ")
 
 
 def test_long_and_short_texts_get_the_same_tokens(validator: Validator, tokenizer: Tokenizer) -> None:

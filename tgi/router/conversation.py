@@ -22,7 +22,6 @@ FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "response_format": (None, {"type": "text"}),
-    "watermark": (None, False),
     "grammar": (None,),
     "adapter_id": (None,),
     "guided_json": (None,),
@@ -127,17 +126,18 @@ class Conversation:
 @asynccontextmanager
 async def converse(service: Service, request: ChatRequest, arrived: float) -> AsyncIterator[Conversation]:
     """Judge the request, put it before the model and hand it to the engine; leaving cancels what is unfinished."""
-    choices = request.n or 1
+    choices = 1 if request.n is None else request.n
     service.metrics.arrived(choices)
     _refuse(request)
+    service.validator.check_choices(request.n)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    parameters = to_parameters(request, max_tokens, request.top_logprobs if request.logprobs else None)
+    parameters = to_parameters(request, max_tokens, request.top_logprobs, add_special_tokens=False)
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
         generation = await service.validator.validate(
-            await prompt_of(service, request), parameters, add_special_tokens=False, greedy=is_greedy(request)
+            await prompt_of(service, request), parameters, greedy=is_greedy(request)
         )
-        runs = [Run(service, generation, arrived) for _ in range(choices)]
+        runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:
             await stack.enter_async_context(run)
         yield Conversation(service, request, runs)
@@ -150,13 +150,15 @@ async def prompt_of(service: Service, request: ChatRequest) -> str:
         raise invalid(f"`chat_template_kwargs` must not set `{name}`")
     last = request.messages[-1] if request.messages else None
     goes_on = request.continue_final_message
-    if goes_on is None:
+    if goes_on and request.add_generation_prompt:
+        raise invalid("`continue_final_message` and `add_generation_prompt` must not both be true")
+    if goes_on is None and not request.add_generation_prompt:
         goes_on = last is not None and last.role == "assistant" and last.content is not None
     render = functools.partial(
         service.template.render,
         [_as_template_reads(message) for message in request.messages],
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
-        continue_final_message=goes_on,
+        continue_final_message=goes_on or False,
         **variables,
     )
     # A message costs a template about as much as some tens of characters cost the tokenizer.
@@ -168,9 +170,10 @@ def is_greedy(request: OpenAIRequest) -> bool:
 
 
 def to_parameters(
-    request: OpenAIRequest, max_tokens: int | None, top_logprobs: int | None = None
+    request: OpenAIRequest, max_tokens: int | None, top_logprobs: int | None = None, *, add_special_tokens: bool = True
 ) -> GenerateParameters:
-    """In TGI's terms. OpenAI samples unless told not to; its ``top_p`` includes both ends: 0 is greedy, 1 is off."""
+    """In TGI's terms. OpenAI samples unless told not to; its ``top_p`` includes both ends: 0 is greedy, 1 is off; its
+    seeds have a sign. ``add_special_tokens``: what the route does unless told otherwise."""
     if request.top_p is not None and not 0 <= request.top_p <= 1:
         raise invalid("`top_p` must be >= 0.0 and <= 1.0")
     logit_bias = request.logit_bias or None
@@ -193,7 +196,9 @@ def to_parameters(
         stop_token_ids=request.stop_token_ids or [],
         include_stop_str_in_output=request.include_stop_str_in_output or False,
         skip_special_tokens=request.skip_special_tokens is not False,
-        seed=request.seed,
+        add_special_tokens=add_special_tokens if request.add_special_tokens is None else request.add_special_tokens,
+        watermark=request.watermark or False,
+        seed=request.seed if request.seed is None or request.seed >= 0 else request.seed % 2**64,
         top_n_tokens=top_logprobs,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
@@ -207,8 +212,6 @@ def refuse_unsupported(request: OpenAIRequest) -> None:
 
 def _refuse(request: ChatRequest) -> None:
     refuse(request, _CHAT_NEUTRAL)
-    if request.n not in (None, 1):
-        raise invalid("`n` is not supported")
     if request.tools and request.tool_choice != "none":
         raise invalid("`tools` is not supported")
     if request.max_tokens is not None and request.max_completion_tokens is not None:

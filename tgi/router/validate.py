@@ -3,8 +3,9 @@
 import asyncio
 import dataclasses
 import functools
+import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,14 +21,16 @@ from tgi.router.wire.native import GenerateParameters
 INLINE_CHARACTERS = 4096
 """Longer texts are worked on beside the event loop: they would hold up every stream for milliseconds."""
 
+MAX_STOP_TOKEN_IDS = 64
+"""Models have a handful; each one is a look-up for each token."""
+
+MAX_CACHE_SALT = 256
+"""Characters."""
+
 Result = TypeVar("Result")
 
 _NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "watermark": (False,),
     "adapter_id": (None,),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "stop_token_ids": ([],),
     "grammar": (None,),
 }
 
@@ -48,13 +51,13 @@ class Generation:
     """A request that may run: every limit holds, every default is filled in. Only Validator makes one."""
 
     text: str
-    """The prompt, whole, even where it was truncated."""
+    """The prompt, whole, even where it was truncated; of a prompt of token ids what they spell."""
     token_ids: list[int]
     max_new_tokens: int
     sampling: Sampling
     stop: list[str]
     keep_stop: bool
-    """A stop string stays in the text."""
+    """A stop string, or the text of a token that ends the generation, stays in the text."""
     stop_token_ids: list[int]
     skip_special_tokens: bool
     prompt_logprobs: bool
@@ -66,17 +69,23 @@ class Generation:
         """As clients see it: greedy generations have none."""
         return None if self.sampling.greedy else self.sampling.seed
 
-    def reseeded(self) -> "Generation":
-        """The same request with a random seed of its own, for ``best_of``."""
-        return dataclasses.replace(self, sampling=msgspec.structs.replace(self.sampling, seed=_random_seed()))
+    def choice(self, index: int) -> "Generation":
+        """The same request for its ``index``-th answer. The first has the seed itself, the others' follow from it."""
+        if index == 0 or self.sampling.greedy:
+            return self
+        digest = hashlib.blake2b(b"%d %d" % (self.sampling.seed, index), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little")
+        return dataclasses.replace(self, sampling=msgspec.structs.replace(self.sampling, seed=seed))
 
 
 class Validator:
-    """TGI's checks, in TGI's order and words."""
+    """TGI's checks, in TGI's order and words; what TGI lacks is checked beside what it resembles."""
 
-    def __init__(self, limits: Limits, tokenizer: Tokenizer) -> None:
+    def __init__(self, limits: Limits, tokenizer: Tokenizer, watermark: tuple[float, float] = (0.5, 2.0)) -> None:
+        """``watermark``: gamma and delta for those who ask for one."""
         self._limits = limits
         self._tokenizer = tokenizer
+        self._watermark = watermark
         self._pool = ThreadPoolExecutor(limits.validation_workers, thread_name_prefix="validation")
 
     def close(self) -> None:
@@ -97,24 +106,43 @@ class Validator:
         if parameters.decoder_input_details:
             raise invalid("`decoder_input_details` == true is not supported when streaming tokens")
 
+    def check_choices(self, n: int | None, best_of: int | None = None) -> None:
+        """How many answers OpenAI's routes give: ``n``, the likeliest of ``best_of``. Judged as check_best_of."""
+        most = self._limits.max_best_of
+        for name, count in (("n", n), ("best_of", best_of)):
+            if count is None:
+                continue
+            if count > 1 and most == 1:
+                raise invalid(f"`{name}` != 1 is not allowed for this endpoint")
+            if not 0 < count <= most:
+                raise invalid(f"`{name}` must be > 0 and <= {most}. Given: {count}")
+        if best_of is not None and best_of < (n or 1):
+            raise invalid(f"`best_of` must be >= `n`. Given: {best_of} and {n}")
+
     async def validate(
         self,
-        text: str,
+        prompt: str | Sequence[int],
         parameters: GenerateParameters,
         *,
-        add_special_tokens: bool = True,
         greedy: bool = False,
         grammar: str = "",
+        generates: bool = True,
     ) -> Generation:
-        """Judge and tokenise. ``greedy`` overrides what the parameters say about sampling; ``grammar``, as llguidance
-        reads it, is the caller's own."""
-        self._check(text, parameters)
-        token_ids = await self.encode(text, add_special_tokens=add_special_tokens)
+        """Judge and tokenise a text, or judge a prompt of token ids.
+
+        ``greedy`` overrides what the parameters say about sampling; ``grammar``, as llguidance reads it, is the
+        caller's own; without ``generates`` only the prompt is computed, and ``max_new_tokens`` isn't looked at.
+        """
+        self._check(prompt, parameters, generates)
+        if isinstance(prompt, str):
+            token_ids = await self.encode(prompt, add_special_tokens=parameters.add_special_tokens)
+        else:
+            token_ids = list(prompt)
         if parameters.truncate is not None:
             token_ids = token_ids[-parameters.truncate :]
         given, limits = len(token_ids), self._limits
         room = limits.max_total_tokens - given
-        wanted = parameters.max_new_tokens
+        wanted = parameters.max_new_tokens if generates else 0
         if wanted is not None and wanted > room:
             raise invalid(
                 f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. "
@@ -124,28 +152,34 @@ class Validator:
             raise invalid(f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {given}")
         if not given:
             raise invalid("`inputs` cannot be empty")
+        max_new_tokens = room if wanted is None else wanted
+        if (parameters.min_tokens or 0) > max_new_tokens:
+            raise invalid(
+                f"`min_tokens` must be <= `max_new_tokens`. Given: {parameters.min_tokens} and {max_new_tokens}"
+            )
+        sampling, eos_ids = _sampling(parameters, greedy), self._tokenizer.eos_ids
         return Generation(
-            text=text,
+            text=prompt if isinstance(prompt, str) else await self._decode(token_ids),
             token_ids=token_ids,
-            max_new_tokens=room if wanted is None else wanted,
-            sampling=msgspec.structs.replace(_sampling(parameters, greedy), grammar=grammar),
+            max_new_tokens=max_new_tokens,
+            sampling=msgspec.structs.replace(
+                sampling, grammar=grammar, watermark=self._watermark if parameters.watermark else None
+            ),
             stop=parameters.stop,
             keep_stop=parameters.include_stop_str_in_output,
             skip_special_tokens=parameters.skip_special_tokens,
-            cache_salt=(parameters.cache_salt or "").encode(),
+            cache_salt=hashlib.sha256(parameters.cache_salt.encode()).digest() if parameters.cache_salt else b"",
             priority=parameters.priority,
-            stop_token_ids=[] if parameters.ignore_eos else sorted(self._tokenizer.eos_ids),
+            stop_token_ids=sorted({*parameters.stop_token_ids, *(() if parameters.ignore_eos else eos_ids)}),
             prompt_logprobs=parameters.decoder_input_details,
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        encode = functools.partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return await self.apart(encode, len(text))
+        return await self._tokenize(self._tokenizer.encode, text, add_special_tokens)
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
         """As Tokenizer.spans."""
-        spans = functools.partial(self._tokenizer.spans, text, add_special_tokens=add_special_tokens)
-        return await self.apart(spans, len(text))
+        return await self._tokenize(self._tokenizer.spans, text, add_special_tokens)
 
     async def apart(self, work: Callable[[], Result], size: int) -> Result:
         """Do ``work`` on ``size`` characters: at once if that is quick, otherwise beside the event loop."""
@@ -153,10 +187,22 @@ class Validator:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _check(self, text: str, p: GenerateParameters) -> None:
+    async def _tokenize(self, work: Callable[..., Result], text: str, add_special_tokens: bool) -> Result:
+        try:
+            return await self.apart(functools.partial(work, text, add_special_tokens=add_special_tokens), len(text))
+        except Exception as error:  # the library raises nothing more specific
+            raise invalid(f"tokenizer error {error}") from error
+
+    async def _decode(self, token_ids: list[int]) -> str:
+        decode = functools.partial(self._tokenizer.decode, token_ids, skip_special_tokens=False)
+        return await self.apart(decode, 4 * len(token_ids))
+
+    def _check(self, prompt: str | Sequence[int], p: GenerateParameters, generates: bool) -> None:
         refuse(p, _NATIVE_NEUTRAL)
         limits, best_of = self._limits, p.best_of or 1
-        asks_sampling = p.do_sample or any(v is not None for v in (p.temperature, p.top_k, p.top_p, p.typical_p))
+        asks_sampling = p.do_sample or any(
+            v is not None for v in (p.temperature, p.top_k, p.top_p, p.typical_p, p.min_p)
+        )
         if best_of > 1 and not asks_sampling:
             raise invalid("you must use sampling when `best_of` is > 1")
         if p.temperature is not None and p.temperature <= 0:
@@ -173,41 +219,55 @@ class Validator:
             raise invalid("`typical_p` must be > 0.0 and < 1.0")
         if p.top_k is not None and p.top_k <= 0:
             raise invalid("`top_k` must be strictly positive")
-        if p.max_new_tokens == 0:
+        if p.min_p is not None and not 0 <= p.min_p <= 1:
+            raise invalid("`min_p` must be >= 0.0 and <= 1.0")
+        if p.max_new_tokens == 0 and generates:
             raise invalid("`max_new_tokens` must be strictly positive")
         if len(p.stop) > limits.max_stop_sequences:
             raise invalid(f"`stop` supports up to {limits.max_stop_sequences} stop sequences. Given: {len(p.stop)}")
         if "" in p.stop:
             raise invalid("`stop` must not contain an empty string")
+        if len(p.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise invalid(f"`stop_token_ids` supports up to {MAX_STOP_TOKEN_IDS} ids. Given: {len(p.stop_token_ids)}")
+        self._check_ids("stop_token_ids", p.stop_token_ids)
         if p.seed is not None and best_of > 1:
             raise invalid("`seed` must not be set when `best_of` > 1")
         if p.seed is not None and p.seed >= 2**64:
             raise invalid(f"`seed` must be < 2^64. Given: {p.seed}")
         if p.top_n_tokens is not None and p.top_n_tokens > limits.max_top_n_tokens:
             raise invalid(f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}. Given: {p.top_n_tokens}")
+        self._check_ids("logit_bias", p.logit_bias or {})
         for token_id, bias in (p.logit_bias or {}).items():
-            if not 0 <= token_id < self._tokenizer.vocab_size:
-                raise invalid(f"`logit_bias` names token {token_id}, which the model doesn't have")
             if not -100 <= bias <= 100:
                 raise invalid(f"`logit_bias` must be >= -100.0 and <= 100.0. Given: {bias} for token {token_id}")
-        if not text:
+        if p.cache_salt is not None and len(p.cache_salt) > MAX_CACHE_SALT:
+            raise invalid(f"`cache_salt` supports up to {MAX_CACHE_SALT} characters. Given: {len(p.cache_salt)}")
+        if not prompt:
             raise invalid("`inputs` cannot be empty")
+        if not isinstance(prompt, str):
+            self._check_ids("prompt", prompt)
         if p.truncate is not None and not 0 < p.truncate <= limits.max_input_tokens:
             raise invalid(
                 f"`truncate` must be strictly positive and less than {limits.max_input_tokens}. Given: {p.truncate}"
             )
 
+    def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._tokenizer.vocab_size:
+                raise invalid(f"`{name}` names token {token_id}, which the model doesn't have")
+
 
 def _sampling(p: GenerateParameters, greedy: bool) -> Sampling:
     """Sampling iff the client asked for it or moved a warper off its neutral value."""
     temperature = 1.0 if p.temperature is None else p.temperature
-    top_k, top_p, typical_p = p.top_k or 0, p.top_p or 1.0, p.typical_p or 1.0
-    greedy = greedy or not (p.do_sample or temperature != 1 or top_k != 0 or top_p < 1 or typical_p < 1)
+    top_k, top_p, typical_p, min_p = p.top_k or 0, p.top_p or 1.0, p.typical_p or 1.0, p.min_p or 0.0
+    greedy = greedy or not (p.do_sample or temperature != 1 or top_k != 0 or top_p < 1 or typical_p < 1 or min_p > 0)
     sampling = Sampling(
         repetition_penalty=p.repetition_penalty or 1.0,
         frequency_penalty=p.frequency_penalty or 0.0,
         presence_penalty=p.presence_penalty or 0.0,
         logit_bias=p.logit_bias or {},
+        min_tokens=p.min_tokens or 0,
         top_n_tokens=p.top_n_tokens or 0,
     )
     if greedy:
@@ -215,13 +275,10 @@ def _sampling(p: GenerateParameters, greedy: bool) -> Sampling:
     return msgspec.structs.replace(
         sampling,
         greedy=False,
-        seed=_random_seed() if p.seed is None else p.seed,
+        seed=secrets.randbits(64) if p.seed is None else p.seed,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         typical_p=typical_p,
+        min_p=min_p,
     )
-
-
-def _random_seed() -> int:
-    return secrets.randbits(64)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from tgi.router.wire.base import F32, I32, U32, U64
+from tgi.router.wire.base import F32, I32, I64, U32
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
     logit_bias: dict[int, F32] | list[Any] | None = None
-    seed: U64 | None = None
+    seed: I64 | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[U32] | None = None
     include_stop_str_in_output: bool | None = None
@@ -71,12 +71,56 @@ class ImagePart(Struct, frozen=True, tag_field="type", tag="image_url"):
 class FunctionCall(Struct, frozen=True, kw_only=True):
     name: str
     arguments: Any = None
+    """JSON: as itself, or in a string."""
+    parameters: Any = None
+    """TGI's other name for ``arguments``."""
 
 
 class ToolCall(Struct, frozen=True, kw_only=True):
     id: str
     type: str = "function"
     function: FunctionCall
+
+
+class Function(Struct, frozen=True, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; without one there are none."""
+    arguments: dict[str, Any] | None = None
+    """TGI's other name for ``parameters``."""
+    strict: bool | None = None
+    """false: what of the schema can't be enforced is left to the model. Otherwise it is refused."""
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        return self.arguments if self.parameters is None else self.parameters
+
+
+class Tool(Struct, frozen=True, kw_only=True):
+    type: str = "function"
+    """As TGI, nobody looks at it: there are no other tools than functions."""
+    function: Function
+
+
+class FunctionName(Struct, frozen=True, kw_only=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, kw_only=True):
+    """The name in a ``function``, as in chat completions, or beside the type, as in responses."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.function is None and self.name is None:
+            raise ValueError("a tool choice needs `function` with a `name`")
+
+    @property
+    def chosen(self) -> str | None:
+        return self.name if self.function is None else self.function.name
 
 
 class Message(Struct, frozen=True, kw_only=True):
@@ -96,10 +140,13 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     max_completion_tokens: U32 | None = None
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = None
+    """"auto", "none", "required", or a function's name. Without tools nobody looks at it."""
     tool_prompt: str | None = None
+    """Tells the model how to call a function, in place of TGI's own words."""
     parallel_tool_calls: bool | None = None
+    """false: one call at most."""
     functions: Any = None
     function_call: Any = None
     documents: list[Any] | None = None
