@@ -15,12 +15,30 @@ from tgi.router.client import EngineClient, Ticket, _take_frames
 Scenario = Callable[[EngineClient, FakeEngine], Awaitable[None]]
 
 
-def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, list[StepStats]]:
+class Observed:
+    """What a client told of its engine."""
+
+    def __init__(self) -> None:
+        self.stats: list[StepStats] = []
+        self.gaps: list[float] = []
+        self.breaks: list[bool] = []
+
+    def stepped(self, stats: StepStats) -> None:
+        self.stats.append(stats)
+
+    def waited(self, seconds: float) -> None:
+        self.gaps.append(seconds)
+
+    def broke(self, *, prefills: bool) -> None:
+        self.breaks.append(prefills)
+
+
+def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, Observed]:
     """Run a scenario against a connected client and a fake engine made with ``options``."""
-    stats: list[StepStats] = []
+    observed = Observed()
 
     async def main() -> None:
-        client = EngineClient(folder / "engine.sock", stats.append, longest_step=0)
+        client = EngineClient(folder / "engine.sock", observed, longest_step=0)
         running = asyncio.create_task(client.run())
         assert await client.wait_connected(10)
         try:
@@ -32,7 +50,7 @@ def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, 
 
     with FakeEngine(folder / "engine.sock", **options) as engine:
         asyncio.run(main())
-    return engine, stats
+    return engine, observed
 
 
 def submit(client: EngineClient, ids: list[int], count: int = 5, **options: Any) -> Ticket:
@@ -70,7 +88,7 @@ def test_a_request_runs_to_its_end(tmp_path: Path) -> None:
         assert client.open == client.queued == 0
         ticket.cancel()
 
-    engine, stats = play(tmp_path, scenario)
+    engine, observed = play(tmp_path, scenario)
     (sent,) = engine.submits
     assert sent == Submit(
         id=sent.id,
@@ -84,7 +102,9 @@ def test_a_request_runs_to_its_end(tmp_path: Path) -> None:
         cache_salt=b"x",
     )
     assert engine.cancels == []
-    assert len(stats) == 5
+    assert len(observed.stats) == 5
+    assert len(observed.gaps) == 4 and min(observed.gaps) > 0
+    assert observed.breaks == []
 
 
 def test_many_requests_at_once(tmp_path: Path) -> None:
@@ -219,8 +239,9 @@ def test_the_engine_s_end_ends_every_request(tmp_path: Path) -> None:
         assert await client.wait_connected(10)
         assert len(await collect(submit(client, [1]))) == 5
 
-    engine, _ = play(tmp_path, scenario, die_after=4)
+    engine, observed = play(tmp_path, scenario, die_after=4)
     assert len({submit.id for submit in engine.submits}) == 4
+    assert observed.breaks == [False]
 
 
 def test_deltas_before_the_end_are_delivered(tmp_path: Path) -> None:
@@ -243,14 +264,28 @@ def test_stopping_the_router_ends_its_requests(tmp_path: Path) -> None:
         engine.pause()
         tickets.append(submit(client, [1]))
 
-    play(tmp_path, scenario)
+    _, observed = play(tmp_path, scenario)
     with pytest.raises(RequestError, match="the router is stopping"):
         asyncio.run(collect(tickets[0]))
+    assert observed.breaks == []
+
+
+def test_an_engine_lost_in_a_prompt(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        ticket = submit(client, [1])
+        await until(lambda: bool(engine.submits))
+        engine.die()
+        with pytest.raises(RequestError):
+            await collect(ticket)
+
+    _, observed = play(tmp_path, scenario)
+    assert observed.breaks == [True]
 
 
 def test_waits_for_an_engine_that_comes_later(tmp_path: Path) -> None:
     async def main() -> None:
-        client = EngineClient(tmp_path / "engine.sock", lambda _: None)
+        client = EngineClient(tmp_path / "engine.sock", Observed())
         running = asyncio.create_task(client.run())
         assert not await client.wait_connected(0.01)
         assert not await client.healthy()
@@ -298,7 +333,7 @@ def test_nothing_counts_before_hello(tmp_path: Path) -> None:
             writer.close()
 
         server = await asyncio.start_unix_server(serve, tmp_path / "engine.sock")
-        client = EngineClient(tmp_path / "engine.sock", lambda _: None)
+        client = EngineClient(tmp_path / "engine.sock", Observed())
         running = asyncio.create_task(client.run())
         assert not await client.wait_connected(0.2)
         running.cancel()

@@ -20,10 +20,13 @@ TYPES = {
     "tgi_request_queue_duration": "histogram",
     "tgi_request_inference_duration": "histogram",
     "tgi_request_mean_time_per_token_duration": "histogram",
+    "tgi_request_time_to_first_token_duration": "histogram",
+    "tgi_request_inter_token_duration": "histogram",
     "tgi_request_generated_tokens": "histogram",
     "tgi_request_input_length": "histogram",
     "tgi_request_max_new_tokens": "histogram",
     "tgi_request_skipped_tokens": "histogram",
+    "tgi_request_cached_tokens": "counter",
     "tgi_queue_size": "gauge",
     "tgi_batch_next_size": "histogram",
     "tgi_batch_current_size": "gauge",
@@ -31,13 +34,16 @@ TYPES = {
     "tgi_batch_max_total_tokens": "gauge",
     "tgi_batch_inference_count": "counter",
     "tgi_batch_inference_success": "counter",
+    "tgi_batch_inference_failure": "counter",
     "tgi_batch_inference_duration": "histogram",
     "tgi_batch_forward_duration": "histogram",
     "tgi_batch_decode_duration": "histogram",
     "tgi_batch_filter_duration": "histogram",
     "tgi_batch_concat": "counter",
+    "tgi_batch_concat_duration": "histogram",
+    "tgi_batch_preempted": "counter",
 }
-"""TGI's, less two: there is no separate concatenation of batches here, and a failed step ends the engine."""
+"""TGI's and four of ours: time to the first token and between tokens, cached tokens, preemptions."""
 
 
 @pytest.fixture
@@ -54,13 +60,19 @@ def bounds(family: Metric) -> list[float]:
     return [float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")]
 
 
+def series(metrics: Metrics) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in metrics.expose(0).decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
 def test_names_and_types() -> None:
     text = Metrics(LIMITS).expose(0).decode()
     assert {name: family.type for name, family in families(text).items()} == TYPES
     assert "_created" not in text
     assert "_count_total" not in text
-    assert "\ntgi_request_count 0.0\n" in text
-    assert '\ntgi_request_failure{err="dropped"} 0.0\n' in text
+    assert "\ntgi_request_count 0\n" in text
+    assert '\ntgi_request_failure{err="dropped"} 0\n' in text
+    assert '\ntgi_batch_next_size_bucket{le="1"} 0\n' in text  # TGI writes whole bounds without a point
 
 
 def test_buckets() -> None:
@@ -140,27 +152,40 @@ def test_queue_size_is_that_of_the_moment(router: Router) -> None:
 def test_steps() -> None:
     metrics = Metrics(LIMITS)
     metrics.stepped(
-        StepStats(prefill_rows=2, decode_rows=3, duration=1.0, forward=0.5, sample=0.25, running=5, admitted=2)
+        StepStats(
+            prefill_rows=2,
+            decode_rows=3,
+            duration=1.0,
+            forward=0.5,
+            sample=0.25,
+            running=5,
+            admitted=2,
+            planning=0.125,
+            preempted=1,
+        )
     )
     metrics.stepped(StepStats(decode_rows=5, duration=0.5, forward=0.5, running=4, batch_tokens=64))
-    lines = dict(line.rsplit(" ", 1) for line in metrics.expose(0).decode().splitlines() if not line.startswith("#"))
+    lines = series(metrics)
     for method in ("prefill", "decode"):
-        assert lines[f'tgi_batch_inference_count{{method="{method}"}}'] == "1.0"
-        assert lines[f'tgi_batch_inference_success{{method="{method}"}}'] == "1.0"
-    assert lines['tgi_batch_inference_duration_sum{method="prefill"}'] == "1.0"
-    assert lines['tgi_batch_forward_duration_sum{method="prefill"}'] == "0.5"
-    assert lines['tgi_batch_decode_duration_sum{method="prefill"}'] == "0.25"
-    assert lines['tgi_batch_filter_duration_sum{method="prefill"}'] == "0.25"
-    assert lines['tgi_batch_filter_duration_sum{method="decode"}'] == "0.0"
-    assert lines["tgi_batch_next_size_count"] == "1.0"
-    assert lines["tgi_batch_next_size_sum"] == "2.0"
-    assert lines['tgi_batch_concat{reason="chunking"}'] == "1.0"
-    assert lines["tgi_batch_current_size"] == "4.0"
-    assert lines["tgi_batch_current_max_tokens"] == "64.0"
+        assert lines[f'tgi_batch_inference_count{{method="{method}"}}'] == 1.0
+        assert lines[f'tgi_batch_inference_success{{method="{method}"}}'] == 1.0
+    assert lines['tgi_batch_inference_duration_sum{method="prefill"}'] == 1.0
+    assert lines['tgi_batch_forward_duration_sum{method="prefill"}'] == 0.5
+    assert lines['tgi_batch_decode_duration_sum{method="prefill"}'] == 0.25
+    assert lines['tgi_batch_filter_duration_sum{method="prefill"}'] == 0.125
+    assert lines['tgi_batch_filter_duration_sum{method="decode"}'] == 0.0
+    assert lines["tgi_batch_next_size_count"] == 1.0
+    assert lines["tgi_batch_next_size_sum"] == 2.0
+    assert lines['tgi_batch_concat{reason="chunking"}'] == 1
+    assert lines['tgi_batch_concat_duration_sum{method="decode"}'] == 0.125
+    assert lines['tgi_batch_concat_duration_count{method="decode"}'] == 1
+    assert lines["tgi_batch_preempted"] == 1
+    assert lines["tgi_batch_current_size"] == 4.0
+    assert lines["tgi_batch_current_max_tokens"] == 64.0
     metrics.stepped(StepStats())
-    lines = dict(line.rsplit(" ", 1) for line in metrics.expose(0).decode().splitlines() if not line.startswith("#"))
-    assert lines["tgi_batch_current_size"] == lines["tgi_batch_current_max_tokens"] == "0.0"
-    assert lines['tgi_batch_inference_count{method="decode"}'] == "1.0"
+    lines = series(metrics)
+    assert lines["tgi_batch_current_size"] == lines["tgi_batch_current_max_tokens"] == 0.0
+    assert lines['tgi_batch_inference_count{method="decode"}'] == 1.0
 
 
 def test_speculated_tokens_are_those_beyond_the_first(tmp_path: Path) -> None:

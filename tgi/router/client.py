@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
@@ -61,6 +62,7 @@ class Ticket:
         self.started = 0.0
         """When the engine first scheduled it."""
         self.first_token = 0.0
+        self.last_token = 0.0
         self.finished = 0.0
         self._on_cancel = on_cancel
         # Holds at most max_new_tokens deltas: a slow client never holds up the reader of the socket.
@@ -78,8 +80,9 @@ class Ticket:
         now = time.monotonic()
         self.output_ids += [token.id for token in delta.tokens]
         self.started = self.started or delta.started
-        if delta.tokens and not self.first_token:
-            self.first_token = now
+        if delta.tokens:
+            self.first_token = self.first_token or now
+            self.last_token = now
         if delta.finish is not None:
             self.finished = now
         self._deltas.append(delta)
@@ -132,13 +135,26 @@ class _Ping:
     sent: float
 
 
+class Observer(Protocol):
+    """Who is told what the engine does."""
+
+    def stepped(self, stats: StepStats) -> None:
+        """It has done a step."""
+
+    def waited(self, seconds: float) -> None:
+        """So long after its last tokens a request got more."""
+
+    def broke(self, *, prefills: bool) -> None:
+        """It was lost in the middle of its work, which was the prompt of a request, or only tokens."""
+
+
 class EngineClient:
     """One router's connection to the engine, for all its requests. Everything runs on one event loop."""
 
-    def __init__(self, socket: Path, on_stats: Callable[[StepStats], None], longest_step: float = LONGEST_STEP) -> None:
+    def __init__(self, socket: Path, observer: Observer, longest_step: float = LONGEST_STEP) -> None:
         self._socket = socket
         self._longest_step = longest_step
-        self._on_stats = on_stats
+        self._observer = observer
         self._ids = itertools.count(1)
         self._nonces = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
@@ -163,9 +179,11 @@ class EngineClient:
             except (msgspec.MsgspecError, _ProtocolError) as error:
                 reason = str(error)
             finally:
-                self._lose(reason)
+                lost = self._lose(reason)
                 writer.close()
             log.warning("lost the engine: %s", reason)
+            if lost:
+                self._observer.broke(prefills=any(not ticket.output_ids for ticket in lost))
             await asyncio.sleep(RETRY)
 
     @property
@@ -270,7 +288,7 @@ class EngineClient:
                     if ticket := self._tickets.pop(fault.id, None):
                         ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
                 if message.stats is not None:
-                    self._on_stats(message.stats)
+                    self._observer.stepped(message.stats)
             case Pong():
                 if self._ping is not None and self._ping.nonce == message.nonce:
                     self._answer_ping(True)
@@ -278,11 +296,14 @@ class EngineClient:
     def _apply(self, delta: Delta) -> None:
         if (ticket := self._tickets.get(delta.id)) is None:
             return  # cancelled while the delta was on its way
+        spoke = ticket.last_token
         try:
             ticket.apply(delta)
         except RequestError as error:
             ticket.fail(error)
             self._cancel(ticket)
+        if spoke and ticket.last_token > spoke:
+            self._observer.waited(ticket.last_token - spoke)
         if ticket.finished:
             self._tickets.pop(delta.id, None)
 
@@ -291,13 +312,15 @@ class EngineClient:
             self._ping.answer.set_result(alive)
             self._ping = None
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str) -> list[Ticket]:
+        """End all that is under way; what that was."""
         self._writer = None
         self._hello.clear()
         self._answer_ping(False)
-        tickets, self._tickets = self._tickets, {}
-        for ticket in tickets.values():
+        tickets, self._tickets = list(self._tickets.values()), {}
+        for ticket in tickets:
             ticket.fail(RequestError(GENERATION, f"Server error: the engine stopped: {reason}"))
+        return tickets
 
 
 class _ProtocolError(Exception):

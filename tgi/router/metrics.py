@@ -1,14 +1,14 @@
 """Every ``tgi_*`` metric: one table, and the points of a request's life and of an engine's step that are written down.
 
 TGI's names, labels and buckets, since dashboards query them. A generation counts once; TGI counts some twice or thrice.
+All of it happens on one event loop: no locks, and a series costs the memory of its buckets, whatever is observed.
 """
 
-import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tgi.core.config import Limits
 from tgi.core.errors import Kind
@@ -29,7 +29,8 @@ class Row(NamedTuple):
     """Of the label: each series is there from the start, at zero."""
 
 
-_METHOD = ("method", ("prefill", "decode"))
+_METHODS = ("prefill", "decode")
+_METHOD = ("method", _METHODS)
 """A step that computes any prompt is a prefill, as with TGI's prefill chunking."""
 
 TABLE = {
@@ -46,10 +47,13 @@ TABLE = {
     "tgi_request_queue_duration": Row(SECONDS, "Request queue duration"),
     "tgi_request_inference_duration": Row(SECONDS, "Request inference duration"),
     "tgi_request_mean_time_per_token_duration": Row(SECONDS, "Mean time per token per request"),
+    "tgi_request_time_to_first_token_duration": Row(SECONDS, "Time from a request's arrival to its first token"),
+    "tgi_request_inter_token_duration": Row(SECONDS, "Time between two steps that gave a request tokens"),
     "tgi_request_generated_tokens": Row(TOTAL_TOKENS, "Generated tokens per request"),
     "tgi_request_input_length": Row(INPUT_TOKENS, "Input token length per request"),
     "tgi_request_max_new_tokens": Row(TOTAL_TOKENS, "Maximum new tokens per request"),
     "tgi_request_skipped_tokens": Row(SPECULATED, "Speculated tokens per request"),
+    "tgi_request_cached_tokens": Row(COUNTER, "Input tokens that the prefix cache had"),
     "tgi_queue_size": Row(GAUGE, "Current queue size"),
     "tgi_batch_next_size": Row(ROWS, "Batch size of the next batch"),
     "tgi_batch_current_size": Row(GAUGE, "Current batch size"),
@@ -59,6 +63,7 @@ TABLE = {
     "tgi_batch_inference_success": Row(
         COUNTER, "Number of successful inference calls per method (prefill or decode)", *_METHOD
     ),
+    "tgi_batch_inference_failure": Row(COUNTER, "Number of inference calls that ended the engine, by method", *_METHOD),
     "tgi_batch_inference_duration": Row(SECONDS, "Batch inference duration", *_METHOD),
     "tgi_batch_forward_duration": Row(SECONDS, "Batch forward duration per method (prefill or decode)", *_METHOD),
     "tgi_batch_decode_duration": Row(SECONDS, "Time spent decoding a batch per method (prefill or decode)", *_METHOD),
@@ -68,53 +73,89 @@ TABLE = {
         *_METHOD,
     ),
     "tgi_batch_concat": Row(COUNTER, "Times that requests joined a running batch, by reason", "reason", ("chunking",)),
+    "tgi_batch_concat_duration": Row(
+        SECONDS, "Time spent forming a batch that requests join while others run", "method", ("decode",)
+    ),
+    "tgi_batch_preempted": Row(COUNTER, "Times that a running request had to give up its cache and start again"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """A finished generation's seconds: in all, until the engine had it, until its first step, from then on."""
+    """A finished generation's seconds: in all, until the engine had it, until its first step, from then on; and from
+    its arrival to its first token."""
 
     total: float
     validation: float
     queue: float
     inference: float
+    first_token: float
 
 
-_FOREIGN = re.compile(rb"(?m)^(?:# \w+ )?\w+_created\b.*\n|(?<=\w)_total(?=[ {])")
-"""What prometheus_client adds to TGI's names: ``_created`` series, and ``_total`` behind the names of counters."""
+class _Number:
+    """A counter or a gauge."""
+
+    __slots__ = ("_name", "value")
+
+    def __init__(self, name: str, labels: str) -> None:
+        self._name = f"{name}{{{labels}}}" if labels else name
+        self.value = 0
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self._name} {self.value}\n"
+
+
+class _Histogram:
+    """Observations counted by bucket; each bucket's line has all that is not above its bound."""
+
+    __slots__ = ("_bounds", "_counts", "_heads", "_name", "_sum", "_tail")
+
+    def __init__(self, name: str, labels: str, bounds: Iterable[float]) -> None:
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+        self._name = name
+        self._tail = f"{{{labels}}}" if labels else ""
+        texts = [*(repr(bound).removesuffix(".0") for bound in self._bounds), "+Inf"]
+        self._heads = [f'{name}_bucket{{{labels}{"," if labels else ""}le="{text}"}} ' for text in texts]
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def lines(self) -> Iterator[str]:
+        count = 0
+        for head, count in zip(self._heads, accumulate(self._counts), strict=True):
+            yield f"{head}{count}\n"
+        yield f"{self._name}_sum{self._tail} {self._sum}\n"
+        yield f"{self._name}_count{self._tail} {count}\n"
 
 
 class Metrics:
-    """One registry, filled by what happens to requests and in the engine's steps."""
+    """One router's numbers, filled by what happens to requests and in the engine's steps."""
 
     def __init__(self, limits: Limits) -> None:
-        buckets: dict[str, Sequence[float]] = {
+        buckets: dict[str, Iterable[float]] = {
             SECONDS: [0.0001 * 1.5**i for i in range(1, 36)],
             INPUT_TOKENS: [limits.max_input_tokens / 100 * i for i in range(1, 101)],
             TOTAL_TOKENS: [limits.max_total_tokens / 100 * i for i in range(1, 101)],
             ROWS: range(1, 1025),
             SPECULATED: range(17),
         }
-        self._registry = CollectorRegistry()
-        self._counters: dict[tuple[str, str], Counter] = {}
-        self._gauges: dict[str, Gauge] = {}
-        self._histograms: dict[tuple[str, str], Histogram] = {}
+        self._numbers: dict[tuple[str, str], _Number] = {}
+        self._histograms: dict[tuple[str, str], _Histogram] = {}
         for name, row in TABLE.items():
-            labels = [row.label] if row.label else []
-            if row.kind == GAUGE:
-                self._gauges[name] = Gauge(name, row.help, registry=self._registry)
-            elif row.kind == COUNTER:
-                counter = Counter(name, row.help, labels, registry=self._registry)
-                self._counters |= {(name, v): counter.labels(v) if v else counter for v in row.values}
-            else:
-                histogram = Histogram(name, row.help, labels, registry=self._registry, buckets=buckets[row.kind])
-                self._histograms |= {(name, v): histogram.labels(v) if v else histogram for v in row.values}
-        self._gauges["tgi_batch_max_total_tokens"].set(limits.max_batch_total_tokens)
+            for value in row.values:
+                labels = f'{row.label}="{value}"' if row.label else ""
+                if row.kind in buckets:
+                    self._histograms[name, value] = _Histogram(name, labels, buckets[row.kind])
+                else:
+                    self._numbers[name, value] = _Number(name, labels)
+        self._set("tgi_batch_max_total_tokens", limits.max_batch_total_tokens)
 
     def arrived(self, generations: int = 1) -> None:
         """A client asks for so many generations; nothing about them has been judged yet."""
-        self._counters["tgi_request_count", ""].inc(generations)
+        self._count("tgi_request_count", by=generations)
 
     def validated(self, input_length: int, max_new_tokens: int) -> None:
         self._observe("tgi_request_input_length", input_length)
@@ -124,44 +165,77 @@ class Metrics:
         """One step of the engine gave one request so many tokens."""
         self._observe("tgi_request_skipped_tokens", tokens - 1)
 
-    def finished(self, times: Times, tokens: int) -> None:
-        self._counters["tgi_request_success", ""].inc()
+    def waited(self, seconds: float) -> None:
+        """So long after its last tokens a request got more."""
+        self._observe("tgi_request_inter_token_duration", seconds)
+
+    def finished(self, times: Times, tokens: int, cached: int) -> None:
+        self._count("tgi_request_success")
+        self._count("tgi_request_cached_tokens", by=cached)
         self._observe("tgi_request_duration", times.total)
         self._observe("tgi_request_validation_duration", times.validation)
         self._observe("tgi_request_queue_duration", times.queue)
         self._observe("tgi_request_inference_duration", times.inference)
-        self._observe("tgi_request_mean_time_per_token_duration", times.inference / tokens)
         self._observe("tgi_request_generated_tokens", tokens)
+        if tokens:
+            self._observe("tgi_request_mean_time_per_token_duration", times.inference / max(1, tokens))
+            self._observe("tgi_request_time_to_first_token_duration", times.first_token)
 
     def failed(self, kind: Kind) -> None:
         if kind.label is not None:
-            self._counters["tgi_request_failure", kind.label].inc()
+            self._count("tgi_request_failure", kind.label)
 
     def dropped(self) -> None:
         """The client went away before its generation was complete."""
-        self._counters["tgi_request_failure", "dropped"].inc()
+        self._count("tgi_request_failure", "dropped")
 
     def stepped(self, stats: StepStats) -> None:
-        self._gauges["tgi_batch_current_size"].set(stats.running)
-        self._gauges["tgi_batch_current_max_tokens"].set(stats.batch_tokens)
+        self._set("tgi_batch_current_size", stats.running)
+        self._set("tgi_batch_current_max_tokens", stats.batch_tokens)
         if not stats.prefill_rows + stats.decode_rows:
             return
-        method = "prefill" if stats.prefill_rows else "decode"
-        self._counters["tgi_batch_inference_count", method].inc()
-        self._counters["tgi_batch_inference_success", method].inc()
+        method = _method(prefills=stats.prefill_rows > 0)
+        self._count("tgi_batch_inference_count", method)
+        self._count("tgi_batch_inference_success", method)
+        self._count("tgi_batch_preempted", by=stats.preempted)
         self._observe("tgi_batch_inference_duration", stats.duration, method)
         self._observe("tgi_batch_forward_duration", stats.forward, method)
         self._observe("tgi_batch_decode_duration", stats.sample, method)
-        self._observe("tgi_batch_filter_duration", max(0.0, stats.duration - stats.forward - stats.sample), method)
+        rest = stats.duration - stats.planning - stats.forward - stats.sample
+        self._observe("tgi_batch_filter_duration", max(0.0, rest), method)
         if stats.admitted:
             self._observe("tgi_batch_next_size", stats.admitted)
             if stats.prefill_rows + stats.decode_rows > stats.admitted:
-                self._counters["tgi_batch_concat", "chunking"].inc()
+                self._count("tgi_batch_concat", "chunking")
+                self._observe("tgi_batch_concat_duration", stats.planning, "decode")
+
+    def broke(self, *, prefills: bool) -> None:
+        """The engine was lost in the middle of its work."""
+        method = _method(prefills=prefills)
+        self._count("tgi_batch_inference_count", method)
+        self._count("tgi_batch_inference_failure", method)
 
     def expose(self, queued: int) -> bytes:
-        """Prometheus text with TGI's names."""
-        self._gauges["tgi_queue_size"].set(queued)
-        return _FOREIGN.sub(b"", generate_latest(self._registry))
+        """Prometheus' text format."""
+        self._set("tgi_queue_size", queued)
+        return "".join(self._lines()).encode()
+
+    def _lines(self) -> Iterator[str]:
+        for name, row in TABLE.items():
+            number = row.kind in (COUNTER, GAUGE)
+            yield f"# HELP {name} {row.help}\n# TYPE {name} {row.kind if number else 'histogram'}\n"
+            for value in row.values:
+                yield from (self._numbers if number else self._histograms)[name, value].lines()
+
+    def _count(self, name: str, label: str = "", by: int = 1) -> None:
+        self._numbers[name, label].value += by
+
+    def _set(self, name: str, value: int) -> None:
+        self._numbers[name, ""].value = value
 
     def _observe(self, name: str, value: float, label: str = "") -> None:
         self._histograms[name, label].observe(value)
+
+
+def _method(*, prefills: bool) -> str:
+    return _METHODS[0] if prefills else _METHODS[1]
