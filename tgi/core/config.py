@@ -10,6 +10,9 @@ BLOCK_SIZE = 16
 GATHERED_TOKENS = 1 << 16
 """Tokens whose keys and values attention gathers at once, unless a single request has more; the ledger counts them."""
 
+SCORED_ROWS = 64
+"""Prompt tokens whose log-probabilities are computed at once; the ledger counts their logits."""
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds on what clients may ask and on what the engine may hold; all resolved, none open."""
@@ -62,6 +65,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     cors_allow_origin: list[str] = []
     tokenizer_config_path: str | None = None
+    watermark_gamma: float = 0.5
+    """Share of the vocabulary that a watermark favours."""
+    watermark_delta: float = 2.0
+    """What it adds to their logits."""
     compute_type: str = "cpu"
     json_output: bool = False
     log_level: str = "info"

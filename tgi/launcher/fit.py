@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, Limits, ModelFiles
+from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape, read_config
 from tgi.launcher.errors import ArgumentValidation
@@ -166,7 +166,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)
     bill = _Bill(shape, WIDTH[dtype])
-    rows = min(batch_size, prefill)
+    rows = min(max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(elements(files), machine.device),
         f"activations of {prefill} tokens": bill.activations(prefill),

@@ -1,20 +1,20 @@
 """Runs the model over the paged cache: works in, logits, tokens out. Knows no queue, no socket and no text."""
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tgi.core.config import BLOCK_SIZE, Settings
-from tgi.core.messages import PromptToken
+from tgi.core.messages import Token
 from tgi.core.plan import Sampled, Work
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
-from tgi.runtime.sampler import sample
-
-_LOGIT_ROWS = 128
-"""Prompt log-probabilities are computed for this many rows at a time: their logits are the widest tensor there is."""
+from tgi.runtime.prompt import Scores, pool, score
+from tgi.runtime.sampler import NOT_A_NUMBER, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,10 @@ class Launched:
     """Place on the token axis → index of the work."""
     logits: torch.Tensor
     """[rows, vocabulary] float32, one row for each work that samples, in ``order``."""
-    prompt_logprobs: dict[int, torch.Tensor]
-    """Index of the work → log-probabilities of the prompt tokens that follow its tokens."""
+    scores: Mapping[int, Scores]
+    """Index of the work → of the prompt tokens that follow its tokens."""
+    embeddings: Mapping[int, torch.Tensor]
+    """Index of the work → [hidden size]."""
 
 
 class Runner:
@@ -66,40 +68,30 @@ class Runner:
         order = sorted(range(len(works)), key=lambda at: (works[at].length > 1, -works[at].start))
         batch = Batch.build([works[at] for at in order], self._device)
         hidden = self._model.forward(batch.token_ids, batch.positions, self._cache.attend(batch.segments))
-        scores = {}
+        scores, embeddings = {}, {}
         at = 0
         for index in order:
             work = works[index]
-            if work.submit.prompt_logprobs and work.start < work.submit.prompt_length - 1:
-                scores[index] = self._prompt_logprobs(work, hidden[at : at + work.length])
-            at += work.length
-        return Launched(works, order, self._model.logits(hidden[batch.logit_rows]), scores)
+            rows, at = hidden[at : at + work.length], at + work.length
+            if (scored := score(work, rows, self._model.logits)) is not None:
+                scores[index] = scored
+            if (pooled := pool(work, rows)) is not None:
+                embeddings[index] = pooled
+        return Launched(works, order, self._model.logits(hidden[batch.logit_rows]), scores, embeddings)
 
     @torch.inference_mode()
     def sample(self, launched: Launched) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works."""
         rows = [index for index in launched.order if launched.works[index].samples]
         drawn = dict(zip(rows, sample(launched.logits, [launched.works[index] for index in rows]), strict=True))
-        results = []
-        for index in range(len(launched.works)):
-            token = drawn.get(index)
-            scores = launched.prompt_logprobs.get(index)
-            results.append(
-                Sampled(
-                    None if isinstance(token, str) else token,
-                    () if scores is None else [PromptToken(score) for score in scores.tolist()],
-                    error=token if isinstance(token, str) else None,
-                )
-            )
-        return results
+        return [self._sampled(launched, index, drawn.get(index)) for index in range(len(launched.works))]
 
-    def _prompt_logprobs(self, work: Work, hidden: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the prompt tokens that follow the chunk's tokens. hidden: [length, hidden size]."""
-        last = min(work.start + work.length, work.submit.prompt_length - 1)
-        targets = torch.tensor(work.tokens[work.start + 1 : last + 1], device=self._device)
-        parts = []
-        for at in range(0, len(targets), _LOGIT_ROWS):
-            logits = self._model.logits(hidden[at : at + _LOGIT_ROWS][: len(targets) - at])
-            chosen = logits.gather(1, targets[at : at + _LOGIT_ROWS, None]).squeeze(1)
-            parts.append(chosen - logits.logsumexp(1))
-        return torch.cat(parts)
+    def _sampled(self, launched: Launched, index: int, token: Token | str | None) -> Sampled:
+        """All that one work yields."""
+        if isinstance(token, str):
+            return Sampled(error=token)
+        prompt = launched.scores[index].tokens() if index in launched.scores else []
+        embedding: list[float] = launched.embeddings[index].tolist() if index in launched.embeddings else []
+        if not all(map(math.isfinite, itertools.chain((score.logprob for score in prompt), embedding))):
+            return Sampled(error=NOT_A_NUMBER)
+        return Sampled(token, prompt, embedding)

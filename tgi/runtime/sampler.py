@@ -13,6 +13,8 @@ import torch
 from tgi.core.messages import Sampling, Token
 from tgi.core.plan import Work
 
+NOT_A_NUMBER = "the model's output is not a number"
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -52,7 +54,7 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
     tops = _top(raw, norm, samplings)
     finite = norm.isfinite().tolist()
     return [
-        Token(token, logprob, top) if fine else "the model's output is not a number"
+        Token(token, logprob, top) if fine else NOT_A_NUMBER
         for token, logprob, top, fine in zip(ids.tolist(), logprobs.tolist(), tops, finite, strict=True)
     ]
 
