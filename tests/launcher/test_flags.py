@@ -54,8 +54,8 @@ TGI = {
     "--otlp-service-name": "text-generation-inference.router",
     "--cors-allow-origin": (),
     "--api-key": None,
-    "--watermark-gamma": None,
-    "--watermark-delta": None,
+    "--watermark-gamma": 0.5,  # unset; the same in the shards
+    "--watermark-delta": 2.0,  # unset; the same in the shards
     "--ngrok": False,
     "--ngrok-authtoken": None,
     "--ngrok-edge": None,

@@ -297,9 +297,11 @@ class Options:
         _list_of(_text("ORIGIN"), many=True), (), "Origins that browsers may call from; unset means any."
     )
     api_key: str | None = _flag(_text("KEY"), None, "Bearer token that clients must send.")
-    watermark_gamma: float | None = _flag(_number(0, 1), None, "Watermark: share of green tokens.", "refused")
-    watermark_delta: float | None = _flag(
-        _number(0, float("inf")), None, "Watermark: bonus of green tokens.", "refused"
+    watermark_gamma: float = _flag(
+        _number(0, 1), 0.5, "Share of the vocabulary that a watermark favours, for requests that ask for a watermark."
+    )
+    watermark_delta: float = _flag(
+        _number(0, 1e4), 2.0, "What a watermark adds to the logits of the tokens that it favours."
     )
     ngrok: bool = _flag(_SWITCH, False, "Open an ngrok tunnel.", "refused")
     ngrok_authtoken: str | None = _flag(_text(), None, "Token of the ngrok tunnel.", "refused")

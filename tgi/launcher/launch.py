@@ -52,6 +52,8 @@ def launch(options: Options, started: float) -> None:
             api_key=options.api_key,
             cors_allow_origin=list(options.cors_allow_origin),
             tokenizer_config_path=options.tokenizer_config_path,
+            watermark_gamma=options.watermark_gamma,
+            watermark_delta=options.watermark_delta,
             compute_type=options.compute_type or machine.compute_type,
             json_output=options.json_output,
             log_level=options.log_level,
