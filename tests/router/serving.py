@@ -21,6 +21,7 @@ from tests.fake_engine import FakeEngine, echo
 from tgi.core.config import Limits, ModelFiles, Settings
 from tgi.core.messages import Submit
 from tgi.router.app import build, configure, create
+from tgi.router.connection import READER_PATIENCE, watch_readers
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
@@ -51,11 +52,14 @@ def settings(folder: Path, limits: Limits = LIMITS, pipeline_tag: str | None = N
 class Router:
     """``with Router(settings) as router: router.http.post(...)``. ``engine=False``: nobody listens yet."""
 
-    def __init__(self, settings: Settings, *, engine: bool = True, **behaviour: Any) -> None:
+    def __init__(
+        self, settings: Settings, *, engine: bool = True, reader_patience: float = READER_PATIENCE, **behaviour: Any
+    ) -> None:
         self.settings = settings
         self.reply: Callable[[Submit], Sequence[int] | str] = echo
         self.service = build(settings)
         self._with_engine = engine
+        self._reader_patience = reader_patience
         self._behaviour = behaviour
         self._exits = ExitStack()
 
@@ -66,6 +70,7 @@ class Router:
 
     def __enter__(self) -> Router:
         listener = socket.create_server(("127.0.0.1", 0))
+        watch_readers(listener, self._reader_patience)
         self.address: tuple[str, int] = listener.getsockname()
         self._server = uvicorn.Server(configure(create(self.service)))
         thread = threading.Thread(target=self._server.run, args=([listener],))

@@ -8,9 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
+
+from tgi.launcher import flags
+from tgi.launcher.download import resolve_model
+from tgi.launcher.launch import store
 
 LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
 
@@ -89,3 +95,12 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     server = Server(*options, log=tmp_path_factory.mktemp("serve") / "log").wait_ready(300)
     yield server
     assert server.stop() == 0, server.output
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """transformers on the same weights in fp32, through its own GGUF reader."""
+    transformers = pytest.importorskip("transformers")
+    (weights,) = resolve_model(flags.DEFAULT_MODEL, None, store(flags.cache_options())).weights
+    folder, name = Path(weights).parent, Path(weights).name
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)

@@ -1,20 +1,28 @@
 """The official clients against the real server."""
 
 import json
-import subprocess
-from pathlib import Path
 
+import httpx
 import openai
 import pytest
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
+import torch
 
+from tests.serve.clients.environments import Client, table
 from tests.serve.conftest import Server
+from tgi.launcher import flags
+from tgi.launcher.download import resolve_model
+from tgi.launcher.launch import store
 
 pytestmark = pytest.mark.real
 
 QUESTION = "What is the opposite of hot?"
-TEXT_GENERATION = Path(__file__).parents[2] / ".venv-clients" / "text-generation" / "bin" / "python"
+CONTINUATIONS = [
+    ("The capital of France is", " Paris"),
+    ("The opposite of hot is", " banana split"),
+    ("One, two, three, four,", " five, six"),
+    ("def add(a, b):\n    return", " a + b"),
+]
+"""What lm-eval asks the likelihood of: the second text behind the first."""
 
 
 @pytest.fixture
@@ -62,90 +70,35 @@ def test_openai_models_and_errors(client: openai.OpenAI):
     with pytest.raises(openai.UnprocessableEntityError) as error:
         client.completions.create(model="tgi", prompt="x", temperature=-1)
     assert "`temperature` must be strictly positive" in error.value.response.json()["error"]
-    with pytest.raises(openai.UnprocessableEntityError) as error:
-        client.chat.completions.create(model="tgi", messages=[{"role": "user", "content": "x"}], n=3)
-    assert "`n`" in error.value.response.text
 
 
-def test_huggingface_hub(server: Server):
-    client = InferenceClient(base_url=server.url)
-    answer = client.chat_completion([{"role": "user", "content": QUESTION}], temperature=0, max_tokens=40)
-    assert "cold" in answer.choices[0].message.content.lower()
-    streamed = client.chat_completion(
-        [{"role": "user", "content": QUESTION}], temperature=0, max_tokens=40, stream=True
-    )
-    assert "".join(part.choices[0].delta.content for part in streamed) == answer.choices[0].message.content
+@pytest.fixture(scope="module")
+def folder() -> str:
+    """Where clients that count tokens find the model's tokenizer."""
+    return resolve_model(flags.DEFAULT_MODEL, None, store(flags.cache_options())).folder
 
 
-def test_huggingface_hub_text_generation(server: Server):
-    client = InferenceClient(model=server.url)
-    # A model without a pipeline tag answers the base URL with the whole text, as TGI does, unless told otherwise.
-    assert client.text_generation("The opposite of hot is", max_new_tokens=8).startswith("The opposite of hot is cold")
-    request = {"prompt": "The opposite of hot is", "max_new_tokens": 8, "return_full_text": False}
-    text = client.text_generation(**request)
-    details = client.text_generation(**request, details=True)
-    assert details.generated_text == text
-    assert details.details.generated_tokens == 8
-    assert details.details.finish_reason == "length"
-    stream = list(client.text_generation(**request, details=True, stream=True))
-    assert "".join(event.token.text for event in stream) == text
-    assert stream[-1].generated_text == text
-    assert stream[-1].details.generated_tokens == 8
-    with pytest.raises((HfHubHTTPError, Exception), match="top_p"):
-        client.text_generation("x", top_p=2.0)
+@pytest.mark.parametrize("client", table(), ids=lambda client: client.name)
+def test_client(client: Client, server: Server, folder: str, request: pytest.FixtureRequest):
+    if client.heavy and not client.installed:
+        pytest.skip("a heavy one: scripts/clients installs and runs it")
+    arguments = [server.url]
+    if client.name in ("guidellm", "lm-eval"):
+        arguments.append(folder)
+    if client.name != "lm-eval":
+        client.run(*arguments)
+        return
+    reference = request.getfixturevalue("reference")
+    found = json.loads(client.run(*arguments, json.dumps(CONTINUATIONS)))
+    for (context, continuation), (logprob, greedy) in zip(CONTINUATIONS, found, strict=True):
+        ids = [_ids(server, context), _ids(server, context + continuation)]
+        tokens = torch.tensor(ids[1])
+        with torch.inference_mode():
+            logits = reference(tokens[None]).logits[0].log_softmax(-1)
+        at = range(len(ids[0]) - 1, len(ids[1]) - 1)
+        assert logprob == pytest.approx(sum(float(logits[i, tokens[i + 1]]) for i in at), abs=1e-3)
+        assert greedy == all(int(logits[i].argmax()) == tokens[i + 1] for i in at)
 
 
-SCRIPT = """
-import asyncio, json, sys
-from text_generation import AsyncClient, Client
-from text_generation.errors import ValidationError
-
-url, question = sys.argv[1:]
-client = Client(url, timeout=60)
-answer = client.generate("The opposite of hot is", max_new_tokens=8)
-events = list(client.generate_stream("The opposite of hot is", max_new_tokens=8))
-best = client.generate("Hello", max_new_tokens=4, best_of=2, do_sample=True)
-chat = client.chat([{"role": "user", "content": question}], max_tokens=40, temperature=0.0)
-parts = []
-try:
-    for part in client.chat([{"role": "user", "content": question}], max_tokens=40, temperature=0.0, stream=True):
-        parts.append(part)
-except json.JSONDecodeError:
-    pass  # this client can't read the [DONE] that TGI and OpenAI end a stream with
-try:
-    client.generate("x", temperature=0.5, max_new_tokens=10**6)
-    refused = ""
-except ValidationError as error:
-    refused = str(error)
-
-async def stream():
-    return [event.token.text async for event in AsyncClient(url).generate_stream("One two", max_new_tokens=5)]
-
-print(json.dumps({
-    "text": answer.generated_text,
-    "tokens": answer.details.generated_tokens,
-    "streamed": "".join(event.token.text for event in events),
-    "last": events[-1].generated_text,
-    "best": len(best.details.best_of_sequences or []),
-    "chat": chat.choices[0].message.content,
-    "parts": "".join(part.choices[0].delta.content for part in parts),
-    "refused": refused,
-    "asynchronous": len(asyncio.run(stream())),
-}))
-"""
-
-
-def test_text_generation(server: Server):
-    """Its own environment, which scripts/test makes: it wants a hub library older than ours."""
-    run = subprocess.run(
-        [TEXT_GENERATION, "-c", SCRIPT, server.url, QUESTION], capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    got = json.loads(run.stdout)
-    assert got["text"] == got["streamed"] == got["last"] != ""
-    assert got["tokens"] == 8
-    assert got["best"] == 1
-    assert "cold" in got["chat"].lower()
-    assert got["parts"] == got["chat"]
-    assert "max_new_tokens" in got["refused"]
-    assert got["asynchronous"] == 5
+def _ids(server: Server, text: str) -> list[int]:
+    return [token["id"] for token in httpx.post(f"{server.url}/tokenize", json={"inputs": text}).json()]

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,9 +10,6 @@ import pytest
 import torch
 
 from tests.serve.conftest import Server
-from tgi.launcher import flags
-from tgi.launcher.download import resolve_model
-from tgi.launcher.launch import store
 
 pytestmark = pytest.mark.real
 
@@ -63,14 +59,6 @@ def test_prompt_logprobs_equal_the_references(server: Server, reference: Any):
     assert prefill[0]["logprob"] is None
     got = torch.tensor([token["logprob"] for token in prefill[1:]])
     torch.testing.assert_close(got, logprobs.gather(1, ids[1:, None]).squeeze(1), atol=1e-3, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def reference(server: Server) -> Any:
-    transformers = pytest.importorskip("transformers")
-    (weights,) = resolve_model(flags.DEFAULT_MODEL, None, store(flags.cache_options())).weights
-    folder, name = Path(weights).parent, Path(weights).name
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
 
 
 def mixed_requests(count: int) -> list[dict[str, Any]]:

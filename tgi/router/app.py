@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import logging
-import re
 import resource
 import signal
 import socket
@@ -20,15 +19,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tgi.core import child
 from tgi.core.config import Settings
-from tgi.core.errors import StartupError
+from tgi.core.errors import UNAUTHORIZED, RequestError, StartupError
 from tgi.core.messages import Ready
 from tgi.router import openapi, routes
 from tgi.router.call import Call
 from tgi.router.client import EngineClient
+from tgi.router.connection import Connection, watch_readers
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
 from tgi.router.template import ChatTemplate
@@ -37,12 +36,6 @@ from tgi.router.validate import Validator
 from tgi.router.wire.base import OneOf, Unreadable, decode, decode_one
 
 log = logging.getLogger(__name__)
-
-_TEXT = "text/plain; charset=utf-8"
-
-_LONGEST_HEAD = 1 << 18
-"""Bytes of request line and headers: more would only fill the memory. Give or take one read of the socket."""
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Endpoint:
@@ -55,20 +48,23 @@ class Endpoint:
             self._rows["HEAD"] = self._rows["GET"]
         self._allow = ",".join(sorted(self._rows))
         key = service.settings.api_key
-        self._authorization = None if key is None else b"Bearer " + key.encode()
+        self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(scope, receive, send)
         row = self._rows.get(scope["method"])
         if row is None:
             await call.answer(405, headers={"allow": self._allow})
-        elif row.protected and not self._may(call):
-            await call.answer(401)
+        elif row.protected and not self._may(call, row):
+            await row.errors.answer(call, RequestError(UNAUTHORIZED))
         else:
             await self._serve(call, row)
 
-    def _may(self, call: Call) -> bool:
-        return self._authorization is None or hmac.compare_digest(call.header(b"authorization"), self._authorization)
+    def _may(self, call: Call, row: routes.Row) -> bool:
+        if self._key is None:
+            return True
+        bearer = hmac.compare_digest(call.header(b"authorization"), b"Bearer " + self._key)
+        return bearer or (row.key_header is not None and hmac.compare_digest(call.header(row.key_header), self._key))
 
     async def _serve(self, call: Call, row: routes.Row) -> None:
         try:
@@ -78,13 +74,13 @@ class Endpoint:
                 request = await self._request(call, row)
                 await call.while_connected(row.handler(call, self._service, request))
         except Unreadable as error:
-            await call.answer(error.status, error.text.encode(), _TEXT)
+            await row.errors.answer(call, error)
         except ConnectionError:
             log.debug("a client left before its request was read")
         except Exception as error:
             judged = self._service.judge(error)
             if not call.answered:
-                await call.json(judged.body, status=judged.kind.status)
+                await row.errors.answer(call, judged)
 
     async def _request(self, call: Call, row: routes.Row) -> object:
         kind = call.header(b"content-type").partition(b";")[0].strip().lower()
@@ -133,7 +129,7 @@ def build(settings: Settings) -> Service:
         settings=settings,
         tokenizer=tokenizer,
         template=ChatTemplate(tokenizer.chat_templates.get("default"), tokenizer.bos_token, tokenizer.eos_token),
-        validator=Validator(settings.limits, tokenizer),
+        validator=Validator(settings.limits, tokenizer, (settings.watermark_gamma, settings.watermark_delta)),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,
         permits=Permits(settings.limits.max_concurrent_requests),
@@ -150,7 +146,9 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn, when done, raises again the signal that ended it: that is a clean end.
         signal.signal(number, lambda *_: sys.exit(0))
-    _Server(configure(create(build(settings))), lambda: report(Ready())).run([socket.socket(fileno=listen_fd)])
+    listener = socket.socket(fileno=listen_fd)
+    watch_readers(listener)
+    _Server(configure(create(build(settings))), lambda: report(Ready())).run([listener])
 
 
 def configure(app: Starlette) -> uvicorn.Config:
@@ -158,7 +156,7 @@ def configure(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=_Protocol,
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -166,37 +164,6 @@ def configure(app: Starlette) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=75,
     )
-
-
-class _Protocol(HttpToolsProtocol):
-    """Bounds a request's head, and doesn't hear offers to upgrade: Java's clients offer HTTP/2 at first,
-    and httptools, once it has heard that, drops the body."""
-
-    _in_head = _in_body = False
-    _head = 0
-    """Bytes of the head so far."""
-
-    def data_received(self, data: bytes) -> None:
-        if not self._in_body:
-            head, end, rest = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
-        super().data_received(data)
-        if self._in_head:
-            self._head += len(data)
-            if self._head > _LONGEST_HEAD and not self.transport.is_closing():
-                self.send_400_response("The headers are too long.")
-
-    def on_message_begin(self) -> None:
-        self._in_head, self._head = True, 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head, self._in_body = False, True
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._in_body = False
-        super().on_message_complete()
 
 
 class _Server(uvicorn.Server):

@@ -4,15 +4,20 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from tgi.core.errors import RequestError
 from tgi.router.wire.base import Unreadable
 
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a stream says that it lives."""
+
+BODY_PATIENCE = 30.0
+"""Seconds for a body to arrive, and one more for each SLOWEST_BODY bytes that the limit allows."""
+SLOWEST_BODY = 50_000
 
 _encoder = msgspec.json.Encoder()
 
@@ -20,6 +25,21 @@ _encoder = msgspec.json.Encoder()
 def event(value: Any) -> bytes:
     """One server-sent event, framed as TGI frames it."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def named_event(value: msgspec.Struct) -> bytes:
+    """The same with a name: the ``type`` that the struct is tagged with."""
+    return b"event: " + str(value.__struct_config__.tag).encode() + b"\n" + event(value)
+
+
+class ErrorStyle(NamedTuple):
+    """How a dialect tells of errors."""
+
+    answer: Callable[["Call", RequestError | Unreadable], Coroutine[Any, Any, None]]
+    body: Any
+    """The JSON type of a RequestError."""
+    statuses: Mapping[int, int] = {}
+    """The dialect's for TGI's, where they differ."""
 
 
 class Call:
@@ -41,20 +61,24 @@ class Call:
         return self._headers.get(name, b"")
 
     async def body(self, limit: int) -> bytes:
-        """The whole body. Raises Unreadable (413) before more than ``limit`` bytes are held."""
+        """The whole body. Raises Unreadable: 413 before more than ``limit`` bytes are held, 408 if it's slow."""
         too_large = Unreadable(413, "Failed to buffer the request body: length limit exceeded")
         declared = self.header(b"content-length")
         if declared.isdigit() and int(declared) > limit:
             raise too_large
         body, more = bytearray(), True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionResetError("the client left before its request was read")
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > limit:
-                raise too_large
+        try:
+            async with asyncio.timeout(BODY_PATIENCE + limit / SLOWEST_BODY):
+                while more:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ConnectionResetError("the client left before its request was read")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise Unreadable(408, "The request's body took too long to arrive") from None
         return bytes(body)
 
     async def while_connected(self, work: Coroutine[Any, Any, None]) -> None:
@@ -74,6 +98,8 @@ class Call:
     ) -> None:
         """A whole answer at once; ``kind`` is its content type."""
         fields = {"content-length": str(len(content))} | ({"content-type": kind} if kind else {}) | dict(headers or {})
+        if status in (408, 413):
+            fields["connection"] = "close"  # nobody reads the rest of the body
         await self._start(status, fields)
         await self._send({"type": "http.response.body", "body": content})
 

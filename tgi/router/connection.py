@@ -1,0 +1,90 @@
+"""One TCP connection: what it may send as a request's head, and how long it may take over anything. Knows no route."""
+
+import asyncio
+import re
+import socket
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+LONGEST_HEAD = 1 << 18
+"""Bytes of request line and headers: more would only fill the memory. Give or take one read of the socket."""
+
+HEAD_PATIENCE = 60.0
+"""Seconds from the connection, or from a request's first byte, to the end of its head."""
+
+READER_PATIENCE = 120.0
+"""Seconds that a client may read nothing of what it was sent, or acknowledge nothing: it holds a place of others."""
+
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+def watch_readers(listener: socket.socket, patience: float = READER_PATIENCE) -> None:
+    """Let the kernel end connections, made through ``listener``, whose client reads nothing or is gone without a word.
+
+    On systems without the option they last as long as the client likes.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))
+    # Between events, too: while a long answer is made nothing is sent that could go unacknowledged.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(patience))
+
+
+class Connection(HttpToolsProtocol):
+    """Bounds a request's head in size and time, and doesn't hear offers to upgrade: Java's clients offer HTTP/2 at
+    first, and httptools, once it has heard that, drops the body."""
+
+    patience = HEAD_PATIENCE
+
+    _in_head = _in_body = False
+    _head = 0
+    """Bytes of the head so far."""
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        super().data_received(data)
+        if self._in_head:
+            self._head += len(data)
+            if self._head > LONGEST_HEAD and not self.transport.is_closing():
+                self.send_400_response("The headers are too long.")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head = True, 0
+        self._await_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._stop_waiting()
+        self._timer = self.loop.call_later(self.patience, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        if self._in_head:
+            self.transport.write(_LATE)
+        self.transport.close()
