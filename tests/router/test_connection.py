@@ -66,14 +66,11 @@ def test_half_closed_clients_are_gone(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
 def test_a_client_that_never_reads_loses_its_place(tmp_path: Path) -> None:
     limits = replace(LIMITS, max_concurrent_requests=1, max_total_tokens=200_000)
-    with Router(settings(tmp_path, limits), reader_patience=1.0, per_step=500) as router:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(router.address)
-            body = b'{"inputs":"the quick fox","parameters":{"max_new_tokens":100000,"top_n_tokens":5}}'
-            client.sendall(
-                HEAD.replace(b"generate", b"generate_stream") + b"content-length: %d\r\n\r\n" % len(body) + body
-            )
-            until(lambda: router.generate(max_new_tokens=1).status_code == 429)
-            until(lambda: router.generate(max_new_tokens=1).status_code == 200, 20)
-            until(lambda: router.service.client.open == 0)
+    with Router(settings(tmp_path, limits), reader_patience=1.0, per_step=500) as router, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(router.address)
+        body = b'{"inputs":"the quick fox","parameters":{"max_new_tokens":100000,"top_n_tokens":5}}'
+        client.sendall(HEAD.replace(b"generate", b"generate_stream") + b"content-length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: router.generate(max_new_tokens=1).status_code == 429)
+        until(lambda: router.generate(max_new_tokens=1).status_code == 200, 20)
+        until(lambda: router.service.client.open == 0)
