@@ -32,6 +32,8 @@ SUFFIX = Kind(
 BATCH_SIZE = Kind(
     "batch size exceeded", 422, "Number of prompts exceeds the maximum allowed batch size of ", "validation"
 )
+UNAUTHORIZED = Kind("unauthorized", 401, "The API key is missing or wrong")
+NOT_FOUND = Kind("not_found", 404, "")
 NO_INSTANCES = Kind("Input validation error", 422, "Input validation error", "validation")
 UTF8 = Kind("utf8", 422, "", "validation")
 LENGTH_MISMATCH = Kind("length mismatch", 422, "Inputs and outputs length mismatch", "validation")
@@ -44,6 +46,10 @@ class RequestError(Exception):
         super().__init__(kind.prefix + detail)
         self.kind = kind
         self.detail = detail
+
+    @property
+    def status(self) -> int:
+        return self.kind.status
 
     @property
     def message(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
-from tgi.router.call import Call
+from tgi.router.call import Call, ErrorStyle
 from tgi.router.dialects import chat, cloud, completions, native, openai
 from tgi.router.pipeline import Service
 from tgi.router.wire.base import OneOf
@@ -49,6 +49,9 @@ class Row(NamedTuple):
     """The JSON type of its events, if it streams."""
     protected: bool = False
     """Needs the API key, if the server has one."""
+    key_header: bytes | None = None
+    """The key is taken from here, too, without a word before it."""
+    errors: ErrorStyle = native.ERRORS
 
 
 _MODEL = "/v2/models/{model_name:path}/versions/{model_version}"

@@ -6,11 +6,12 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 import tgi
-from tgi.core.errors import UNHEALTHY, RequestError
+from tgi.core.errors import UNAUTHORIZED, UNHEALTHY, RequestError
 from tgi.router import headers
-from tgi.router.call import Call, event
+from tgi.router.call import Call, ErrorStyle, event
 from tgi.router.metrics import CONTENT_TYPE
 from tgi.router.pipeline import Answer, Run, Service, collect
+from tgi.router.wire.base import ErrorResponse, Unreadable
 from tgi.router.wire.native import (
     BestOfSequence,
     CompatGenerateRequest,
@@ -23,6 +24,19 @@ from tgi.router.wire.native import (
     StreamDetails,
     StreamResponse,
 )
+
+
+async def _tell(call: Call, error: RequestError | Unreadable) -> None:
+    if isinstance(error, Unreadable):
+        await call.answer(error.status, error.message.encode(), "text/plain; charset=utf-8")
+    elif error.kind is UNAUTHORIZED:
+        await call.answer(error.status)
+    else:
+        await call.json(error.body, status=error.status)
+
+
+ERRORS = ErrorStyle(_tell, ErrorResponse)
+"""As TGI, on every route that has no style of its own."""
 
 
 async def compat(call: Call, service: Service, request: CompatGenerateRequest) -> None:

@@ -24,10 +24,10 @@ _PATH = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 class Unreadable(Exception):
     """The body is not what the route takes. Answered in plain text, as TGI's HTTP layer does, not as its JSON error."""
 
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
-        self.text = text
+        self.message = message
 
 
 class OneOf(NamedTuple):

@@ -1,0 +1,122 @@
+"""What an assistant says, cut into segments: stretches of text, and tool calls, in the order in which they come.
+
+For dialects whose answers are lists of items: steps become their events, segments the items of their answers, so that
+streams and whole answers agree. Knows no dialect.
+"""
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tgi.router.conversation import Said
+from tgi.router.pipeline import Piece
+from tgi.router.wire.openai import FinishReason
+
+
+@dataclass(slots=True)
+class Segment:
+    index: int
+    """Among the segments of its answer."""
+    call_id: str | None = None
+    """None: text."""
+    name: str = ""
+    """Of the tool."""
+    parts: list[str] = field(default_factory=list)
+    """What it has grown by: text, or a call's arguments."""
+    pieces: list[Piece] = field(default_factory=list)
+    """The tokens of a text."""
+    cut: bool = False
+    """The answer ran out of tokens in it."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+class Begin(NamedTuple):
+    segment: Segment
+
+
+class Grow(NamedTuple):
+    segment: Segment
+    text: str
+    """Never empty."""
+    pieces: list[Piece]
+    """The tokens of it, if it is text."""
+
+
+class End(NamedTuple):
+    segment: Segment
+
+
+class Finish(NamedTuple):
+    reason: FinishReason
+
+
+Step = Begin | Grow | End | Finish
+
+
+async def steps(answer: AsyncIterable[Said]) -> AsyncIterator[Step]:
+    """One answer: its segments, one after the other, and why it ends."""
+    cutter = _Cutter()
+    async for said in answer:
+        for step in cutter.push(said):
+            yield step
+
+
+async def whole(answer: AsyncIterable[Said]) -> tuple[list[Segment], FinishReason]:
+    """One answer, to its end."""
+    segments: list[Segment] = []
+    reason: FinishReason = "stop"
+    async for step in steps(answer):
+        match step:
+            case End(segment):
+                segments.append(segment)
+            case Finish(reason):
+                pass
+    return segments, reason
+
+
+class _Cutter:
+    def __init__(self) -> None:
+        self._count = 0
+        self._open: Segment | None = None
+        self._unseen: list[Piece] = []
+        """Tokens that have shown nothing yet. At the end these are stop strings and end tokens, and part of no text."""
+
+    def push(self, said: Said) -> Iterator[Step]:
+        self._unseen.append(said.piece)
+        if said.text:
+            if self._open is None or self._open.call_id is not None:
+                yield from self._begin()
+            yield from self._grow(said.text, self._unseen)
+            self._unseen = []
+        for delta in said.calls:
+            self._unseen = []
+            if delta.id is not None:
+                yield from self._begin(delta.id, delta.name or "")
+            if delta.arguments:
+                yield from self._grow(delta.arguments, [])
+        if said.finish is not None:
+            if self._open is None:  # nothing was said: clients look for a text all the same
+                yield from self._begin()
+            yield from self._end(cut=said.finish == "length")
+            yield Finish(said.finish)
+
+    def _begin(self, call_id: str | None = None, name: str = "") -> Iterator[Step]:
+        yield from self._end()
+        self._open = Segment(self._count, call_id, name)
+        self._count += 1
+        yield Begin(self._open)
+
+    def _grow(self, text: str, pieces: list[Piece]) -> Iterator[Step]:
+        assert self._open is not None
+        self._open.parts.append(text)
+        self._open.pieces += pieces
+        yield Grow(self._open, text, pieces)
+
+    def _end(self, *, cut: bool = False) -> Iterator[Step]:
+        if self._open is not None:
+            self._open.cut = cut
+            yield End(self._open)
+            self._open = None
