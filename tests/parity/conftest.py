@@ -1,5 +1,6 @@
 """Our models beside transformers' on the same folder, in float32."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.tiny import write_model
 from tgi.attention.base import AttnSpec
 from tgi.core.config import ModelFiles
+from tgi.core.messages import Delta, Fault, Submit
+from tgi.engine.request import Request
+from tgi.engine.scheduler import Scheduler
 from tgi.models.registry import Model, load_model
+from tgi.runtime.kvcache import KVCache
+from tgi.runtime.runner import Runner
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +64,37 @@ def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
     return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths)))
+
+
+class Engine:
+    """Scheduler, runner and a model; ``run`` gives every request to its end."""
+
+    def __init__(self, folder: Path, device: str = "cpu", *, blocks: int = 64, step_tokens: int = 512) -> None:
+        self.model = load(folder, device)
+        place = torch.device(device)
+        self.runner = Runner(self.model, KVCache(self.model.specs, blocks, torch.float32, place), place)
+        self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
+        self.deltas: dict[int, list[Delta]] = defaultdict(list)
+        self.faults: list[Fault] = []
+        self.preempted: set[int] = set()
+
+    def run(self, *submits: Submit) -> None:
+        for submit in submits:
+            assert self.scheduler.add(Request(0, submit, list(submit.token_ids))) is None
+        while not self.scheduler.idle:
+            before = list(self.scheduler.running)
+            plan = self.scheduler.schedule()
+            self.preempted |= {r.submit.id for r in before if r not in self.scheduler.running}
+            results = self.runner.sample(self.runner.launch([chunk.work() for chunk in plan.chunks]))
+            for _, message in self.scheduler.commit(plan, results):
+                if isinstance(message, Delta):
+                    self.deltas[message.id].append(message)
+                else:
+                    self.faults.append(message)
+            self.scheduler.check_integrity()
+
+    def text(self, number: int) -> list[int]:
+        return [token.id for delta in self.deltas[number] for token in delta.tokens]
 
 
 def reference(folder: Path) -> torch.nn.Module:

@@ -6,13 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import DEVICES, load, reference, reference_logits, tokens
+from tests.parity.conftest import DEVICES, Engine, load, reference, reference_logits, tokens
 from tests.tiny import FAMILIES, write_model
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
-from tgi.engine.request import Request
-from tgi.engine.scheduler import Scheduler
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.runner import Runner
 
@@ -89,21 +87,37 @@ def test_a_shared_prefix_and_a_start_from_nothing_are_the_same(tmp_path: Path):
 @pytest.mark.parametrize("folder", MODELS.values(), ids=MODELS.keys(), indirect=True)
 def test_requests_that_are_preempted_generate_what_the_reference_does(folder: Path, device: str):
     """Three requests in a cache that holds about two of them, scheduled in small steps."""
-    ours, theirs = runner(folder, 8, device), reference(folder)
-    scheduler = Scheduler(blocks=8, step_tokens=24, max_running=3)
-    requests = []
-    for number in range(3):
-        ids = tokens(20 + number, seed=number).tolist()
-        requests.append(Request(0, Submit(number, ids, len(ids), 40, [], Sampling(), 0.0), list(ids)))
-        assert scheduler.add(requests[-1]) is None
-    preempted = 0
-    while not scheduler.idle:
-        plan = scheduler.schedule()
-        preempted += plan.preempted
-        scheduler.commit(plan, ours.sample(ours.launch([chunk.work() for chunk in plan.chunks])))
-        scheduler.check_integrity()
-    assert preempted > 0
-    for request in requests:
-        logits = reference_logits(theirs, torch.tensor(request.tokens))[request.submit.prompt_length - 1 : -1]
-        assert request.generated == 40
-        assert logits.argmax(-1).tolist() == request.tokens[request.submit.prompt_length :]
+    engine, theirs = Engine(folder, device, blocks=8, step_tokens=24), reference(folder)
+    prompts = [tokens(20 + number, seed=number).tolist() for number in range(3)]
+    engine.run(*(Submit(number, ids, len(ids), 40, [], Sampling(), 0.0) for number, ids in enumerate(prompts)))
+    assert engine.preempted
+    for number, prompt in enumerate(prompts):
+        text = engine.text(number)
+        logits = reference_logits(theirs, torch.tensor(prompt + text))[len(prompt) - 1 : -1]
+        assert len(text) == 40
+        assert logits.argmax(-1).tolist() == text
+
+
+def test_preemption_changes_no_wish(tmp_path: Path):
+    """What the next token is made of is rebuilt from the ids, whatever happened to the request in between."""
+    folder = write_model(tmp_path, "llama")
+    wishes: list[dict[str, Any]] = [
+        {"min_p": 0.2, "temperature": 2.0},
+        {"min_tokens": 30, "frequency_penalty": 0.5},
+        {"watermark": (0.4, 3.0), "repetition_penalty": 1.3},
+    ]
+    stops = list(range(0, 431, 7))
+    submits = []
+    for number, wish in enumerate(wishes):
+        sampling = Sampling(greedy=False, seed=number, **wish)
+        ids = tokens(20, seed=number).tolist()
+        submits.append(Submit(number, ids, 20, 40, stops if number == 1 else [], sampling, 0.0))
+    crowd = Engine(folder, blocks=7, step_tokens=24)
+    crowd.run(*submits)
+    assert crowd.preempted == {1, 2}
+    assert not set(crowd.text(1)[:30]) & set(stops)
+    assert len(crowd.text(1)) < 40, "behind the thirtieth, a stop token ends it soon"
+    for submit in submits:
+        alone = Engine(folder)
+        alone.run(submit)
+        assert alone.text(submit.id) == crowd.text(submit.id)

@@ -1,7 +1,6 @@
 """Prompt log-probabilities, the likeliest tokens at their places, and embeddings are transformers', however the
 scheduler cuts a prompt, whatever runs beside it, and after preemption."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import DEVICES, load, reference, reference_logits, tokens
+from tests.parity.conftest import DEVICES, Engine, reference, reference_logits, tokens
 from tests.tiny import write_model
-from tgi.core.messages import Delta, Fault, Pooling, Sampling, Submit
-from tgi.engine.request import Request
-from tgi.engine.scheduler import Scheduler
-from tgi.runtime.kvcache import KVCache
-from tgi.runtime.runner import Runner
+from tgi.core.messages import Delta, Pooling, Sampling, Submit
 from tgi.runtime.sampler import NOT_A_NUMBER
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,37 +31,10 @@ def pool(number: int, ids: list[int], pooling: Pooling) -> Submit:
     return Submit(number, ids, len(ids), 0, [], Sampling(), 0.0, pooling=pooling)
 
 
-class Engine:
-    """Scheduler, runner and a tiny model; ``run`` gives everything to its end."""
-
-    def __init__(self, folder: Path, device: str = "cpu", *, blocks: int = 64, step_tokens: int = 512) -> None:
-        self.model = load(folder, device)
-        place = torch.device(device)
-        self.runner = Runner(self.model, KVCache(self.model.specs, blocks, torch.float32, place), place)
-        self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
-        self.deltas: dict[int, list[Delta]] = defaultdict(list)
-        self.faults: list[Fault] = []
-        self.preempted: set[int] = set()
-
-    def run(self, *submits: Submit) -> None:
-        for submit in submits:
-            assert self.scheduler.add(Request(0, submit, list(submit.token_ids))) is None
-        while not self.scheduler.idle:
-            before = list(self.scheduler.running)
-            plan = self.scheduler.schedule()
-            self.preempted |= {r.submit.id for r in before if r not in self.scheduler.running}
-            results = self.runner.sample(self.runner.launch([chunk.work() for chunk in plan.chunks]))
-            for _, message in self.scheduler.commit(plan, results):
-                if isinstance(message, Delta):
-                    self.deltas[message.id].append(message)
-                else:
-                    self.faults.append(message)
-            self.scheduler.check_integrity()
-
-    def embedding(self, number: int) -> torch.Tensor:
-        (delta,) = self.deltas[number]
-        assert (delta.finish, delta.tokens) == ("length", [])
-        return torch.tensor(delta.embedding)
+def embedding(engine: Engine, number: int) -> torch.Tensor:
+    (delta,) = engine.deltas[number]
+    assert (delta.finish, delta.tokens) == ("length", [])
+    return torch.tensor(delta.embedding)
 
 
 def check_scores(deltas: Sequence[Delta], theirs: torch.nn.Module, ids: Sequence[int], top: int) -> None:
@@ -109,9 +77,9 @@ def test_side_by_side(folder: Path, device: str, step_tokens: int):
         check_scores(engine.deltas[number], theirs, ids[number], top)
     assert [delta.prompt for delta in engine.deltas[3]] == [[]]
     states = hidden_states(theirs, ids[4])
-    torch.testing.assert_close(engine.embedding(4), states.mean(0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(engine.embedding(5), states[-1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(engine.embedding(6), hidden_states(theirs, ids[3])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedding(engine, 4), states.mean(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedding(engine, 5), states[-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedding(engine, 6), hidden_states(theirs, ids[3])[0], atol=1e-4, rtol=0)
 
 
 @EVERY
@@ -129,7 +97,7 @@ def test_preempted_in_the_middle_of_the_prompt(folder: Path, kind: str):
         return
     states = hidden_states(theirs, ids)
     expected = states.mean(0) if kind == "mean" else states[-1]
-    torch.testing.assert_close(engine.embedding(1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedding(engine, 1), expected, atol=1e-4, rtol=0)
 
 
 def test_a_cached_prompt_has_the_same_mean_last_state_and_scores(tmp_path: Path):
@@ -141,7 +109,7 @@ def test_a_cached_prompt_has_the_same_mean_last_state_and_scores(tmp_path: Path)
             assert (engine.deltas[number][0].cached > 0) == (number in (1, 4))
         engine.run(score(first + 2, ids, 2))
     for number in (0, 1):
-        torch.testing.assert_close(engine.embedding(number + 3), engine.embedding(number), atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedding(engine, number + 3), embedding(engine, number), atol=1e-5, rtol=0)
     assert engine.deltas[2][0].prompt == engine.deltas[5][0].prompt
 
 
@@ -158,4 +126,4 @@ def test_what_is_not_a_number_ends_its_request_alone(tmp_path: Path):
         pool(4, fine, "mean"),
     )
     assert sorted((fault.id, fault.message) for fault in engine.faults) == [(n, NOT_A_NUMBER) for n in range(3)]
-    assert len(engine.deltas[3][0].prompt) == 3 and engine.embedding(4).isfinite().all()
+    assert len(engine.deltas[3][0].prompt) == 3 and embedding(engine, 4).isfinite().all()
