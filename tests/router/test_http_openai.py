@@ -111,10 +111,11 @@ def test_chat_logprobs_spell_out_the_text(router: Router) -> None:
     assert [chunk["choices"][0]["logprobs"]["content"] for chunk in chunks] == [[entry] for entry in content]
 
 
-def test_top_logprobs_alone_cost_nothing(router: Router) -> None:
+def test_top_logprobs_alone_are_judged_but_not_shown(router: Router) -> None:
+    """As TGI; OpenAI refuses them without ``logprobs``."""
     router.says("a</s>")
     assert router.chat(top_logprobs=2).json()["choices"][0]["logprobs"] is None
-    assert router.engine.submits[-1].sampling.top_n_tokens == 0
+    assert router.chat(top_logprobs=6).status_code == 422
 
 
 def test_sampling_of_a_bare_request(router: Router) -> None:
@@ -168,12 +169,7 @@ def test_top_p_of_one_is_off(router: Router) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "`n` is not supported"),
     ({"best_of": 2}, "`best_of` is not supported"),
-    ({"min_p": 0.1}, "`min_p` is not supported"),
-    ({"min_tokens": 3}, "`min_tokens` is not supported"),
-    ({"stop_token_ids": [3]}, "`stop_token_ids` is not supported"),
-    ({"watermark": True}, "`watermark` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` is not supported"),
     ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
     ({"guided_json": {}}, "`guided_json` is not supported"),
@@ -200,7 +196,10 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
         {"max_tokens": 1, "max_completion_tokens": 1},
         "`max_tokens` and `max_completion_tokens` must not both be set",
     ),
-    ({"chat_template_kwargs": {"messages": []}}, "`chat_template_kwargs` must not set `messages`"),
+    (
+        {"chat_template_kwargs": {"messages": []}},
+        "`chat_template_kwargs` must not set `messages`: the model's chat template has `suffix`",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         "`image_url` content is not supported",

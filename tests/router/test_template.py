@@ -199,6 +199,8 @@ TEMPLATES = {
     "parts": PARTS,
 }
 
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
 Message = dict[str, Any]
 
 SYSTEM: Message = {"role": "system", "content": "You are <b>terse</b> & 'kind'."}
@@ -240,7 +242,7 @@ def theirs(source: str, messages: list[Message], **kwargs: Any) -> str:
 
 
 def ours(source: str, messages: list[Message], **kwargs: Any) -> str:
-    return ChatTemplate(source, "<s>", "</s>").render(messages, **kwargs)
+    return ChatTemplate(source, SPECIAL_TOKENS).render(messages, **kwargs)
 
 
 def in_parts(message: Message) -> Message:
@@ -277,15 +279,14 @@ def test_tools_render_as_transformers(template: str) -> None:
 
 
 def test_knows_which_templates_take_tools() -> None:
-    takers = {name for name, source in TEMPLATES.items() if ChatTemplate(source, None, None).takes_tools}
+    takers = {name for name, source in TEMPLATES.items() if ChatTemplate(source, {}).takes_tools}
     assert takers == {"qwen"}
 
 
 def test_kwargs_reach_the_template() -> None:
-    assert ours(QWEN, [USER], enable_thinking=False) == theirs(
-        QWEN, [USER], add_generation_prompt=True, enable_thinking=False
-    )
-    assert ours(QWEN, [USER], enable_thinking=False) != ours(QWEN, [USER])
+    text = ours(QWEN, [USER], options={"enable_thinking": False})
+    assert text == theirs(QWEN, [USER], add_generation_prompt=True, enable_thinking=False)
+    assert text != ours(QWEN, [USER])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,8 @@ def test_shows_templates_what_transformers_shows(source: str) -> None:
 
 
 def test_absent_tokens_are_not_printed() -> None:
-    assert ChatTemplate("{{ bos_token }}{{ messages[0].content }}", None, None).render([USER]) == USER["content"]
+    template = ChatTemplate("{{ bos_token }}{{ messages[0].content }}", {})
+    assert template.render([USER]) == USER["content"]
 
 
 def test_strftime_now_is_local_time() -> None:
@@ -421,7 +423,7 @@ def test_what_can_t_be_continued(source: str, messages: list[Message], error: st
 
 def refusal(source: str | None, messages: list[Message]) -> str:
     with pytest.raises(RequestError) as caught:
-        ChatTemplate(source, "<s>", "</s>").render(messages)
+        ChatTemplate(source, SPECIAL_TOKENS).render(messages)
     assert caught.value.body["error_type"] == "template_error"
     return caught.value.body["error"]
 
@@ -444,7 +446,7 @@ def test_a_template_that_fails_on_this_input() -> None:
 
 def test_a_template_that_does_not_compile_is_logged_and_refuses(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        template = ChatTemplate("{% for %}", None, None)
+        template = ChatTemplate("{% for %}", {})
     assert "doesn't compile" in caplog.text
     with pytest.raises(RequestError, match="Template error: the model's chat template doesn't compile"):
         template.render([USER])

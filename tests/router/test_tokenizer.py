@@ -110,7 +110,7 @@ def test_special_tokens_come_from_both_files(tmp_path: Path) -> None:
             special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"},
         )
     )
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "<think>")
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "<think>", "pad_token": "the"}
     named = {tokenizer.decode([id], skip_special_tokens=False) for id in tokenizer.special_ids}
     assert named == {"<unk>", "<s>", "</s>", "<|im_end|>", "<|end▁of▁text|>", "<think>", "the"}
     ids = tokenizer.encode("a <think>cat", add_special_tokens=False)
@@ -170,7 +170,7 @@ def test_chat_templates_in_order_of_precedence(tmp_path: Path) -> None:
     own.write_text(json.dumps({"eos_token": "</s>", "chat_template": "own"}))
     tokenizer = Tokenizer.load(folder, own)
     assert tokenizer.chat_templates == {"default": "own"}
-    assert tokenizer.eos_token == "</s>"
+    assert tokenizer.special_tokens["eos_token"] == "</s>"
 
 
 def test_named_chat_templates(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tgi.core.messages import PromptToken
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.metrics import Metrics, Times
 from tgi.router.stream import Detokenizer, Stops
-from tgi.router.template import ChatTemplate
+from tgi.router.template import ChatTemplates
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import Generation, Validator
 from tgi.router.wire.native import FinishReason, Token
@@ -53,7 +53,7 @@ class Service:
 
     settings: Settings
     tokenizer: Tokenizer
-    template: ChatTemplate
+    templates: ChatTemplates
     validator: Validator
     client: EngineClient
     metrics: Metrics

@@ -3,6 +3,7 @@
 import json
 import logging
 import secrets
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from tgi.core.errors import TEMPLATE, RequestError
+from tgi.core.errors import TEMPLATE, VALIDATION, RequestError
+from tgi.router.tokenizer import ROLES
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +25,30 @@ Message = dict[str, Any]
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send a message's reasoning. Templates read the first, gpt-oss's the second."""
 
+_OWN = {*ROLES, "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+"""Variables that are not the request's to set."""
+
+
+class ChatTemplates:
+    """A model's chat templates by name. A model that has none has one that refuses every conversation."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        """``special_tokens``: "bos_token", "eos_token", … → text, which templates read under these names."""
+        named = {name: ChatTemplate(source, special_tokens) for name, source in sources.items()}
+        self._default = named.get("default") or ChatTemplate(None, special_tokens)
+        self._tool_use = named.get("tool_use", self._default)
+        self._rag = named.get("rag", self._default)
+
+    def choose(self, *, tools: bool = False, documents: bool = False) -> "ChatTemplate":
+        """As transformers chooses: "tool_use" for a conversation with tools, or else "default". For documents that
+        "default" doesn't read it is "rag", which transformers must be told."""
+        if tools:
+            return self._tool_use
+        return self._rag if documents and not self._default.takes_documents else self._default
+
 
 class ChatTemplate:
-    """A model's chat template; one that is missing or doesn't compile answers every render with an error.
+    """One chat template; one that is missing or doesn't compile answers every render with an error.
 
     What it does as transformers does: the Jinja dialect (see ``_environment``), the variables, keys whose value is null
     left out, reasoning under every name.
@@ -35,48 +58,68 @@ class ChatTemplate:
     one text part for a template that reads parts and never asks whether the content is a string.
     """
 
-    def __init__(self, source: str | None, bos_token: str | None, eos_token: str | None) -> None:
-        tokens = {"bos_token": bos_token, "eos_token": eos_token}
+    variables: frozenset[str] = frozenset()
+    """What it reads besides the conversation, for the request to set: its options."""
+
+    takes_tools = False
+    """Whether it shows the model the tools, …"""
+    takes_calls = False
+    """… the calls of earlier messages, …"""
+    takes_documents = False
+    """… and documents."""
+    options: frozenset[str] = frozenset()
+    """The variables that a request may set."""
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         # Left undefined where the model has none: None would be printed as "None".
-        self._tokens = {name: token for name, token in tokens.items() if token is not None}
+        self._tokens = dict(special_tokens)
         self._error = "template not found"
         self._template = None
-        self._reads_parts = self._asks_for_string = self._takes_tools = False
+        self._reads_parts = self._asks_for_string = False
         if source is None:
             return
         environment = _environment()
         try:
             tree = environment.parse(source)
+            reads = find_undeclared_variables(tree)
+            self.takes_tools, self.takes_documents = "tools" in reads, "documents" in reads
+            self.takes_calls = _names(tree, "tool_calls")
+            self.options = frozenset(reads - environment.globals.keys() - _OWN)
             self._reads_parts = _reads_parts(tree)
             self._asks_for_string = any(test.name == "string" for test in tree.find_all(nodes.Test))
-            self._takes_tools = "tools" in find_undeclared_variables(tree)
             self._template = environment.from_string(tree)
         except TemplateError as error:
             self._error = f"the model's chat template doesn't compile: {error}"
             log.warning("%s; chat requests will be refused", self._error)
-
-    @property
-    def takes_tools(self) -> bool:
-        """Whether the template reads ``tools``."""
-        return self._takes_tools
 
     def render(
         self,
         messages: list[Message],
         *,
         tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
     ) -> str:
         """The prompt for these messages.
 
-        ``continue_final_message``: the prompt ends with the text of the last message, right-trimmed, for the model to
-        go on; no generation prompt is added. ``kwargs`` are further variables, plain JSON. Raises
-        RequestError(TEMPLATE) with the template's own words where it refuses the conversation.
+        ``continue_final_message``: the prompt ends with the text of the last message for the model to go on; no
+        generation prompt is added. ``options``: values for some of ``options``, plain JSON. Raises RequestError:
+        TEMPLATE with the template's own words where it refuses the conversation, VALIDATION for what it doesn't read.
         """
         if self._template is None:
             raise RequestError(TEMPLATE, self._error)
+        if documents and not self.takes_documents:
+            raise RequestError(VALIDATION, "`documents` is not supported: the model's chat template doesn't read them")
+        if not all(isinstance(document, dict) for document in documents or []):
+            raise RequestError(VALIDATION, "`documents` must be a list of objects")
+        options = options or {}
+        for name in options.keys() - self.options:
+            known = ", ".join(f"`{option}`" for option in sorted(self.options)) or "no options"
+            raise RequestError(
+                VALIDATION, f"`chat_template_kwargs` must not set `{name}`: the model's chat template has {known}"
+            )
         messages = [self._readable(message) for message in messages]
         mark = ""
         if continue_final_message:
@@ -84,11 +127,11 @@ class ChatTemplate:
             messages = [*messages[:-1], _with_text_appended(messages[-1:], mark)]
         variables = {
             **self._tokens,
+            **options,
             "messages": messages,
             "tools": tools,
-            "documents": None,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            **kwargs,
         }
         try:
             text = self._template.render(variables)
@@ -136,6 +179,13 @@ def _with_text_appended(last: list[Message], mark: str) -> Message:
                 marked = {**content[i], "text": content[i]["text"] + mark}
                 return {**last[0], "content": [*content[:i], marked, *content[i + 1 :]]}
     raise RequestError(TEMPLATE, "the final message has no text to continue")
+
+
+def _names(tree: nodes.Template, key: str) -> bool:
+    """Whether a template looks at a key of this name, or asks for it."""
+    return any(node.attr == key for node in tree.find_all(nodes.Getattr)) or any(
+        node.value == key for node in tree.find_all(nodes.Const)
+    )
 
 
 def _reads_parts(tree: nodes.Template) -> bool:

@@ -18,6 +18,9 @@ from tgi.core.errors import StartupError
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece spells a single byte that no token covers."""
 
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Of special tokens, by which chat templates know them."""
+
 UNBOUNDED = 10**9
 """Files say "no limit" with a ``model_max_length`` of 1e30."""
 
@@ -41,8 +44,8 @@ class Tokenizer:
     eos_ids: frozenset[int]
     """Tokens that end a generation: those that generation_config.json names (one or a list), or else config.json, and
     the tokenizer's own end token. A chat model's end of turn is often in only one of the two places."""
-    bos_token: str | None
-    eos_token: str | None
+    special_tokens: dict[str, str]
+    """Role → text: "bos_token", "eos_token" and so on, where the model has one."""
     vocab_size: int
     """Every token id is below it."""
     model_max_length: int | None
@@ -64,9 +67,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), *(id + 1 for id in added), 0)
-        self.bos_token = named.get("bos_token")
-        self.eos_token = named.get("eos_token")
-        own_eos = None if self.eos_token is None else backend.token_to_id(self.eos_token)
+        self.special_tokens = {role: named[role] for role in ROLES if role in named}
+        eos_token = named.get("eos_token")
+        own_eos = None if eos_token is None else backend.token_to_id(eos_token)
         self.eos_ids = files.eos_ids() | ({own_eos} if own_eos is not None else set())
         self.model_max_length = files.model_max_length()
         self.chat_templates = files.chat_templates()
