@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
-from tgi.core.messages import PromptToken
+from tgi.core.messages import Pooling, PromptToken
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.metrics import Metrics, Times
 from tgi.router.stream import Detokenizer, Stops
@@ -87,20 +87,30 @@ class Piece:
 class Run:
     """One generation on its way. ``async with`` it, so that the engine stops when nobody wants the rest."""
 
-    def __init__(self, service: Service, generation: Generation, arrived: float, *, counts: bool = True) -> None:
-        """``counts``: the metrics see a request of its own in it."""
+    def __init__(
+        self,
+        service: Service,
+        generation: Generation,
+        arrived: float,
+        *,
+        counts: bool = True,
+        pooling: Pooling | None = None,
+    ) -> None:
+        """``counts``: the metrics see a request of its own in it. ``pooling``: it is for the prompt's embedding."""
         self.generation = generation
         self.tokens = 0
         self.cached = 0
         """Prompt tokens that the prefix cache had."""
         self.prompt: list[PromptToken] = []
         """All prompt tokens but the first, if the generation asked for ``prompt_logprobs``."""
+        self.embedding: list[float] = []
         self.finish: FinishReason | None = None
         self.stop: str | None = None
         """The stop string that ended it."""
         self._service = service
         self._arrived = arrived
         self._counts = counts
+        self._pooling = pooling
         self._text: list[str] = []
         self._ticket: Ticket
 
@@ -117,6 +127,7 @@ class Run:
             prompt_logprobs=generation.prompt_logprobs,
             cache_salt=generation.cache_salt,
             priority=generation.priority,
+            pooling=self._pooling,
         )
         if self._counts:
             service.metrics.validated(len(generation.token_ids), generation.max_new_tokens)
@@ -165,7 +176,7 @@ class Run:
                 if self.finish is not None:
                     return
             if delta.finish is not None:  # without a token: only the prompt was to be computed
-                self.finish = delta.finish
+                self.finish, self.embedding = delta.finish, delta.embedding
                 self._record()
                 return
         raise RequestError(INCOMPLETE)
