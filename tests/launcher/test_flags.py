@@ -1,5 +1,6 @@
 """The table of settings: every row from the command line, from the environment, with a bad value, and refused."""
 
+import configparser
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from tgi.launcher import flags
 from tgi.launcher.errors import ArgumentValidation
-from tgi.launcher.flags import FLAGS, Flag, Options, check, parse
+from tgi.launcher.flags import FLAGS, PROGRAMS, VARIABLES, Command, Flag, Options, check, parse
 
 # Every flag of TGI's launcher with its default there; None: unset. Ours differs where the comment says so.
 TGI = {
@@ -89,7 +90,7 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "max_input_tokens": ("100", 100, "1e3"),
     "max_input_length": ("100", 100, "x"),
     "max_total_tokens": ("200", 200, "0"),
-    "waiting_served_ratio": ("1.2", 1.2, "nan"),
+    "waiting_served_ratio": ("1.5", 1.5, "nan"),
     "max_batch_prefill_tokens": ("64", 64, "0"),
     "max_batch_total_tokens": ("4096", 4096, "99999999999"),
     "max_waiting_tokens": ("5", 5, "x"),
@@ -129,28 +130,76 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "hf_api_token": ("x", "x", ""),
     "cuda_visible_devices": ("1", "1", ""),
     "xdg_cache_home": ("/x", "/x", ""),
+    "tokenizer_name": ("org/name", "org/name", ""),
+    "master_shard_uds_path": ("/x", "/x", ""),
+    "max_image_fetch_size": ("5", 5, "5MB"),
+    "uds_path": ("/x", "/x", ""),
+    "logger_level": ("warning", "warn", "WARN"),
+    "extension": (".safetensors", ".safetensors", ".bin"),
+    "aip_http_port": ("8081", 8081, ""),
+    "aip_predict_route": ("/predict", "/predict", "predict"),
+    "aip_health_route": ("/v1/health:x", "/v1/health:x", "/{name}"),
+    "git_sha": ("abc", "abc", "ä"),
+    "docker_label": ("sha-abc", "sha-abc", "ä"),
+    "log_colorize": ("1", "1", ""),
+    "request_logprobs": ("1", True, "yes"),
+    "rank": ("1", 1, "x"),
+    "world_size": ("2", 2, "x"),
+    "use_flash_attention": ("false", False, "no"),
+    "exllama_version": ("1", "1", ""),
+    "disable_exllama": ("True", "True", ""),
+    "use_cutlass_w8a8": ("1", True, "no"),
+    "ze_affinity_mask": ("0", "0", ""),
 }
 
 SWITCHES = [flag for flag in FLAGS if flag.kind.switch]
 VALUED = [flag for flag in FLAGS if not flag.kind.switch]
 
 
+NAMES = Path(__file__).with_name("tgi_names.ini")
+
+
 def by_key(flag: Flag) -> str:
     return flag.key
 
 
-def failure(capsys: pytest.CaptureFixture[str], argv: list[str], environ: dict[str, str]) -> str:
+def command_of(flag: Flag) -> Command:
+    return flag.commands[0]
+
+
+def read(argv: list[str], environ: dict[str, str], command: Command = "launcher") -> tuple[Options, list[str]]:
+    """``text-generation-server`` always gets its model."""
+    return parse([*argv, *(["m"] if command in ("serve", "download-weights") else [])], environ, command)
+
+
+def failure(
+    capsys: pytest.CaptureFixture[str], argv: list[str], environ: dict[str, str], command: Command = "launcher"
+) -> str:
     """What a refused command line prints on standard error."""
     with pytest.raises(SystemExit) as exit:
-        parse(argv, environ)
+        read(argv, environ, command)
     assert exit.value.code == 2
     return capsys.readouterr().err
 
 
 def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
-    ours = {flag.name: flag.default for flag in FLAGS if flag.name}
-    assert ours == {**TGI, "--device": "auto"}
+    ours = {flag.name: flag.default for flag in FLAGS if flag.name and "launcher" in flag.commands}
+    assert ours == {**TGI, "--device": "auto", "--max-image-fetch-size": 1 << 30}
     assert {flag.key for flag in VALUED} == VALUES.keys()
+
+
+def test_every_name_of_tgi_is_known() -> None:
+    """Flags are rows of the table; variables are, or it is said why not."""
+    names = configparser.ConfigParser(allow_no_value=True, delimiters="=")
+    names.optionxform = str  # type: ignore[method-assign, assignment]  # how configparser is told to keep the case
+    names.read(NAMES)
+    variables = {flag.env for flag in FLAGS} | {name for line in VARIABLES.values() for name in line.split()}
+    assert set(names["variables"]) <= variables
+    for command in PROGRAMS:
+        flags = {flag.name for flag in FLAGS if command in flag.commands} | {"--help", "--version"}
+        if command in ("serve", "download-weights"):
+            flags |= {f"--no-{name[2:]}" for name in flags} | {"MODEL_ID"}
+        assert set(names[command]) <= flags, command
 
 
 def test_defaults() -> None:
@@ -162,16 +211,16 @@ def test_a_value_is_read_from_both_places_and_the_command_line_wins(
     flag: Flag, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, value, _ = VALUES[flag.key]
-    ways: list[tuple[list[str], dict[str, str]]] = [([], {flag.env: text})]
+    ways: list[tuple[list[str], dict[str, str]]] = [([], {flag.env: text})] if flag.env else []
     if flag.name:
         ways += [([flag.name, text], {}), ([f"{flag.name}={text}"], {flag.env: "not even read"})]
     for argv, environ in ways:
-        if flag.status == "refused":
-            error = failure(capsys, argv, environ)
+        if flag.status == "refused" and value not in flag.neutral:
+            error = failure(capsys, argv, environ, command_of(flag))
             assert "is not supported yet" in error
             assert (flag.name if argv else flag.env) in error
             continue
-        options, warnings = parse(argv, environ)
+        options, warnings = read(argv, environ, command_of(flag))
         assert getattr(options, flag.key) == value
         assert (len(warnings) == 1 and (flag.name if argv else flag.env) in warnings[0]) == (flag.status == "obsolete")
 
@@ -179,10 +228,11 @@ def test_a_value_is_read_from_both_places_and_the_command_line_wins(
 @pytest.mark.parametrize("flag", [flag for flag in VALUED if VALUES[flag.key][2]], ids=by_key)
 def test_a_bad_value_ends_with_usage_and_the_name(flag: Flag, capsys: pytest.CaptureFixture[str]) -> None:
     bad = VALUES[flag.key][2]
-    error = failure(capsys, [], {flag.env: bad})
-    assert f"`{flag.env}` (environment)" in error and "usage:" in error
+    if flag.env:
+        error = failure(capsys, [], {flag.env: bad}, command_of(flag))
+        assert f"`{flag.env}` (environment)" in error and "usage:" in error
     if flag.name:
-        error = failure(capsys, [f"{flag.name}={bad}"], {})
+        error = failure(capsys, [f"{flag.name}={bad}"], {}, command_of(flag))
         assert f"`{flag.name}`" in error and repr(bad) in error
 
 
@@ -203,11 +253,38 @@ def test_a_switch_stands_alone_and_is_true_or_false_in_the_environment(
             assert flag.env in failure(capsys, [], {flag.env: bad})
     for argv, environ in ways:
         if flag.status == "refused":
-            assert "is not supported yet" in failure(capsys, argv, environ)
+            assert "is not supported yet" in failure(capsys, argv, environ, command_of(flag))
         else:
-            options, warnings = parse(argv, environ)
+            options, warnings = read(argv, environ, command_of(flag))
             assert getattr(options, flag.key) is True
             assert bool(warnings) == (flag.status == "obsolete")
+
+
+def test_each_command_has_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--tokenizer-name" in failure(capsys, ["--tokenizer-name", "x"], {})
+    assert "--model-id" in failure(capsys, ["--model-id", "x"], {}, "router")
+    assert "--port" in failure(capsys, ["--port", "1"], {}, "serve")
+    assert read([], {"TOKENIZER_NAME": "x"}) == (Options(), [])
+    with pytest.raises(SystemExit):
+        parse([], {}, "serve")
+    assert "MODEL_ID" in capsys.readouterr().err
+    assert parse(["org/name"], {"MODEL_ID": "other"}, "serve")[0].model_id == "org/name"
+
+
+def test_switches_of_the_server_turn_off_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, name in (("serve", "sharded"), ("serve", "json-output"), ("download-weights", "auto-convert")):
+        options, warnings = read([f"--no-{name}"], {"JSON_OUTPUT": "true"}, command)  # type: ignore[arg-type]  # literals
+        assert getattr(options, name.replace("-", "_")) is False and not warnings
+    assert "--no-json-output" in failure(capsys, ["--no-json-output"], {})
+
+
+def test_a_port_of_vertex_that_is_none_is_passed_over() -> None:
+    assert check(read([], {"AIP_HTTP_PORT": "8081", "PORT": "80"})[0]).port == 8081
+    assert check(read(["--port", "81"], {"AIP_HTTP_PORT": "8081"}, "router")[0]).port == 8081
+    for bad in ("", "http", "65536"):
+        options, warnings = read([], {"AIP_HTTP_PORT": bad, "PORT": "80"})
+        assert check(options).port == 80
+        assert len(warnings) == 1 and "AIP_HTTP_PORT" in warnings[0]
 
 
 @pytest.mark.parametrize("argv", [["--cuda-graphs", "0"], ["--num-shard=1"], ["--sharded", "false"], ["--speculate=0"]])
@@ -252,6 +329,9 @@ def test_hostname_variable_that_shells_set_is_passed_over() -> None:
             "`max_input_length is deprecated for naming consistency.",
         ),
         (Options(validation_workers=0), "`validation_workers` must be > 0"),
+        (Options(num_shard=0), "`num_shard` cannot be < 1"),
+        (Options(sharded=True, num_shard=1), "`sharded` is true but `num_shard` <= 1"),
+        (Options(sharded=True), "`sharded` is not supported yet"),
         (Options(max_batch_size=0), "`max_batch_size` must be > 0"),
         (
             Options(max_input_length=8, max_total_tokens=8),
@@ -278,14 +358,16 @@ def test_old_name_becomes_the_new_one() -> None:
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["--help"], ["-h"], ["--version"], ["-V"]):
-        with pytest.raises(SystemExit) as exit:
-            parse(argv, {})
-        assert exit.value.code == 0
-        out = capsys.readouterr().out
-        assert "text-generation-launcher" in out
-        if "h" in argv[0]:
-            assert all((flag.name or flag.env) in out for flag in FLAGS)
+    for command, program in PROGRAMS.items():
+        for option in ("--help", "-h", "--version", "-V"):
+            with pytest.raises(SystemExit) as exit:
+                parse([option], {}, command)
+            assert exit.value.code == 0
+            out = capsys.readouterr().out
+            assert program in out
+            if "h" in option:
+                flags = [flag for flag in FLAGS if command in flag.commands and flag.key != "model_id"]
+                assert all((flag.name or flag.env) in out for flag in flags)
 
 
 def test_document_is_up_to_date() -> None:

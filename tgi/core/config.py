@@ -55,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelFiles
     limits: Limits
     run_dir: str
+    uds_path: str | None = None
+    """Where the engine listens, if not in ``run_dir``."""
     device: str = "cpu"
     dtype: str = "float32"
     rope_scaling: str | None = None
@@ -69,6 +71,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the vocabulary that a watermark favours."""
     watermark_delta: float = 2.0
     """What it adds to their logits."""
+    aip_predict_route: str | None = None
+    """Vertex AI's path of /vertex."""
+    aip_health_route: str | None = None
+    git_sha: str | None = None
+    docker_label: str | None = None
     compute_type: str = "cpu"
     json_output: bool = False
     log_level: str = "info"
@@ -76,8 +83,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def socket(self) -> Path:
-        """The engine's Unix socket; its folder has mode 0700."""
-        return Path(self.run_dir) / "engine.sock"
+        """The engine's Unix socket. Only this user may connect: its mode or its folder's says so."""
+        return Path(self.uds_path or Path(self.run_dir) / "engine.sock")
 
     @classmethod
     def read(cls, path: str | Path) -> "Settings":

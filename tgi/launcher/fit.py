@@ -165,6 +165,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     batch_size = options.max_batch_size or options.max_concurrent_requests
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)
+    slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
     bill = _Bill(shape, WIDTH[dtype])
     rows = min(max(batch_size, SCORED_ROWS), prefill)
     ledger = {
@@ -173,7 +174,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
         "attention": bill.gathered(GATHERED_TOKENS),
         "programs": _PROGRAMS,
-        "slack": int(_SLACK[machine.device] * budget),
+        "slack": int(slack * budget),
     }
 
     # A request of n tokens needs room in the cache and in attention's buffers.

@@ -1,4 +1,4 @@
-"""Every setting of the launcher in one table: parser, ``--help``, docs/flags.md and tests are made from it.
+"""Every setting of the commands in one table: parsers, ``--help``, docs/flags.md and tests are made from it.
 
 The only module that reads environment variables. Knows no model and no machine.
 """
@@ -22,6 +22,28 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Status = Literal["works", "refused", "obsolete"]
 """``refused``: an error when used, because the feature isn't there. ``obsolete``: a warning, because this server has
 nothing for it to change."""
+
+Command = Literal["launcher", "router", "serve", "download-weights"]
+
+PROGRAMS: dict[Command, str] = {
+    "launcher": "text-generation-launcher",
+    "router": "text-generation-router",
+    "serve": "text-generation-server serve",
+    "download-weights": "text-generation-server download-weights",
+}
+
+_PURPOSE: dict[Command, str] = {
+    "launcher": "Serve a language model over HTTP.",
+    "router": "Serve over HTTP what a running engine generates. With `print-schema`: print the OpenAPI document.",
+    "serve": "Run an engine, for text-generation-router.",
+    "download-weights": "Fetch a model into the cache.",
+}
+
+_ENGINE: tuple[Command, ...] = ("launcher", "serve")
+_HTTP: tuple[Command, ...] = ("launcher", "router")
+_FILES: tuple[Command, ...] = ("launcher", "serve", "download-weights")
+_SERVING: tuple[Command, ...] = ("launcher", "router", "serve")
+_ALL: tuple[Command, ...] = (*_SERVING, "download-weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +72,10 @@ class Flag:
     """Values of a refused or obsolete flag that ask for nothing and pass in silence."""
     short: str | None = None
     only: Literal["cli", "env"] | None = None
+    commands: tuple[Command, ...] = _ENGINE
+    """Which commands have it; by default those that start an engine."""
+    lenient: bool = False
+    """A value that can't be read is warned of and passed over."""
 
     @property
     def name(self) -> str:
@@ -145,8 +171,37 @@ def _log_level(value: str) -> str:
     return value
 
 
+_LOGGER_LEVELS = {
+    "TRACE": "trace",
+    "DEBUG": "debug",
+    "INFO": "info",
+    "SUCCESS": "info",
+    "WARNING": "warn",
+    "ERROR": "error",
+}
+
+
+def _logger_level(value: str) -> str:
+    """A level as TGI's Python side names it, as ``LOG_LEVEL`` would have it."""
+    if value.upper() not in _LOGGER_LEVELS:
+        raise ValueError(f"expected {' or '.join(_LOGGER_LEVELS)}")
+    return _LOGGER_LEVELS[value.upper()]
+
+
+def _path() -> Kind:
+    """The path of a route, without parameters."""
+
+    def parse(value: str) -> str:
+        if not re.fullmatch("/[!-~]*", value) or any(sign in value for sign in "{}?#%"):
+            raise ValueError("expected a path such as `/predict`")
+        return value
+
+    return Kind("PATH", "", parse)
+
+
 _BOOLEAN = _choice(true=True, false=False)
 _SWITCH = dataclasses.replace(_BOOLEAN, metavar="", allowed="", switch=True)
+_BIT = _choice(**{"true": True, "1": True, "false": False, "0": False})
 
 
 def _flag(kind: Kind, default: Any, help: str, status: Status = "works", **more: Any) -> Any:
@@ -165,18 +220,22 @@ class Options:
         DEFAULT_MODEL,
         "Model to serve: a hub id (`org/name`), a local folder, a local .gguf file, or a GGUF file of a hub repository "
         "(`org/name/file.gguf`).",
+        commands=_FILES,
     )
     revision: str | None = _flag(
-        _text("REV"), None, "Branch, tag or commit of the hub repository. Only for hub ids; unset means `main`."
+        _text("REV"),
+        None,
+        "Branch, tag or commit of the hub repository. Only for hub ids; unset means `main`.",
+        commands=_ALL,
     )
     validation_workers: int = _flag(
-        _integer(), 2, "Threads of the router that validate and tokenize requests; at least 1."
+        _integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
     )
     sharded: bool | None = _flag(
-        _BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False)
+        _BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False, True)
     )
     num_shard: int | None = _flag(
-        _integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 1)
+        _integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
     )
     quantize: str | None = _flag(
         _one_of(
@@ -210,42 +269,62 @@ class Options:
     kv_cache_dtype: str | None = _flag(
         _one_of("fp8_e4m3fn", "fp8_e5m2"), None, "Number format of the KV cache, if not `--dtype`.", "refused"
     )
-    trust_remote_code: bool = _flag(_SWITCH, False, "Run Python code from the model's repository.", "refused")
-    max_concurrent_requests: int = _flag(
-        _integer(1), 128, "Requests that are served or wait at once; more are answered 429."
+    trust_remote_code: bool = _flag(
+        _SWITCH,
+        False,
+        "Code of a model's repository is never run: the model families are this server's own.",
+        "obsolete",
+        commands=_ALL,
     )
-    max_best_of: int = _flag(_integer(1), 2, "Largest `best_of` that a client may ask for; 1 turns it off.")
-    max_stop_sequences: int = _flag(_integer(), 4, "Longest list of stop strings that a client may send.")
+    max_concurrent_requests: int = _flag(
+        _integer(1), 128, "Requests that are served or wait at once; more are answered 429.", commands=_SERVING
+    )
+    max_best_of: int = _flag(
+        _integer(1), 2, "Largest `best_of` that a client may ask for; 1 turns it off.", commands=_HTTP
+    )
+    max_stop_sequences: int = _flag(
+        _integer(), 4, "Longest list of stop strings that a client may send.", commands=_HTTP
+    )
     max_top_n_tokens: int = _flag(
-        _integer(0, 2**32 - 1), 5, "Largest `top_n_tokens` or `top_logprobs` that a client may ask for."
+        _integer(0, 2**32 - 1), 5, "Largest `top_n_tokens` or `top_logprobs` that a client may ask for.", commands=_HTTP
     )
     max_input_tokens: int | None = _flag(
-        _integer(), None, "Longest prompt in tokens; unset means one less than `--max-total-tokens`."
+        _integer(), None, "Longest prompt in tokens; unset means one less than `--max-total-tokens`.", commands=_SERVING
     )
-    max_input_length: int | None = _flag(_integer(), None, "Old name of `--max-input-tokens`.")
+    max_input_length: int | None = _flag(_integer(), None, "Old name of `--max-input-tokens`.", commands=("launcher",))
     max_total_tokens: int | None = _flag(
         _integer(2),
         None,
         "Most tokens of one request, prompt and answer together; unset means what the model was made for, if that many "
         "fit into the KV cache.",
+        commands=_SERVING,
     )
     waiting_served_ratio: float = _flag(
-        _number(0, float("inf")), 0.3, "Prompts always run in chunks beside the running requests.", "obsolete"
+        _number(0, float("inf")),
+        0.3,
+        "Prompts always run in chunks beside the running requests.",
+        "obsolete",
+        neutral=(0.3, 1.2),
+        commands=_HTTP,
     )
     max_batch_prefill_tokens: int | None = _flag(
         _integer(1, 2**32 - 1),
         None,
         "Most tokens of one step, prompts and decodes together; unset means 4096 on GPU and 512 on CPU, or what the "
         "model and the memory allow.",
+        commands=_SERVING,
     )
     max_batch_total_tokens: int | None = _flag(
         _integer(BLOCK_SIZE, 2**32 - 1),
         None,
         "Tokens that the KV cache holds, rounded down to whole pages of 16; unset means what the memory has room for.",
+        commands=_SERVING,
     )
-    max_waiting_tokens: int = _flag(_integer(), 20, "Waiting requests are admitted in every step.", "obsolete")
+    max_waiting_tokens: int = _flag(
+        _integer(), 20, "Waiting requests are admitted in every step.", "obsolete", commands=_HTTP
+    )
     max_batch_size: int | None = _flag(
-        _integer(), None, "Most requests that run at once; unset means `--max-concurrent-requests`."
+        _integer(), None, "Most requests that run at once; unset means `--max-concurrent-requests`.", commands=_SERVING
     )
     cuda_graphs: tuple[int, ...] = _flag(
         _list_of(_integer()),
@@ -259,22 +338,26 @@ class Options:
         "0.0.0.0",
         "Address or name to listen on. The variable is passed over when it holds this machine's own name, which "
         "shells and containers set by themselves.",
+        commands=_HTTP,
     )
-    port: int = _flag(_integer(0, 65535), 3000, "Port to listen on; 0 takes a free one.", short="-p")
-    prometheus_port: int = _flag(_integer(0, 65535), 9000, "Metrics are served at /metrics of `--port`.", "obsolete")
+    port: int = _flag(_integer(0, 65535), 3000, "Port to listen on; 0 takes a free one.", short="-p", commands=_HTTP)
+    prometheus_port: int = _flag(
+        _integer(0, 65535), 9000, "Metrics are served at /metrics of `--port`.", "obsolete", commands=_HTTP
+    )
     shard_uds_path: str = _flag(
         _text("PATH"),
         "/tmp/text-generation-server",
         "Sockets between the processes lie in a private folder made at start.",
         "obsolete",
+        commands=("launcher",),
     )
     master_addr: str = _flag(_text("ADDRESS"), "localhost", "Only split models need a meeting point.", "obsolete")
     master_port: int = _flag(_integer(), 29500, "Only split models need a meeting point.", "obsolete")
     huggingface_hub_cache: str | None = _flag(
-        _text("DIR"), None, "Folder of the hub cache; unset means huggingface_hub's own (`HF_HOME`)."
+        _text("DIR"), None, "Folder of the hub cache; unset means huggingface_hub's own (`HF_HOME`).", commands=_FILES
     )
     weights_cache_override: str | None = _flag(
-        _text("DIR"), None, "Folder to read the .safetensors files from, instead of the hub cache."
+        _text("DIR"), None, "Folder to read the .safetensors files from, instead of the hub cache.", commands=_FILES
     )
     disable_custom_kernels: bool = _flag(_SWITCH, False, "The kernels that it turned off don't exist here.", "obsolete")
     cuda_memory_fraction: float = _flag(
@@ -288,42 +371,100 @@ class Options:
     rope_factor: float | None = _flag(
         _number(0, float("inf"), above=True), None, "Factor of the stretch; alone it means `--rope-scaling linear`."
     )
-    json_output: bool = _flag(_SWITCH, False, "Log one JSON object per line.")
-    otlp_endpoint: str | None = _flag(_text("URL"), None, "OpenTelemetry collector.", "refused")
+    json_output: bool = _flag(_SWITCH, False, "Log one JSON object per line.", commands=_ALL)
+    otlp_endpoint: str | None = _flag(_text("URL"), None, "OpenTelemetry collector.", "refused", commands=_SERVING)
     otlp_service_name: str = _flag(
-        _text(), "text-generation-inference.router", "There are no traces to name yet.", "obsolete"
+        _text(), "text-generation-inference.router", "There are no traces to name yet.", "obsolete", commands=_SERVING
     )
     cors_allow_origin: tuple[str, ...] = _flag(
-        _list_of(_text("ORIGIN"), many=True), (), "Origins that browsers may call from; unset means any."
+        _list_of(_text("ORIGIN"), many=True),
+        (),
+        "Origins that browsers may call from; unset means any.",
+        commands=_HTTP,
     )
-    api_key: str | None = _flag(_text("KEY"), None, "Bearer token that clients must send.")
+    api_key: str | None = _flag(_text("KEY"), None, "Bearer token that clients must send.", commands=_HTTP)
     watermark_gamma: float = _flag(
         _number(0, 1), 0.5, "Share of the vocabulary that a watermark favours, for requests that ask for a watermark."
     )
     watermark_delta: float = _flag(
         _number(0, 1e4), 2.0, "What a watermark adds to the logits of the tokens that it favours."
     )
-    ngrok: bool = _flag(_SWITCH, False, "Open an ngrok tunnel.", "refused")
-    ngrok_authtoken: str | None = _flag(_text(), None, "Token of the ngrok tunnel.", "refused")
-    ngrok_edge: str | None = _flag(_text(), None, "Edge of the ngrok tunnel.", "refused")
+    ngrok: bool = _flag(_SWITCH, False, "Open an ngrok tunnel.", "refused", commands=_HTTP)
+    ngrok_authtoken: str | None = _flag(_text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
+    ngrok_edge: str | None = _flag(_text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
     tokenizer_config_path: str | None = _flag(
-        _text("FILE"), None, "tokenizer_config.json to take the chat template and the special tokens from."
+        _text("FILE"),
+        None,
+        "tokenizer_config.json to take the chat template and the special tokens from.",
+        commands=_SERVING,
     )
     disable_grammar_support: bool = _flag(
-        _SWITCH, False, "Refuse requests with a grammar, and so tool calls. Today they are refused without it, too."
+        _SWITCH,
+        False,
+        "Refuse requests with a grammar, and so tool calls. Today they are refused without it, too.",
+        commands=_HTTP,
     )
-    env: bool = _flag(_SWITCH, False, "Log what this machine is made of at start.", short="-e", only="cli")
-    max_client_batch_size: int = _flag(_integer(), 4, "Most prompts in one call of /v1/completions.")
+    env: bool = _flag(
+        _SWITCH, False, "Log what this machine is made of at start.", short="-e", only="cli", commands=("launcher",)
+    )
+    max_client_batch_size: int = _flag(_integer(), 4, "Most prompts in one call of /v1/completions.", commands=_HTTP)
     lora_adapters: str | None = _flag(_text("ID,…"), None, "LoRA adapters to load.", "refused")
     usage_stats: str = _flag(
-        _one_of("on", "off", "no-stack"), "on", "Accepted in every form; nothing is ever sent to anybody."
+        _one_of("on", "off", "no-stack"),
+        "on",
+        "Accepted in every form; nothing is ever sent to anybody.",
+        commands=_HTTP,
     )
-    payload_limit: int = _flag(_integer(), 2_000_000, "Largest body of an HTTP request in bytes.")
+    payload_limit: int = _flag(_integer(), 2_000_000, "Largest body of an HTTP request in bytes.", commands=_HTTP)
     enable_prefill_logprobs: bool = _flag(
         _SWITCH, False, "Log-probabilities of the prompt are always there for requests that ask.", "obsolete"
     )
     graceful_termination_timeout: int = _flag(
-        _integer(), 90, "Seconds that open requests have to end after SIGTERM.", short="-g"
+        _integer(), 90, "Seconds that open requests have to end after SIGTERM.", short="-g", commands=_SERVING
+    )
+    tokenizer_name: str | None = _flag(
+        _text("ID"), None, "The model that the engine serves; another one is an error.", commands=("router",)
+    )
+    master_shard_uds_path: str = _flag(
+        _text("PATH"),
+        "/tmp/text-generation-server-0",
+        "Socket of the engine that `text-generation-server serve` started.",
+        commands=("router",),
+    )
+    max_image_fetch_size: int = _flag(_integer(), 1 << 30, "No image is ever fetched.", "obsolete", commands=_HTTP)
+    uds_path: str = _flag(
+        _text("PATH"),
+        "/tmp/text-generation-server",
+        "The engine listens on this path with `-0` behind it.",
+        only="cli",
+        commands=("serve",),
+    )
+    logger_level: str | None = _flag(
+        Kind("LEVEL", "|".join(_LOGGER_LEVELS), _logger_level),
+        None,
+        "What is logged; unset means `LOG_LEVEL`.",
+        only="cli",
+        commands=("serve", "download-weights"),
+    )
+    extension: str = _flag(
+        _one_of(".safetensors"), ".safetensors", "Files to fetch.", only="cli", commands=("download-weights",)
+    )
+    auto_convert: bool = _flag(
+        _SWITCH,
+        True,
+        "Pickled weights are never converted; a repository that has no others is refused.",
+        "obsolete",
+        neutral=(False,),
+        only="cli",
+        commands=("download-weights",),
+    )
+    merge_lora: bool = _flag(
+        _SWITCH,
+        False,
+        "Nothing is merged; a repository that has only an adapter is refused.",
+        "obsolete",
+        only="cli",
+        commands=("download-weights",),
     )
 
     log_level: str = _flag(
@@ -331,18 +472,19 @@ class Options:
         "info",
         "What is logged: a level, or a list like `info,text_generation_router=debug`.",
         only="env",
+        commands=_ALL,
     )
     compute_type: str | None = _flag(
-        _header(), None, "Value of the header x-compute-type; unset names the device.", only="env"
+        _header(), None, "Value of the header x-compute-type; unset names the device.", only="env", commands=_HTTP
     )
     prefix_caching: bool = _flag(
-        _choice(**{"true": True, "1": True, "false": False, "0": False}),
+        _BIT,
         True,
         "Share the KV cache of equal prompt beginnings.",
         only="env",
     )
     prefill_chunking: bool = _flag(
-        _choice(**{"true": True, "1": True, "false": False, "0": False}),
+        _BIT,
         True,
         "Prompts always run in chunks.",
         "refused",
@@ -357,20 +499,94 @@ class Options:
         only="env",
     )
     tgi_wiggle_room: float | None = _flag(
-        _number(0, 1, above=True), None, "Use `--cuda-memory-fraction`.", "refused", only="env"
+        _number(0, 1, above=True),
+        None,
+        "Share of the memory that is planned with, the rest being left alone; unset means 0.95 on GPU and 0.98 on CPU.",
+        only="env",
     )
     hf_api_token: str | None = _flag(
-        _text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env"
+        _text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
     )
     cuda_visible_devices: str | None = _flag(
         Kind("LIST", "", str), None, "GPUs to see; the first one is used.", only="env"
     )
+    aip_http_port: int | None = _flag(
+        _integer(0, 65535),
+        None,
+        "Port to listen on, of Vertex AI; wins over `--port`.",
+        only="env",
+        commands=_HTTP,
+        lenient=True,
+    )
+    aip_predict_route: str | None = _flag(
+        _path(), None, "One more path of /vertex, of Vertex AI.", only="env", commands=_HTTP
+    )
+    aip_health_route: str | None = _flag(
+        _path(), None, "One more path of /health, of Vertex AI.", only="env", commands=_HTTP
+    )
+    git_sha: str | None = _flag(_header(), None, "`sha` of /info; images carry it.", only="env", commands=_HTTP)
+    docker_label: str | None = _flag(
+        _header(),
+        None,
+        "`docker_label` of /info and end of `system_fingerprint`; images carry it.",
+        only="env",
+        commands=_HTTP,
+    )
+    log_colorize: str | None = _flag(
+        Kind("TEXT", "", str), None, "The log has no colours.", "obsolete", only="env", commands=_HTTP
+    )
+    request_logprobs: bool = _flag(
+        _BIT,
+        False,
+        "Log-probabilities of the prompt are always there for requests that ask.",
+        "obsolete",
+        only="env",
+        commands=("serve",),
+    )
+    rank: int = _flag(_integer(), 0, "Which part of a split model this is.", "refused", only="env", commands=("serve",))
+    world_size: int = _flag(
+        _integer(), 1, "Number of devices that the model is split over.", "refused", only="env", commands=("serve",)
+    )
+    use_flash_attention: bool = _flag(
+        _BIT, True, "The attention kernel is chosen by model and device.", "obsolete", only="env"
+    )
+    exllama_version: str | None = _flag(_text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
+    disable_exllama: str | None = _flag(_text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
+    use_cutlass_w8a8: bool = _flag(_BIT, False, "There are no CUTLASS kernels.", "obsolete", only="env")
+    ze_affinity_mask: str | None = _flag(_text("LIST"), None, "Intel GPUs are not used.", "obsolete", only="env")
     xdg_cache_home: str | None = _flag(
-        _text("DIR"), None, "Parent of this server's own cache folder `tgi`; unset means `~/.cache`.", only="env"
+        _text("DIR"),
+        None,
+        "Parent of this server's own cache folder `tgi`; unset means `~/.cache`.",
+        only="env",
+        commands=_FILES,
     )
 
 
 FLAGS: tuple[Flag, ...] = tuple(Flag(key=field.name, **field.metadata["row"]) for field in dataclasses.fields(Options))
+
+
+VARIABLES: dict[str, str] = {
+    "huggingface_hub reads them.": (
+        "HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_HOME HF_ENDPOINT HF_HUB_OFFLINE HF_HUB_USER_AGENT_ORIGIN "
+        "HF_HUB_DISABLE_PROGRESS_BARS"
+    ),
+    "huggingface_hub knows it no more, and says so.": "HF_HUB_ENABLE_HF_TRANSFER",
+    "The container runtime reads it, and shows only these GPUs.": "NVIDIA_VISIBLE_DEVICES",
+    "torch reads it: threads of the engine on CPU.": "OMP_NUM_THREADS",
+    "The SageMaker image makes `MODEL_ID`, `REVISION`, `NUM_SHARD`, `QUANTIZE` and `TRUST_REMOTE_CODE` of them.": (
+        "HF_MODEL_ID HF_MODEL_REVISION SM_NUM_GPUS HF_MODEL_QUANTIZE HF_MODEL_TRUST_REMOTE_CODE"
+    ),
+    "Use `GIT_SHA`.": "VERGEN_GIT_SHA",
+    "TGI's launcher sets them for its own children.": "TORCH_NCCL_AVOID_RECORD_STREAMS SAFETENSORS_FAST_GPU",
+    "Switches of kernels that aren't here.": "DEBUG HF_KERNELS_CACHE EXLLAMA_NO_FLASH_ATTN VLLM_MOE_PADDING",
+    "Switches for GPUs of AMD and Intel, which are not used.": (
+        "XPU_MEMORY_FRACTION ROCM_USE_SKINNY_GEMM ROCM_USE_FLASH_ATTN_V2_TRITON ROCM_USE_CUSTOM_PAGED_ATTN "
+        "HIP_FORCE_DEV_KERNARG PYTORCH_TUNABLEOP_ENABLED PYTORCH_TUNABLEOP_TUNING PYTORCH_TUNABLEOP_SEQLENS "
+        "PYTORCH_TUNABLEOP_TUNING_AFTER_WARMUP"
+    ),
+}
+"""Why no command reads TGI's other variables."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -391,23 +607,36 @@ def _described(flag: Flag) -> str:
     return " ".join(parts).replace("%", "%%")
 
 
-def _parser() -> argparse.ArgumentParser:
-    environment = "\n".join(f"  {flag.env:<20} {_described(flag)}" for flag in FLAGS if flag.only == "env")
+def _positional(flag: Flag, command: Command) -> bool:
+    """``text-generation-server`` takes the model's name without a flag."""
+    return flag.key == "model_id" and command != "launcher"
+
+
+def _parser(command: Command) -> argparse.ArgumentParser:
+    flags = [flag for flag in FLAGS if command in flag.commands]
+    environment = "\n".join(f"  {flag.env:<20} {_described(flag)}" for flag in flags if flag.only == "env")
+    program = PROGRAMS[command]
+    model = " MODEL_ID" if any(_positional(flag, command) for flag in flags) else ""
     parser = _Parser(
-        prog="text-generation-launcher",
-        usage="text-generation-launcher [OPTIONS]",
-        description="Serve a language model over HTTP. The command line wins over the environment.",
+        prog=program,
+        usage=f"{program} [OPTIONS]{model}",
+        description=f"{_PURPOSE[command]} The command line wins over the environment.",
         epilog=f"environment only:\n{environment}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-V", "--version", action="version", version=f"text-generation-launcher {__version__}")
-    for flag in FLAGS:
+    parser.add_argument("-V", "--version", action="version", version=f"{program} {__version__}")
+    for flag in flags:
         if flag.only == "env":
             continue
         names = (flag.short, flag.name) if flag.short else (flag.name,)
         shared: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": _described(flag)}
-        if flag.kind.switch:
+        if _positional(flag, command):
+            parser.add_argument(flag.key, metavar="MODEL_ID", help=flag.help)
+        elif flag.kind in (_BOOLEAN, _SWITCH) and command in ("serve", "download-weights"):
+            parser.add_argument(*names, action="store_const", const="true", **shared)
+            parser.add_argument(f"--no-{flag.name[2:]}", action="store_const", const="false", **shared)
+        elif flag.kind.switch:
             parser.add_argument(*names, action="store_const", const="true", **shared)
         else:
             action = "append" if flag.kind.many else "store"
@@ -415,13 +644,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[Options, list[str]]:
+def parse(
+    argv: Sequence[str], environ: Mapping[str, str] = os.environ, command: Command = "launcher"
+) -> tuple[Options, list[str]]:
     """The options and the warnings to log about them. Ends the process with status 2 and a usage on a bad one."""
-    parser = _parser()
+    parser = _parser(command)
     written: dict[str, str | list[str]] = vars(parser.parse_args(list(argv)))
     values: dict[str, Any] = {}
     warnings: list[str] = []
     for flag in FLAGS:
+        if command not in flag.commands:
+            continue
+        text: str | list[str]
         if flag.key in written:
             source, text = f"`{flag.name}`", written[flag.key]
         elif flag.env and flag.env in environ:
@@ -435,7 +669,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple
             joined.encode()  # an argument can hold bytes that are no text
             value = flag.kind.parse(joined)
         except ValueError as error:
-            parser.error(f"invalid value {text!r} for {source}: {error}")
+            problem = f"invalid value {text!r} for {source}: {error}"
+            if not flag.lenient:
+                parser.error(problem)
+            warnings.append(f"{problem}; it is passed over")
+            continue
         if flag.status != "works" and value not in (flag.neutral or (flag.default,)):
             if flag.status == "refused":
                 parser.error(f"{source} is not supported yet. {flag.help}")
@@ -451,7 +689,7 @@ def cache_options(environ: Mapping[str, str] = os.environ) -> Options:
 
 
 def check(options: Options) -> Options:
-    """Contradictions between the limits that are set, in TGI's words; the old name is folded into the new one."""
+    """Contradictions between the limits that are set, in TGI's words; values under two names are folded into one."""
     if options.max_input_length is not None:
         if options.max_input_tokens is not None:
             raise ArgumentValidation(
@@ -460,6 +698,14 @@ def check(options: Options) -> Options:
                 "deprecated for naming consistency."
             )
         options = dataclasses.replace(options, max_input_tokens=options.max_input_length, max_input_length=None)
+    if options.aip_http_port is not None:
+        options = dataclasses.replace(options, port=options.aip_http_port, aip_http_port=None)
+    if options.num_shard is not None and options.num_shard < 1:
+        raise ArgumentValidation("`num_shard` cannot be < 1")
+    if options.sharded:
+        if options.num_shard is not None:
+            raise ArgumentValidation("`sharded` is true but `num_shard` <= 1")
+        raise ArgumentValidation("`sharded` is not supported yet")
     inputs, total = options.max_input_tokens, options.max_total_tokens
     prefill, batch = options.max_batch_prefill_tokens, options.max_batch_total_tokens
     if options.validation_workers == 0:
@@ -477,33 +723,43 @@ def check(options: Options) -> Options:
     return options
 
 
+_LETTERS: dict[Command, str] = {"launcher": "L", "router": "R", "serve": "S", "download-weights": "D"}
+
+
 def document() -> str:
     """docs/flags.md."""
     rows = [
         f"| {f'`{flag.name}`' if flag.name else ''}{f' `{flag.short}`' if flag.short else ''} | "
-        f"{f'`{flag.env}`' if flag.env else ''} | {flag.default_text} | "
-        f"{'' if flag.kind.switch else flag.kind.allowed.replace('|', ', ')} | {flag.status} | {flag.help} |"
+        f"{f'`{flag.env}`' if flag.env else ''} | {' '.join(map(_LETTERS.__getitem__, flag.commands))} | "
+        f"{flag.default_text} | {'' if flag.kind.switch else flag.kind.allowed.replace('|', ', ')} | {flag.status} | "
+        f"{flag.help} |"
         for flag in FLAGS
     ]
     return "\n".join(
         [
-            "# Settings of the launcher",
+            "# Settings",
             "",
             "Made by `python -m tgi.launcher.flags > docs/flags.md`; a test checks that it is up to date.",
             "",
+            *(f"* **{_LETTERS[command]}** `{program}`: {_PURPOSE[command]}" for command, program in PROGRAMS.items()),
+            "",
             "The command line wins over the environment, the environment over the default. A flag without a value is",
-            "`true` or `false` in the environment. A bad value ends the launcher with status 2.",
+            "`true` or `false` in the environment. A bad value ends the command with status 2.",
+            "`text-generation-server` takes the model's name without `--model-id`, and its switches have a `--no-…`.",
             "",
             "* **works**: does what is said.",
-            "* **refused**: the feature isn't there; using the flag ends the launcher with status 2 and its name.",
+            "* **refused**: the feature isn't there; using the flag ends the command with status 2 and its name.",
             "* **obsolete**: this server has nothing for it to change; setting it logs one warning.",
             "",
-            "| Flag | Environment | Default | Allowed | Status | Meaning |",
-            "|---|---|---|---|---|---|",
+            "| Flag | Environment | Of | Default | Allowed | Status | Meaning |",
+            "|---|---|---|---|---|---|---|",
             *rows,
             "",
-            "huggingface_hub reads its own variables, among them `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, `HF_ENDPOINT`,",
-            "`HF_HOME` and `HF_HUB_OFFLINE`.",
+            "## Variables that others read, or nobody",
+            "",
+            "| Variables | |",
+            "|---|---|",
+            *(f"| {', '.join(f'`{name}`' for name in names.split())} | {why} |" for why, names in VARIABLES.items()),
             "",
         ]
     )

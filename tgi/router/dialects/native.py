@@ -89,8 +89,8 @@ async def info(call: Call, service: Service, _: None) -> None:
         max_client_batch_size=limits.max_client_batch_size,
         router="text-generation-router",
         version=tgi.__version__,
-        sha=None,
-        docker_label=None,
+        sha=settings.git_sha,
+        docker_label=settings.docker_label,
         device=settings.device,
         dtype=settings.dtype,
         max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
@@ -114,12 +114,8 @@ async def answers_to(call: Call, service: Service, request: GenerateRequest) -> 
         generation = await service.validator.validate(request.inputs, parameters)
         runs = [Run(service, generation.choice(i), call.arrived, counts=i == 0) for i in range(best_of)]
         answers = await collect(runs)
-    best = max(answers, key=_mean_logprob)
+    best = max(answers, key=lambda answer: answer.mean_logprob)
     return [best, *(answer for answer in answers if answer is not best)]
-
-
-def _mean_logprob(answer: Answer) -> float:
-    return sum(piece.token.logprob for piece in answer.pieces) / len(answer.pieces)
 
 
 async def _stream(call: Call, service: Service, request: GenerateRequest, full_text: bool) -> None:
