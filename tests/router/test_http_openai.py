@@ -189,8 +189,6 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{}]}, "`functions` is not supported"),
     ({"function_call": "auto"}, "`function_call` is not supported"),
     ({"chat_template": "x"}, "`chat_template` is not supported"),
-    ({"tools": [{}]}, "`tools` is not supported"),
-    ({"tools": [{}], "tool_choice": "required"}, "`tools` is not supported"),
     ({"logprobs": True, "top_logprobs": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
     (
         {"max_tokens": 1, "max_completion_tokens": 1},

@@ -6,13 +6,15 @@ into its own events or its own answer. Knows no event and no answer of any diale
 
 import functools
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from tgi.router.pipeline import Piece, Run, Service, interleave
+from tgi.router.tools import CallDelta as CallDelta
+from tgi.router.tools import ReplyParser, Tools, spelled, tools_of
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.native import FinishReason as NativeFinishReason
 from tgi.router.wire.native import GenerateParameters
@@ -31,35 +33,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 _CHAT_NEUTRAL = _NEUTRAL | {
     "best_of": (None, 1),
-    "documents": (None, []),
     "functions": (None, []),
     "function_call": (None, "none"),
     "chat_template": (None,),
 }
-
-_TEMPLATE_OWN = {
-    "add_generation_prompt",
-    "bos_token",
-    "continue_final_message",
-    "documents",
-    "eos_token",
-    "messages",
-    "self",
-    "tools",
-}
-"""What ``chat_template_kwargs`` must not set."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """What a tool call grows by. The first delta of a call has its id and name."""
-
-    index: int
-    """Of the call among the calls of its answer."""
-    arguments: str
-    """JSON, or a part of it."""
-    id: str | None = None
-    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +76,21 @@ class Conversation:
     A whole answer is the sum of what is said, so that streams and whole answers agree.
     """
 
-    def __init__(self, service: Service, request: ChatRequest, runs: list[Run]) -> None:
+    def __init__(self, runs: list[Run], tools: Tools | None) -> None:
         self.runs = runs
-        self._service = service
-        self._request = request
+        self._parsers = [tools.parser() if tools else ReplyParser([]) for _ in runs]
 
     async def __aiter__(self) -> AsyncIterator[Said]:
         async for choice, piece in interleave(self.runs):
-            yield Said(choice, piece, piece.text, [], FINISH[piece.finish] if piece.finish else None)
+            parser = self._parsers[choice]
+            text, calls = parser.push(piece.text)
+            finish = FINISH[piece.finish] if piece.finish else None
+            if finish is not None:
+                rest, more = parser.finish()
+                text, calls = text + rest, calls + more
+                if finish == "stop" and parser.complete:
+                    finish = "tool_calls"
+            yield Said(choice, piece, text, calls, finish)
 
     async def replies(self) -> list[Reply]:
         replies = [Reply(run) for run in self.runs]
@@ -128,41 +112,62 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     """Judge the request, put it before the model and hand it to the engine; leaving cancels what is unfinished."""
     choices = 1 if request.n is None else request.n
     service.metrics.arrived(choices)
+    tools = tools_of(request)
     _refuse(request)
     service.validator.check_choices(request.n)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     parameters = to_parameters(request, max_tokens, request.top_logprobs, add_special_tokens=False)
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
-        generation = await service.validator.validate(
-            await prompt_of(service, request), parameters, greedy=is_greedy(request)
-        )
+        prompt = await _prompt_of(service, request, tools)
+        grammar = await _grammar_of(service, tools) if tools else ""
+        generation = await service.validator.validate(prompt, parameters, greedy=is_greedy(request), grammar=grammar)
         runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:
             await stack.enter_async_context(run)
-        yield Conversation(service, request, runs)
+        yield Conversation(runs, tools)
 
 
 async def prompt_of(service: Service, request: ChatRequest) -> str:
-    """The conversation as the model's template writes it. A last message by the assistant is gone on with."""
-    variables = request.chat_template_kwargs or {}
-    for name in variables.keys() & _TEMPLATE_OWN:
-        raise invalid(f"`chat_template_kwargs` must not set `{name}`")
+    """The conversation and its tools as the model's template writes them. A last message by the assistant is gone on
+    with."""
+    return await _prompt_of(service, request, tools_of(request))
+
+
+async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None) -> str:
+    template = service.templates.choose(tools=tools is not None, documents=bool(request.documents))
     last = request.messages[-1] if request.messages else None
     goes_on = request.continue_final_message
     if goes_on and request.add_generation_prompt:
         raise invalid("`continue_final_message` and `add_generation_prompt` must not both be true")
     if goes_on is None and not request.add_generation_prompt:
-        goes_on = last is not None and last.role == "assistant" and last.content is not None
+        goes_on = last is not None and last.role == "assistant" and last.content is not None and not last.tool_calls
+    messages = [_as_template_reads(message, template.takes_calls) for message in request.messages]
+    # A message costs a template about as much as some tens of characters cost the tokenizer.
+    size = sum(64 + len(message.content or "") for message in request.messages)
+    if tools is not None:
+        told = tools.instructions(request.tool_prompt, shown=template.takes_tools)
+        for message in reversed(messages):
+            if message["role"] != "assistant" and message["content"] is not None:
+                message["content"] = _with_text(message["content"], told)
+                break
+        size += len(tools.text)
     render = functools.partial(
-        service.template.render,
-        [_as_template_reads(message) for message in request.messages],
+        template.render,
+        messages,
+        tools=tools.definitions if tools and template.takes_tools else None,
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
         continue_final_message=goes_on or False,
-        **variables,
+        documents=request.documents or None,
+        options=request.chat_template_kwargs,
     )
-    # A message costs a template about as much as some tens of characters cost the tokenizer.
-    return await service.validator.apart(render, sum(64 + len(message.content or "") for message in request.messages))
+    return await service.validator.apart(render, size)
+
+
+async def _grammar_of(service: Service, tools: Tools) -> str:
+    # A token that ends the generation ends it in the grammar, too.
+    special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
+    return await service.validator.apart(functools.partial(tools.grammar, special_ids), len(tools.text))
 
 
 def is_greedy(request: OpenAIRequest) -> bool:
@@ -212,27 +217,34 @@ def refuse_unsupported(request: OpenAIRequest) -> None:
 
 def _refuse(request: ChatRequest) -> None:
     refuse(request, _CHAT_NEUTRAL)
-    if request.tools and request.tool_choice != "none":
-        raise invalid("`tools` is not supported")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise invalid("`max_tokens` and `max_completion_tokens` must not both be set")
 
 
-def _as_template_reads(message: Message) -> dict[str, Any]:
+def _as_template_reads(message: Message, takes_calls: bool) -> dict[str, Any]:
+    """``takes_calls``: the template writes out tool calls; for another they are text."""
     if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content or []):
         raise invalid("`image_url` content is not supported")
     try:
         plain: dict[str, Any] = msgspec.to_builtins(message)
         for call in plain["tool_calls"] or []:
-            # OpenAI sends JSON in a string; templates write the object out themselves.
-            call["function"]["arguments"] = _unpacked(call["function"]["arguments"])
+            call["function"] = _as_called(call["function"])
+        if plain["tool_calls"] and not takes_calls:
+            calls = spelled(call["function"] for call in plain["tool_calls"])
+            plain["content"] = _with_text(plain["content"], "\n" + calls) if plain["content"] else calls
     except RecursionError:
         raise invalid("the arguments of `tool_calls` are nested too deeply") from None
     return plain
 
 
-def _unpacked(arguments: Any) -> Any:
-    try:
-        return msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
-    except msgspec.DecodeError:
-        return arguments
+def _with_text(content: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
+    return content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
+
+
+def _as_called(function: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends arguments as JSON in a string; templates write the object out themselves."""
+    arguments = function["parameters"] if function["arguments"] is None else function["arguments"]
+    if isinstance(arguments, str):
+        with suppress(msgspec.DecodeError):
+            arguments = msgspec.json.decode(arguments or "{}")
+    return {"name": function["name"], "arguments": {} if arguments is None else arguments}

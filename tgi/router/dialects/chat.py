@@ -6,8 +6,8 @@ from msgspec import UNSET
 
 from tgi.router import headers
 from tgi.router.call import Call, event
-from tgi.router.conversation import CallDelta, Conversation, Reply, converse, prompt_of
-from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_usage
+from tgi.router.conversation import CallDelta, Conversation, Reply, Said, converse, prompt_of
+from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_continuous_usage, wants_usage
 from tgi.router.pipeline import Piece, Service
 from tgi.router.wire.native import ChatTokenizeResponse, SimpleToken, Token
 from tgi.router.wire.openai import (
@@ -40,30 +40,45 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
         runs = conversation.runs
         if request.stream:
             fields = headers.of_stream(compute_type, [runs[0].generation.text])
-            await call.stream(_events(service, request, conversation), fields, fail_with(service))
+            # text-generation reads no delta without a role; OpenAI's Python library strings all roles together.
+            every_role = b"openai/python" not in call.header(b"user-agent").lower()
+            await call.stream(_events(service, request, conversation, every_role), fields, fail_with(service))
         else:
             replies = await conversation.replies()
             response = ChatCompletion(
                 **identity(service, "chatcmpl"),
                 choices=[_choice(service, request, index, reply) for index, reply in enumerate(replies)],
-                usage=usage_of(runs),
+                usage=usage_of(runs, len(runs)),
             )
-            await call.json(response, headers.of_answer(compute_type, runs))
+            await call.json(response, headers.of_answer(compute_type, runs, len(runs)))
 
 
-async def _events(service: Service, request: ChatRequest, conversation: Conversation) -> AsyncGenerator[bytes, None]:
-    common = identity(service, "chatcmpl")
+async def _events(
+    service: Service, request: ChatRequest, conversation: Conversation, every_role: bool
+) -> AsyncGenerator[bytes, None]:
+    """``every_role``: each delta says whose it is, as TGI's do; otherwise the first of each choice, as OpenAI's."""
+    common, runs = identity(service, "chatcmpl"), conversation.runs
+    continuous = wants_continuous_usage(request)
+    silent = set(range(len(runs)))
     async for said in conversation:
+        role = "assistant" if every_role or said.choice in silent else UNSET
+        silent.discard(said.choice)
         choice = ChatChunkChoice(
             said.choice,
-            ChatDelta("assistant", said.text, [_call_delta(delta) for delta in said.calls] or None),
+            ChatDelta(role, _content(said), [_call_delta(delta) for delta in said.calls] or None),
             _logprobs(service, [said.piece]) if request.logprobs else None,
             said.finish,
         )
-        yield event(ChatCompletionChunk(**common, choices=[choice]))
+        usage = usage_of(runs, len(runs)) if continuous else None
+        yield event(ChatCompletionChunk(**common, choices=[choice], usage=usage))
     if wants_usage(request):
-        yield event(ChatCompletionChunk(**common, choices=[], usage=usage_of(conversation.runs)))
+        yield event(ChatCompletionChunk(**common, choices=[], usage=usage_of(runs, len(runs))))
     yield DONE
+
+
+def _content(said: Said | Reply) -> str | None:
+    """Null is for calls without a word."""
+    return None if said.calls and not said.text else said.text
 
 
 def _call_delta(delta: CallDelta) -> ToolCallDelta:
@@ -75,7 +90,7 @@ def _call_delta(delta: CallDelta) -> ToolCallDelta:
 
 def _choice(service: Service, request: ChatRequest, index: int, reply: Reply) -> ChatChoice:
     calls = [ToolCalled(id=call.id, function=FunctionCalled(call.name, call.arguments)) for call in reply.calls]
-    message = AssistantMessage(content=reply.text, tool_calls=calls or UNSET)
+    message = AssistantMessage(content=_content(reply), tool_calls=calls or UNSET)
     return ChatChoice(index, message, _logprobs(service, reply.pieces) if request.logprobs else None, reply.finish)
 
 
