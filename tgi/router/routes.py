@@ -4,7 +4,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from tgi.router.call import Call, ErrorStyle
-from tgi.router.dialects import chat, cloud, completions, native, openai
+from tgi.router.dialects import chat, cloud, completions, embeddings, native, openai
 from tgi.router.pipeline import Service
 from tgi.router.wire.base import OneOf
 from tgi.router.wire.cloud import (
@@ -16,6 +16,7 @@ from tgi.router.wire.cloud import (
     VertexRequest,
     VertexResponse,
 )
+from tgi.router.wire.embeddings import Embedding, Embeddings, EmbeddingsRequest
 from tgi.router.wire.native import (
     ChatTokenizeResponse,
     CompatGenerateRequest,
@@ -103,6 +104,15 @@ ROUTES = (
         body=CompletionRequest,
         answer=Completion,
         event=Completion,
+        protected=True,
+    ),
+    Row(
+        "POST",
+        "/v1/embeddings",
+        embeddings.embeddings,
+        "Turn texts into vectors",
+        body=EmbeddingsRequest,
+        answer=Embeddings[Embedding],
         protected=True,
     ),
     Row(
