@@ -209,6 +209,10 @@ class Answer:
     run: Run
     pieces: list[Piece]
 
+    @property
+    def mean_logprob(self) -> float:
+        return sum(piece.token.logprob for piece in self.pieces) / max(1, len(self.pieces))
+
 
 async def together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """All results, in order. The first failure ends the others."""
