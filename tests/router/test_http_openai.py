@@ -1,6 +1,7 @@
 """OpenAI's routes, over HTTP."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,6 @@ def test_top_p_of_one_is_off(router: Router) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"best_of": 2}, "`best_of` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` is not supported"),
     ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
     ({"guided_json": {}}, "`guided_json` is not supported"),
@@ -185,6 +185,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
 ]
 REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"best_of": 2}, "`best_of` is not supported"),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
     ({"functions": [{}]}, "`functions` is not supported"),
     ({"function_call": "auto"}, "`function_call` is not supported"),
@@ -203,10 +204,6 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
         "`image_url` content is not supported",
     ),
 ]
-REFUSED_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
-    ({"echo": True}, "`echo` is not supported"),
-    ({"logprobs": 0}, "`logprobs` is not supported"),
-]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,7 +215,7 @@ def test_chat_refuses_by_name(router: Router, fields: dict[str, Any], text: str,
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("fields", "text"), REFUSED + REFUSED_IN_COMPLETIONS)
+@pytest.mark.parametrize(("fields", "text"), REFUSED)
 def test_completions_refuse_by_name(router: Router, fields: dict[str, Any], text: str, stream: bool) -> None:
     response = router.complete(**fields, stream=stream)
     assert response.status_code == 422
@@ -326,7 +323,7 @@ def test_several_prompts_streamed(router: Router) -> None:
     prompts = ["the quick brown fox", "a", "dog"]
     *chunks, done = events(router.complete(prompt=prompts, stream=True).content)
     assert done == "[DONE]"
-    assert list(chunks[0]) == ["object", "id", "created", "model", "system_fingerprint", "choices"]
+    assert list(chunks[0]) == ["object", "id", "created", "choices", "model", "system_fingerprint"]
     for index, prompt in enumerate(prompts):
         own = [chunk for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert "".join(chunk["choices"][0]["text"] for chunk in own) == prompt
@@ -372,8 +369,19 @@ def test_one_failing_prompt_ends_the_others(router: Router) -> None:
 
 
 def test_models(router: Router) -> None:
-    model = {"id": "a/model", "object": "model", "created": 0, "owned_by": "a/model"}
-    assert router.http.get("/v1/models").json() == {"object": "list", "data": [model]}
+    (model,) = router.http.get("/v1/models").json()["data"]
+    assert list(model) == ["id", "object", "created", "owned_by"]
+    assert model == {"id": "a/model", "object": "model", "created": model["created"], "owned_by": "a/model"}
+    assert 0 <= time.time() - model["created"] < 600  # the test has just written its files
+    assert router.http.get("/v1/models/a/model").json() == model
+    assert router.http.get("/v1/models/a%2Fmodel").json() == model
+
+
+@pytest.mark.parametrize("name", ["x", "a", "a/model/", "a/model/x", "A/model"])
+def test_a_model_that_is_not_served(router: Router, name: str) -> None:
+    response = router.http.get(f"/v1/models/{name}")
+    assert response.status_code == 404
+    assert response.json() == {"error": f"The model `{name}` does not exist", "error_type": "not_found"}
 
 
 @pytest.mark.parametrize("name", [None, "tgi", "dummy", "gpt-4o"])

@@ -5,7 +5,7 @@ into its own events or its own answer. Knows no event and no answer of any diale
 """
 
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,12 @@ _CHAT_NEUTRAL = _NEUTRAL | {
     "functions": (None, []),
     "function_call": (None, "none"),
     "chat_template": (None,),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "store": (None, False),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
 }
 
 
@@ -111,10 +117,11 @@ class Conversation:
 async def converse(service: Service, request: ChatRequest, arrived: float) -> AsyncIterator[Conversation]:
     """Judge the request, put it before the model and hand it to the engine; leaving cancels what is unfinished."""
     choices = 1 if request.n is None else request.n
-    service.metrics.arrived(choices)
+    service.metrics.arrived()
     tools = tools_of(request)
     _refuse(request)
     service.validator.check_choices(request.n)
+    service.metrics.arrived(choices - 1)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     parameters = to_parameters(request, max_tokens, request.top_logprobs, add_special_tokens=False)
     async with AsyncExitStack() as stack:
@@ -152,6 +159,9 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
                 message["content"] = _with_text(message["content"], told)
                 break
         size += len(tools.text)
+    options = request.chat_template_kwargs or {}
+    if request.reasoning_effort is not None:
+        options = {"reasoning_effort": request.reasoning_effort} | options
     render = functools.partial(
         template.render,
         messages,
@@ -159,7 +169,7 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
         continue_final_message=goes_on or False,
         documents=request.documents or None,
-        options=request.chat_template_kwargs,
+        options=options,
     )
     return await service.validator.apart(render, size)
 
@@ -210,13 +220,15 @@ def to_parameters(
     )
 
 
-def refuse_unsupported(request: OpenAIRequest) -> None:
-    """What no route of OpenAI's can be asked for yet."""
-    refuse(request, _NEUTRAL)
+def refuse_unsupported(request: OpenAIRequest, neutral: Mapping[str, tuple[object, ...]] = _NEUTRAL) -> None:
+    """What no route of OpenAI's can be asked for."""
+    refuse(request, neutral)
+    if request.stream_options is not None:
+        refuse(request.stream_options, {"include_obfuscation": (None, False)})
 
 
 def _refuse(request: ChatRequest) -> None:
-    refuse(request, _CHAT_NEUTRAL)
+    refuse_unsupported(request, _CHAT_NEUTRAL)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise invalid("`max_tokens` and `max_completion_tokens` must not both be set")
 

@@ -1,7 +1,8 @@
 """The ``x-…`` headers with which TGI tells what a request cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from tgi.router.metrics import Times
 from tgi.router.pipeline import Run
 
 
@@ -14,26 +15,30 @@ def of_stream(compute_type: str, prompts: Sequence[str]) -> dict[str, str]:
     }
 
 
-def of_answer(compute_type: str, runs: Sequence[Run], *, compute_time: bool = True) -> dict[str, str]:
-    """Of finished runs, summed; ``compute_time`` as /v1/completions has none. Milliseconds, but for x-compute-time."""
-    times = [run.times for run in runs]
-    milliseconds = {
-        "x-total-time": sum(_ms(t.total) for t in times),
-        "x-validation-time": sum(_ms(t.validation) for t in times),
-        "x-queue-time": sum(_ms(t.queue) for t in times),
-        "x-inference-time": sum(_ms(t.inference) for t in times),
-        "x-time-per-token": sum(_ms(t.inference / run.tokens) for t, run in zip(times, runs, strict=True)),
+def of_answer(compute_type: str, runs: Sequence[Run], choices: int = 1, *, compute_time: bool = True) -> dict[str, str]:
+    """Of finished runs. Milliseconds, but for x-compute-time, which /v1/completions has not.
+
+    Each ``choices`` runs in a row are answers to one prompt: their tokens are added up, and of their times the longest
+    counts. All is summed over prompts, as TGI does.
+    """
+    prompts = [runs[start : start + choices] for start in range(0, len(runs), choices)]
+
+    def longest(time: Callable[[Times, Run], float]) -> list[float]:
+        return [max(time(run.times, run) for run in answers) for answers in prompts]
+
+    durations = {
+        "x-total-time": longest(lambda t, _: t.total),
+        "x-validation-time": longest(lambda t, _: t.validation),
+        "x-queue-time": longest(lambda t, _: t.queue),
+        "x-inference-time": longest(lambda t, _: t.inference),
+        "x-time-per-token": longest(lambda t, run: t.inference / max(1, run.tokens)),
     }
-    seconds = {"x-compute-time": str(sum(t.total for t in times))} if compute_time else {}
+    firsts = runs[::choices]
     return {
         "x-compute-type": compute_type,
-        **seconds,
-        "x-compute-characters": str(sum(len(run.generation.text) for run in runs)),
-        **{name: str(value) for name, value in milliseconds.items()},
-        "x-prompt-tokens": str(sum(len(run.generation.token_ids) for run in runs)),
+        **({"x-compute-time": str(sum(durations["x-total-time"]))} if compute_time else {}),
+        "x-compute-characters": str(sum(len(run.generation.text) for run in firsts)),
+        **{name: str(sum(int(seconds * 1000) for seconds in each)) for name, each in durations.items()},
+        "x-prompt-tokens": str(sum(len(run.generation.token_ids) for run in firsts)),
         "x-generated-tokens": str(sum(run.tokens for run in runs)),
     }
-
-
-def _ms(seconds: float) -> int:
-    return int(seconds * 1000)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 import tgi
-from tgi.core.errors import GENERATION, INCOMPLETE, OVERLOADED, UNAVAILABLE, UNHEALTHY, VALIDATION, Kind
+from tgi.core.errors import GENERATION, INCOMPLETE, NOT_FOUND, OVERLOADED, UNAVAILABLE, UNHEALTHY, VALIDATION, Kind
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
@@ -90,9 +90,13 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     if row.path == "/metrics":
         content["text/plain"] = {"schema": {"type": "string"}}
     success: dict[str, Any] = {"description": "Success"} | ({"content": content} if content else {})
-    failures: tuple[Kind, ...] = (
-        _FAILURES if row.body is not None else (UNHEALTHY,) if row.path.endswith(("/health", "/ready")) else ()
-    )
+    failures: tuple[Kind, ...] = ()
+    if row.body is not None:
+        failures = _FAILURES
+    elif row.path.endswith(("/health", "/ready")):
+        failures = (UNHEALTHY,)
+    elif row.path.startswith("/v1/models/"):
+        failures = (NOT_FOUND,)
     operation: dict[str, Any] = {
         "tags": ["Text Generation Inference"],
         "summary": row.summary,

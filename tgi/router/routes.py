@@ -1,11 +1,19 @@
 """The table of routes: what each takes, who answers it, what it returns, and whether a key is needed."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
+from tgi.core.config import Settings
 from tgi.router.call import Call, ErrorStyle
-from tgi.router.dialects import chat, cloud, completions, embeddings, native, openai
+from tgi.router.dialects import anthropic, chat, cloud, completions, embeddings, native, openai
 from tgi.router.pipeline import Service
+from tgi.router.wire.anthropic import (
+    AnthropicMessage,
+    CountTokensRequest,
+    MessageEvent,
+    MessagesRequest,
+    TokenCount,
+)
 from tgi.router.wire.base import OneOf
 from tgi.router.wire.cloud import (
     INVOCATION,
@@ -31,7 +39,9 @@ from tgi.router.wire.openai import (
     ChatCompletionChunk,
     ChatRequest,
     Completion,
+    CompletionChunk,
     CompletionRequest,
+    ModelInfo,
     ModelsInfo,
 )
 
@@ -53,6 +63,12 @@ class Row(NamedTuple):
     key_header: bytes | None = None
     """The key is taken from here, too, without a word before it."""
     errors: ErrorStyle = native.ERRORS
+    span: str = ""
+    """TGI's name for it in logs and traces, where the handler has another."""
+
+    @property
+    def name(self) -> str:
+        return self.span or self.handler.__name__
 
 
 _MODEL = "/v2/models/{model_name:path}/versions/{model_version}"
@@ -67,6 +83,7 @@ ROUTES = (
         answer=list[GenerateResponse],
         event=StreamResponse,
         protected=True,
+        span="compat_generate",
     ),
     Row(
         "POST",
@@ -95,6 +112,7 @@ ROUTES = (
         answer=ChatCompletion,
         event=ChatCompletionChunk,
         protected=True,
+        span="chat_completions",
     ),
     Row(
         "POST",
@@ -103,8 +121,31 @@ ROUTES = (
         "Continue one or several texts",
         body=CompletionRequest,
         answer=Completion,
-        event=Completion,
+        event=CompletionChunk,
         protected=True,
+    ),
+    Row(
+        "POST",
+        "/v1/messages",
+        anthropic.messages,
+        "Continue a conversation, as Anthropic's clients ask",
+        body=MessagesRequest,
+        answer=AnthropicMessage,
+        event=MessageEvent,
+        protected=True,
+        key_header=b"x-api-key",
+        errors=anthropic.ERRORS,
+    ),
+    Row(
+        "POST",
+        "/v1/messages/count_tokens",
+        anthropic.count_tokens,
+        "Count a conversation's tokens, as Anthropic's clients ask",
+        body=CountTokensRequest,
+        answer=TokenCount,
+        protected=True,
+        key_header=b"x-api-key",
+        errors=anthropic.ERRORS,
     ),
     Row(
         "POST",
@@ -139,8 +180,9 @@ ROUTES = (
         cloud.invocations,
         "Generate as /, /v1/chat/completions or /v1/completions do: SageMaker's one route for all of them",
         body=INVOCATION,
+        span="sagemaker_compatibility",
         answer=OneOf((list[GenerateResponse], ChatCompletion, Completion)),
-        event=OneOf((StreamResponse, ChatCompletionChunk, Completion)),
+        event=OneOf((StreamResponse, ChatCompletionChunk, CompletionChunk)),
         protected=True,
     ),
     Row(
@@ -151,6 +193,7 @@ ROUTES = (
         body=VertexRequest,
         answer=VertexResponse,
         protected=True,
+        span="vertex_compatibility",
     ),
     Row(
         "POST",
@@ -160,16 +203,26 @@ ROUTES = (
         body=InferRequest,
         answer=InferResponse,
         protected=True,
+        span="kserve_model_infer",
     ),
     Row("GET", _MODEL, cloud.model_metadata, "KServe: metadata of the model", answer=Metadata),
     Row("GET", f"{_MODEL}/ready", cloud.model_ready, "KServe: whether the model answers", answer=Live),
     Row("GET", "/v2/health/live", cloud.live, "KServe: whether the server lives", answer=Live),
     Row("GET", "/v2/health/ready", cloud.ready, "KServe: whether the engine answers", answer=Live),
     Row("GET", "/v2", cloud.server_metadata, "KServe: metadata of the server", answer=Metadata),
-    Row("GET", "/v1/models", openai.models, "The served model", answer=ModelsInfo),
+    Row("GET", "/v1/models", openai.models, "The served model, as a list", answer=ModelsInfo),
+    Row("GET", "/v1/models/{id:path}", openai.model, "The served model", answer=ModelInfo),
     Row("GET", "/info", native.info, "Text Generation Inference endpoint info", answer=Info),
     Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error"),
     Row("GET", "/metrics", native.metrics, "Prometheus metrics scrape endpoint"),
     Row("GET", "/", native.health),
     Row("GET", "/ping", native.health),
 )
+
+
+def named_by_vertex(settings: Settings) -> Iterator[Row]:
+    """/vertex and /health once more, where Vertex AI says that it will ask."""
+    if settings.aip_predict_route is not None:
+        yield Row("POST", settings.aip_predict_route, cloud.vertex, body=VertexRequest, protected=True)
+    if settings.aip_health_route is not None:
+        yield Row("GET", settings.aip_health_route, native.health)

@@ -3,9 +3,11 @@
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tgi
+from tgi.core.errors import NOT_FOUND, RequestError
 from tgi.router.call import Call, event
 from tgi.router.pipeline import Run, Service
 from tgi.router.wire.openai import (
@@ -18,25 +20,44 @@ from tgi.router.wire.openai import (
     Usage,
 )
 
-FINGERPRINT = f"{tgi.__version__}-native"
-
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
 
 
 async def models(call: Call, service: Service, _: None) -> None:
-    name = service.settings.model.model_id
-    await call.json(ModelsInfo("list", [ModelInfo(name, "model", 0, name)]))
+    await call.json(ModelsInfo("list", [_served(service)]))
+
+
+async def model(call: Call, service: Service, _: None) -> None:
+    served, name = _served(service), call.path["id"]
+    if name != served.id:
+        raise RequestError(NOT_FOUND, f"The model `{name}` does not exist")
+    await call.json(served)
+
+
+def _served(service: Service) -> ModelInfo:
+    """As old as its files are on this machine."""
+    model = service.settings.model
+    created = (Path(model.folder) / "tokenizer.json").stat().st_mtime
+    return ModelInfo(model.model_id, "model", int(created), model.model_id)
 
 
 def wants_usage(request: OpenAIRequest) -> bool:
-    return request.stream_options is not None and request.stream_options.include_usage
+    """At the end of a stream."""
+    return bool(request.stream_options and request.stream_options.include_usage)
 
 
-def usage_of(runs: Sequence[Run]) -> Usage:
-    prompt = sum(len(run.generation.token_ids) for run in runs)
+def wants_continuous_usage(request: OpenAIRequest) -> bool:
+    """On each chunk of a stream."""
+    return bool(request.stream_options and request.stream_options.continuous_usage_stats)
+
+
+def usage_of(runs: Sequence[Run], choices: int = 1) -> Usage:
+    """So far, of all runs. Each ``choices`` of them in a row have one prompt, which counts once."""
+    firsts = runs[::choices]
+    prompt = sum(len(run.generation.token_ids) for run in firsts)
     completion = sum(run.tokens for run in runs)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(run.cached for run in runs)))
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(run.cached for run in firsts)))
 
 
 def identity(service: Service, prefix: str) -> dict[str, Any]:
@@ -45,7 +66,7 @@ def identity(service: Service, prefix: str) -> dict[str, Any]:
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": service.settings.model.model_id,
-        "system_fingerprint": FINGERPRINT,
+        "system_fingerprint": f"{tgi.__version__}-{service.settings.docker_label or 'native'}",
     }
 
 

@@ -1,6 +1,6 @@
 """The wire of OpenAI's routes, with the extensions of other servers. Types only: ``validate`` judges the values."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -10,10 +10,11 @@ from tgi.router.wire.base import F32, I32, I64, U32
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True):
-    include_usage: bool = False
+    include_usage: bool | None = None
     """One more chunk at the end, with the usage and no choices."""
-    continuous_usage_stats: bool = False
+    continuous_usage_stats: bool | None = None
     """The usage so far on every chunk."""
+    include_obfuscation: bool | None = None
 
 
 class OpenAIRequest(Struct, frozen=True, kw_only=True):
@@ -43,7 +44,6 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     n: U32 | None = None
     best_of: U32 | None = None
-    user: str | None = None
     priority: I32 | None = None
     cache_salt: str | None = None
     response_format: Any = None
@@ -54,6 +54,16 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+
+    user: Any = None
+    """This and what follows has its effect on the operator's side at OpenAI, and none on the answer: nobody looks."""
+    metadata: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
 
 class TextPart(Struct, frozen=True, tag_field="type", tag="text"):
@@ -119,8 +129,8 @@ class NamedTool(Struct, frozen=True, kw_only=True):
             raise ValueError("a tool choice needs `function` with a `name`")
 
     @property
-    def chosen(self) -> str | None:
-        return self.name if self.function is None else self.function.name
+    def chosen(self) -> str:
+        return self.function.name if self.function is not None else self.name or ""
 
 
 class Message(Struct, frozen=True, kw_only=True):
@@ -129,6 +139,7 @@ class Message(Struct, frozen=True, kw_only=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def __post_init__(self) -> None:
         if self.content is None and not self.tool_calls:
@@ -154,6 +165,14 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    """For templates that read it, as in ``chat_template_kwargs``."""
+    audio: Any = None
+    modalities: Any = None
+    moderation: Any = None
+    store: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -166,6 +185,15 @@ class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.prompt == []:
             raise ValueError("Empty array detected. Do not use an empty array for the prompt.")
+        if len({type(item) for item in self.prompt}) > 1:
+            raise ValueError("a prompt is one text, several texts, one list of token ids or several of those")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each a text or token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [cast("str | list[int]", self.prompt)]
+        return cast("list[str | list[int]]", self.prompt)
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------
@@ -248,8 +276,7 @@ class ToolCallDelta(Struct, frozen=True, kw_only=True):
 
 
 class ChatDelta(Struct, frozen=True):
-    role: str
-    """On every delta, as the text-generation client wants it."""
+    role: str | UnsetType
     content: str | None
     tool_calls: list[ToolCallDelta] | None = None
     """Always there: the text-generation client can't read a delta without the key."""
@@ -272,12 +299,15 @@ class ChatCompletionChunk(Struct, frozen=True, kw_only=True, tag_field="object",
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """Of the legacy route: parallel lists, one item for each token."""
+    """Of the legacy route: parallel lists, one item for each token. The first of a prompt has no log-probability."""
 
     tokens: list[str]
+    """Texts; of tokens that are part of a character ``bytes:\\xe2\\x98`` and so on, as OpenAI spells them."""
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
+    """The token itself and the likeliest in its place, best first; of several with one text the likeliest."""
     text_offset: list[int]
+    """Where a token begins in the choice's text, in characters."""
 
 
 class CompletionChoice(Struct, frozen=True):
@@ -289,13 +319,24 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True, tag_field="object", tag="text_completion"):
-    """A whole answer, and each chunk of a stream."""
+    """A whole answer, and a stream's chunk with the usage of all that it ends."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(Struct, frozen=True, kw_only=True, tag_field="object", tag="text_completion"):
+    """The same keys in TGI's other order."""
+
+    id: str
+    created: int
+    choices: list[CompletionChoice]
+    model: str
+    system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
 
 
