@@ -79,6 +79,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compute_type: str = "cpu"
     json_output: bool = False
     log_level: str = "info"
+    log_colorize: bool | None = None
+    """None: in colours on a terminal."""
+    otlp_endpoint: str | None = None
+    otlp_service_name: str = "text-generation-inference.router"
     graceful_termination_timeout: float = 90.0
 
     @property

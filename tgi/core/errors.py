@@ -12,6 +12,11 @@ class Kind(NamedTuple):
     label: str | None = None
     """Value of ``err`` in the metric ``tgi_request_failure``; None: not counted there."""
 
+    @property
+    def ours(self) -> bool:
+        """The server is at fault, not the client."""
+        return self.status >= 500 or self.label == "generation"
+
 
 GENERATION = Kind("generation", 424, "Request failed during generation: ", "generation")
 OVERLOADED = Kind("overloaded", 429, "Model is overloaded", "overloaded")

@@ -1,6 +1,7 @@
 """The router process: the HTTP application around the table of routes, on a socket that the launcher holds."""
 
 import asyncio
+import dataclasses
 import hmac
 import logging
 import resource
@@ -28,10 +29,12 @@ from tgi.router import openapi, routes
 from tgi.router.call import Call
 from tgi.router.client import EngineClient
 from tgi.router.connection import Connection, watch_readers
+from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
 from tgi.router.template import ChatTemplate
 from tgi.router.tokenizer import Tokenizer
+from tgi.router.tracing import Tracer
 from tgi.router.validate import Validator
 from tgi.router.wire.base import OneOf, Unreadable, decode, decode_one
 
@@ -58,7 +61,12 @@ class Endpoint:
         elif row.protected and not self._may(call, row):
             await row.errors.answer(call, RequestError(UNAUTHORIZED))
         else:
-            await self._serve(call, row)
+            service = dataclasses.replace(self._service, journal=Journal(row.name))
+            try:
+                await self._serve(call, row, service)
+            finally:
+                if service.tracer is not None and row.body is not None:
+                    service.tracer.record(service.journal, call, row.method, row.path)
 
     def _may(self, call: Call, row: routes.Row) -> bool:
         if self._key is None:
@@ -66,19 +74,19 @@ class Endpoint:
         bearer = hmac.compare_digest(call.header(b"authorization"), b"Bearer " + self._key)
         return bearer or (row.key_header is not None and hmac.compare_digest(call.header(row.key_header), self._key))
 
-    async def _serve(self, call: Call, row: routes.Row) -> None:
+    async def _serve(self, call: Call, row: routes.Row, service: Service) -> None:
         try:
             if row.body is None:
-                await row.handler(call, self._service, None)
+                await row.handler(call, service, None)
             else:
                 request = await self._request(call, row)
-                await call.while_connected(row.handler(call, self._service, request))
+                await call.while_connected(row.handler(call, service, request))
         except Unreadable as error:
             await row.errors.answer(call, error)
         except ConnectionError:
             log.debug("a client left before its request was read")
         except Exception as error:
-            judged = self._service.judge(error)
+            judged = service.judge(error)
             if not call.answered:
                 await row.errors.answer(call, judged)
 
@@ -101,6 +109,8 @@ def create(service: Service) -> Starlette:
         engine.cancel()
         await asyncio.wait([engine])
         service.validator.close()
+        if service.tracer is not None:
+            service.tracer.close()
 
     rows = (*routes.ROUTES, *openapi.OWN_ROUTES)
     app = Starlette(
@@ -133,6 +143,7 @@ def build(settings: Settings) -> Service:
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,
         permits=Permits(settings.limits.max_concurrent_requests),
+        tracer=None if settings.otlp_endpoint is None else Tracer(settings),
     )
 
 

@@ -47,14 +47,19 @@ class Call:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.arrived = time.monotonic()
-        self.answered = False
-        """Whether the status line is out: after that an error can only be an event."""
+        self.status = 0
+        """Of the answer, once it is out."""
         self.path: dict[str, str] = scope.get("path_params", {})
         """What stands in the path for each ``{name}`` of the route."""
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
         self._send = send
         self._spoke = 0.0
+
+    @property
+    def answered(self) -> bool:
+        """Whether the status line is out: after that an error can only be an event."""
+        return self.status > 0
 
     def header(self, name: bytes) -> bytes:
         """By its lower-case name; empty if the client didn't send it."""
@@ -126,7 +131,7 @@ class Call:
         await self._send({"type": "http.response.body", "body": last})
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
-        self.answered = True
+        self.status = status
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,10 +15,12 @@ from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
 from tgi.core.messages import Pooling, PromptToken
 from tgi.router.client import EngineClient, Ticket
+from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics, Times
 from tgi.router.stream import Detokenizer, Stops
 from tgi.router.template import ChatTemplates
 from tgi.router.tokenizer import Tokenizer
+from tgi.router.tracing import Tracer
 from tgi.router.validate import Generation, Validator
 from tgi.router.wire.native import FinishReason, Token
 
@@ -58,6 +60,9 @@ class Service:
     client: EngineClient
     metrics: Metrics
     permits: Permits
+    tracer: Tracer | None = None
+    journal: Journal = field(default_factory=Journal)
+    """Of the request at hand: each one's handler gets a Service with a journal of its own."""
 
     def judge(self, error: Exception) -> RequestError:
         """The error as the client may see it, counted. What is no RequestError is a bug: logged, told as internal."""
@@ -65,6 +70,7 @@ class Service:
             log.error("a handler failed", exc_info=error)
             error = RequestError(INTERNAL)
         self.metrics.failed(error.kind)
+        self.journal.failed(error)
         return error
 
     def tokens(self, ranked: Iterable[tuple[int, float]]) -> list[Token]:
@@ -131,6 +137,7 @@ class Run:
         )
         if self._counts:
             service.metrics.validated(len(generation.token_ids), generation.max_new_tokens)
+        service.journal.runs.append(self)
         return self
 
     async def __aexit__(
@@ -139,6 +146,7 @@ class Run:
         self._ticket.cancel()
         if self.finish is None and self._counts and isinstance(error, asyncio.CancelledError | GeneratorExit):
             self._service.metrics.dropped()
+            self._service.journal.dropped(self)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces until the generation is finished. Raises RequestError where the engine fails it."""
@@ -187,6 +195,11 @@ class Run:
         return "".join(self._text)
 
     @property
+    def ticket(self) -> Ticket:
+        """Its life in the engine, once it has been handed over."""
+        return self._ticket
+
+    @property
     def times(self) -> Times:
         ticket = self._ticket
         return Times(
@@ -200,6 +213,7 @@ class Run:
     def _record(self) -> None:
         if self._counts:
             self._service.metrics.finished(self.times, self.tokens, self.cached)
+            self._service.journal.finished(self)
 
 
 @dataclass(frozen=True, slots=True)

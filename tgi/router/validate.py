@@ -50,6 +50,8 @@ def refuse(request: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]]) -
 class Generation:
     """A request that may run: every limit holds, every default is filled in. Only Validator makes one."""
 
+    parameters: GenerateParameters
+    """What was asked for."""
     text: str
     """The prompt, whole, even where it was truncated; of a prompt of token ids what they spell."""
     token_ids: list[int]
@@ -159,6 +161,7 @@ class Validator:
             )
         sampling, eos_ids = _sampling(parameters, greedy), self._tokenizer.eos_ids
         return Generation(
+            parameters=parameters,
             text=prompt if isinstance(prompt, str) else await self._decode(token_ids),
             token_ids=token_ids,
             max_new_tokens=max_new_tokens,
