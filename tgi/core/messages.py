@@ -38,6 +38,8 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True):
     """(gamma, delta): share of green tokens and their bonus."""
     grammar: str = ""
     """What the tokens must spell, as llguidance reads it; "" for anything."""
+    end_token_ids: list[int] = []
+    """The model's own end tokens, which a grammar allows where it may end; sent only with one."""
     top_n_tokens: int = 0
     """Also of each prompt token, where ``prompt_logprobs`` asks for those."""
 

@@ -1,6 +1,6 @@
 """What the scheduler hands to the runner for one chunk, and what it gets back. Data only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ class Work:
     def samples(self) -> bool:
         """Whether the chunk reaches the end of the request, so that it yields the next token, if any is wanted."""
         return self.start + self.length == len(self.tokens) and self.submit.max_new_tokens > 0
+
+
+Masks = Mapping[int, Any]
+"""Index of a work that has a grammar → numpy bool [vocabulary]: the tokens that may come next, at least one."""
 
 
 @dataclass(frozen=True, slots=True)

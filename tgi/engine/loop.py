@@ -4,8 +4,10 @@ import itertools
 import logging
 import time
 from collections import defaultdict
+from pathlib import Path
 
 from tgi.core.messages import Cancel, Delta, Fault, Ping, Pong, Step, StepStats, Submit
+from tgi.engine.grammar import Grammars
 from tgi.engine.mailbox import Gone, Mailbox
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Plan, Scheduler
@@ -15,12 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """take messages → schedule → launch → sample → commit → send."""
+    """take messages → schedule → launch → masks → sample → commit → send."""
 
-    def __init__(self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner, tokenizer: Path) -> None:
+        """``tokenizer``: the model's tokenizer.json, for grammars."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._runner = runner
+        self._grammars = Grammars(tokenizer, runner.vocab_size, mailbox.wake)
 
     def run(self) -> None:
         """Until the process ends. An error of one request ends that request; any other error ends the engine."""
@@ -44,18 +48,24 @@ class Loop:
                     self._submit(router, message)
                 case Cancel():
                     self._scheduler.cancel(router, message.id)
+                    self._grammars.cancel(router, message.id)
                 case Ping():
                     self._mailbox.send(router, Pong(message.nonce))
                 case Gone():
                     self._scheduler.cancel(router)
+                    self._grammars.cancel(router)
+        for request, error in self._grammars.ready():
+            self._add(request, error)
 
     def step(self) -> None:
         begin = time.monotonic()
         plan = self._scheduler.schedule()
         planned = time.monotonic()
-        launched = self._runner.launch([chunk.work() for chunk in plan.chunks])
+        works = [chunk.work() for chunk in plan.chunks]
+        launched = self._runner.launch(works)
         forward = time.monotonic()
-        results = self._runner.sample(launched)
+        masks = self._grammars.masks([chunk.request for chunk in plan.chunks], works)
+        results = self._runner.sample(launched, masks)
         sampled = time.monotonic()
         messages = self._scheduler.commit(plan, results)
         self._send(messages, self._stats(plan, begin, planned, forward, sampled))
@@ -64,11 +74,17 @@ class Loop:
         request = Request(router, submit, list(submit.token_ids))
         named = itertools.chain(submit.token_ids, submit.sampling.logit_bias)
         if any(not 0 <= token < self._runner.vocab_size for token in named):
-            fault: Fault | None = Fault(submit.id, "a token id lies outside the model's vocabulary")
+            self._add(request, "a token id lies outside the model's vocabulary")
+        elif submit.sampling.grammar:
+            self._grammars.prepare(request)
         else:
-            fault = self._scheduler.add(request)
+            self._add(request)
+
+    def _add(self, request: Request, error: str | None = None) -> None:
+        """Let it run, or tell why it can't."""
+        fault = self._scheduler.add(request) if error is None else Fault(request.submit.id, error)
         if fault is not None:
-            self._mailbox.send(router, Step(faults=[fault]))
+            self._mailbox.send(request.router, Step(faults=[fault]))
 
     def _send(self, messages: list[tuple[int, Delta | Fault]], stats: StepStats) -> None:
         """One message per router that has news; the step's numbers go to the oldest one."""

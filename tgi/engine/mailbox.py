@@ -3,6 +3,7 @@
 Knows connections and messages, not what they mean.
 """
 
+import contextlib
 import selectors
 import socket
 from collections.abc import Generator, Iterator
@@ -31,14 +32,18 @@ class Mailbox:
     """Listens for routers. A connection is named by a number that is never used again."""
 
     def __init__(self, path: Path, epoch: int) -> None:
-        """Bind ``path``; the folder's mode keeps other users out."""
+        """Bind ``path``, for this user alone."""
         self._hello = frame(Hello(epoch))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
+        path.chmod(0o600)  # before anybody can connect
         self._listener.listen()
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._woken)
         self._connections: dict[int, _Connection] = {}
         self._next = 0
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -54,6 +59,9 @@ class Mailbox:
             if key.data is None:
                 self._accept()
                 continue
+            if key.data is self._woken:
+                self._woken.recv(_READ)
+                continue
             name: int = key.data
             alive = self._flush(name) if events & selectors.EVENT_WRITE else True
             if alive and events & selectors.EVENT_READ:
@@ -61,6 +69,11 @@ class Mailbox:
             if not alive:
                 self._close(name)
                 yield name, Gone()
+
+    def wake(self) -> None:
+        """End a ``poll`` that waits. The one method that other threads may call."""
+        with contextlib.suppress(BlockingIOError):  # it is being woken already
+            self._waker.send(b"!")
 
     def send(self, name: int, message: ToRouter) -> None:
         """Queue a message and send what the socket takes now. A closed connection is noticed by ``poll``."""
@@ -72,6 +85,8 @@ class Mailbox:
         for name in list(self._connections):
             self._close(name)
         self._listener.close()
+        self._waker.close()
+        self._woken.close()
         self._selector.close()
 
     def _accept(self) -> None:

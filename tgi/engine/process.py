@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 from tgi.core import child
 from tgi.core.config import BLOCK_SIZE, Settings
@@ -43,7 +44,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         BLOCK_SIZE,
     )
     report(Ready())
-    Loop(mailbox, scheduler, runner).run()
+    Loop(mailbox, scheduler, runner, Path(settings.model.folder) / "tokenizer.json").run()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """One request inside the engine: a list of token ids that grows, and how far the cache has caught up with it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tgi.core.messages import FinishReason, Submit
+from tgi.core.messages import FinishReason, Submit, Token
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +33,8 @@ class Request:
     scored: int = 1
     """Prompt tokens whose log-probability was sent; the first has none."""
     done: bool = False
+    matcher: "LLMatcher | None" = None
+    """How far the generated tokens have come in the grammar, if there is one."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """The runtime's own notes on the request; see ``Work.scratch``."""
 
@@ -37,8 +42,18 @@ class Request:
     def generated(self) -> int:
         return len(self.tokens) - self.submit.prompt_length
 
+    def follow(self, token: Token | None) -> str | None:
+        """Let the grammar, if there is one, see the next token. Returns what has gone wrong with it."""
+        if self.matcher is None:
+            return None
+        if token is not None:
+            self.matcher.consume_token(token.id)
+        return f"grammar: {self.matcher.get_error()}" if self.matcher.is_error() else None
+
     def finish_reason(self) -> FinishReason | None:
         """Why the request ends with the tokens it has, if it does. An end token in the last place counts as one."""
         if self.generated and self.tokens[-1] in self.submit.stop_token_ids:
             return "eos_token"
+        if self.matcher is not None and self.matcher.is_stopped():
+            return "eos_token"  # nothing can follow
         return "length" if self.generated >= self.submit.max_new_tokens else None

@@ -142,9 +142,10 @@ class Scheduler:
             request = chunk.request
             if request.done or request.computed != chunk.start:
                 continue  # cancelled or preempted while the step was under way
-            if result.error is not None:
+            error = result.error or request.follow(result.token)
+            if error is not None:
                 self._end(request)
-                out.append((request.router, Fault(request.submit.id, result.error)))
+                out.append((request.router, Fault(request.submit.id, error)))
                 continue
             request.computed = chunk.start + chunk.length
             self._publish(request)

@@ -9,7 +9,7 @@ import torch
 
 from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Token
-from tgi.core.plan import Sampled, Work
+from tgi.core.plan import Masks, Sampled, Work
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
@@ -80,10 +80,12 @@ class Runner:
         return Launched(works, order, self._model.logits(hidden[batch.logit_rows]), scores, embeddings)
 
     @torch.inference_mode()
-    def sample(self, launched: Launched) -> list[Sampled]:
+    def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works."""
         rows = [index for index in launched.order if launched.works[index].samples]
-        drawn = dict(zip(rows, sample(launched.logits, [launched.works[index] for index in rows]), strict=True))
+        allowed = [(masks or {}).get(index) for index in rows]
+        tokens = sample(launched.logits, [launched.works[index] for index in rows], allowed)
+        drawn = dict(zip(rows, tokens, strict=True))
         return [self._sampled(launched, index, drawn.get(index)) for index in range(len(launched.works))]
 
     def _sampled(self, launched: Launched, index: int, token: Token | str | None) -> Sampled:

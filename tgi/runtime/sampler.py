@@ -7,6 +7,7 @@ preemption and after a restart. Log-probabilities are the model's own, before al
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,8 +30,9 @@ _WATERMARK_PRIME = 15485863
 """The millionth prime, as in the published code."""
 
 
-def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
-    """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row.
+def sample(logits: torch.Tensor, works: Sequence[Work], allowed: Sequence[Any] = ()) -> list[Token | str]:
+    """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row; allowed: for each row None, or
+    the mask of its grammar as in ``Masks``; empty if no row has one.
 
     A row whose logits are not numbers gets an error text instead of a token.
     """
@@ -39,10 +41,14 @@ def sample(logits: torch.Tensor, works: Sequence[Work]) -> list[Token | str]:
     samplings = [work.submit.sampling for work in works]
     raw = logits
     norm = raw.logsumexp(-1)
-    if changed := [(row, work) for row, work in enumerate(works) if _changes(work)]:
+    changed = [(row, work) for row, work in enumerate(works) if _changes(work)]
+    masked = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
+    if changed or masked:
         logits = logits.clone()
         for row, work in changed:
             _change(logits[row], work)
+        for row, mask in masked:
+            _restrict(logits[row], works[row], torch.from_numpy(mask).to(logits.device))
     ids = logits.argmax(-1)
     if drawn := [row for row, s in enumerate(samplings) if not s.greedy]:
         rows = torch.tensor(drawn, device=logits.device)
@@ -104,6 +110,14 @@ def _change(row: torch.Tensor, work: Work) -> None:
     if _may_not_stop(work):
         # A model's files can name end tokens that it doesn't have.
         row[[token for token in work.submit.stop_token_ids if 0 <= token < len(row)]] = float("-inf")
+
+
+def _restrict(row: torch.Tensor, work: Work, allowed: torch.Tensor) -> None:
+    """Leave one row of logits only what its grammar allows, in place. Where that is nothing but stop tokens, the
+    grammar wins over ``min_tokens``. allowed: bool [vocabulary]."""
+    if _may_not_stop(work) and not row[allowed].isfinite().any():
+        row[allowed] = 0.0
+    row.masked_fill_(~allowed, float("-inf"))
 
 
 def _may_not_stop(work: Work) -> bool:
