@@ -51,6 +51,7 @@ class Call:
         """Of the answer, once it is out."""
         self.path: dict[str, str] = scope.get("path_params", {})
         """What stands in the path for each ``{name}`` of the route."""
+        self.query: str = scope.get("query_string", b"").decode("latin-1")
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
         self._send = send

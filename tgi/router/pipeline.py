@@ -17,6 +17,7 @@ from tgi.core.messages import Pooling, PromptToken
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics, Times
+from tgi.router.store import ResponseStore
 from tgi.router.stream import Detokenizer, Stops
 from tgi.router.template import ChatTemplates
 from tgi.router.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Service:
     metrics: Metrics
     permits: Permits
     tracer: Tracer | None = None
+    responses: ResponseStore = field(default_factory=ResponseStore)
     journal: Journal = field(default_factory=Journal)
     """Of the request at hand: each one's handler gets a Service with a journal of its own."""
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tgi.core.config import Settings
 from tgi.router.call import Call, ErrorStyle
-from tgi.router.dialects import anthropic, chat, cloud, completions, embeddings, native, openai
+from tgi.router.dialects import anthropic, chat, cloud, completions, embeddings, native, openai, responses
 from tgi.router.pipeline import Service
 from tgi.router.wire.anthropic import (
     AnthropicMessage,
@@ -44,6 +44,7 @@ from tgi.router.wire.openai import (
     ModelInfo,
     ModelsInfo,
 )
+from tgi.router.wire.responses import DeletedResponse, Response, ResponseEvent, ResponsesRequest
 
 
 class Row(NamedTuple):
@@ -123,6 +124,42 @@ ROUTES = (
         answer=Completion,
         event=CompletionChunk,
         protected=True,
+    ),
+    Row(
+        "POST",
+        "/v1/responses",
+        responses.responses,
+        "Answer a conversation; the response is stored only where `store` is true, and then for a while, in memory",
+        body=ResponsesRequest,
+        answer=Response,
+        event=ResponseEvent,
+        protected=True,
+        errors=responses.ERRORS,
+    ),
+    Row(
+        "GET",
+        "/v1/responses/{response_id}",
+        responses.stored_response,
+        "A stored response",
+        answer=Response,
+        protected=True,
+        errors=responses.ERRORS,
+    ),
+    Row(
+        "DELETE",
+        "/v1/responses/{response_id}",
+        responses.delete_response,
+        "Forget a stored response",
+        answer=DeletedResponse,
+        protected=True,
+        errors=responses.ERRORS,
+    ),
+    Row(
+        "POST",
+        "/v1/responses/{response_id}/cancel",
+        responses.cancel_response,
+        protected=True,
+        errors=responses.ERRORS,
     ),
     Row(
         "POST",

@@ -39,11 +39,14 @@ def invalid(detail: str) -> RequestError:
     return RequestError(VALIDATION, detail)
 
 
-def refuse(request: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]]) -> None:
-    """Refuse by name what this version doesn't do: fields that ask for anything but the values that change nothing."""
+def refuse(request: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]], where: str = "") -> None:
+    """Refuse by name what this version doesn't do: fields that ask for anything but the values that change nothing.
+
+    ``where`` in the request they are, with a dot behind it.
+    """
     for name, values in neutral.items():
         if getattr(request, name) not in values:
-            raise invalid("grammar is not supported" if name == "grammar" else f"`{name}` is not supported")
+            raise invalid("grammar is not supported" if name == "grammar" else f"`{where}{name}` is not supported")
 
 
 @dataclass(frozen=True, slots=True)

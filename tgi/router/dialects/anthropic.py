@@ -301,7 +301,7 @@ def _tool(tool: ToolDefinition) -> Tool:
         raise invalid(f"tools of type `{tool.type}` are not supported")
     if tool.input_schema is None:
         raise invalid(f"tool `{tool.name}` needs an `input_schema`")
-    refuse(tool, _TOOL_NEUTRAL)
+    refuse(tool, _TOOL_NEUTRAL, "tools.")
     return Tool(
         function=Function(
             name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
@@ -325,7 +325,7 @@ def _tool_choice(request: CountTokensRequest) -> str | NamedTool | None:
 def _response_format(output: OutputConfig | None) -> dict[str, Any] | None:
     if output is None:
         return None
-    refuse(output, {"effort": (None,)})
+    refuse(output, {"effort": (None,)}, "output_config.")
     if output.format is None:
         return None
     return {"type": "json_schema", "json_schema": {"name": "output", "schema": output.format.schema}}

@@ -66,7 +66,7 @@ async def _events(
         choice = ChatChunkChoice(
             said.choice,
             ChatDelta(role, _content(said), [_call_delta(delta) for delta in said.calls] or None),
-            _logprobs(service, [said.piece]) if request.logprobs else None,
+            logprobs_of(service, [said.piece]) if request.logprobs else None,
             said.finish,
         )
         usage = usage_of(runs, len(runs)) if continuous else None
@@ -91,10 +91,10 @@ def _call_delta(delta: CallDelta) -> ToolCallDelta:
 def _choice(service: Service, request: ChatRequest, index: int, reply: Reply) -> ChatChoice:
     calls = [ToolCalled(id=call.id, function=FunctionCalled(call.name, call.arguments)) for call in reply.calls]
     message = AssistantMessage(content=_content(reply), tool_calls=calls or UNSET)
-    return ChatChoice(index, message, _logprobs(service, reply.pieces) if request.logprobs else None, reply.finish)
+    return ChatChoice(index, message, logprobs_of(service, reply.pieces) if request.logprobs else None, reply.finish)
 
 
-def _logprobs(service: Service, pieces: Sequence[Piece]) -> ChatLogprobs:
+def logprobs_of(service: Service, pieces: Sequence[Piece]) -> ChatLogprobs:
     def entry(token: Token) -> tuple[str, float, list[int]]:
         data = service.tokenizer.token_bytes(token.id)
         return data.decode(errors="replace"), token.logprob, list(data)

@@ -3,9 +3,9 @@
 Fields of OpenAI's that the dialect refuses are here, so that they are refused by name.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from tgi.router.wire.base import F32, I32, I64, U32
 from tgi.router.wire.openai import Logprob
@@ -25,17 +25,13 @@ class InputFile(Struct, frozen=True, tag_field="type", tag="input_file"):
     pass
 
 
-class OutputText(Struct, frozen=True, kw_only=True, tag_field="type", tag="output_text"):
-    """What the model wrote: in an answer, and given back in a later request."""
+class WrittenText(Struct, frozen=True, tag_field="type", tag="output_text"):
+    """What a model wrote earlier."""
 
     text: str
-    annotations: list[Any] = []
-    logprobs: list[Logprob] | None = []
 
 
 class Refusal(Struct, frozen=True, tag_field="type", tag="refusal"):
-    """What another model wrote."""
-
     refusal: str
 
 
@@ -47,7 +43,7 @@ class SummaryText(Struct, frozen=True, tag_field="type", tag="summary_text"):
     text: str
 
 
-Part = InputText | InputImage | InputFile | OutputText | Refusal | ReasoningText
+Part = InputText | InputImage | InputFile | WrittenText | Refusal | ReasoningText
 
 _REQUIRED = {
     "message": ("role", "content"),
@@ -57,7 +53,7 @@ _REQUIRED = {
 }
 
 
-class InputItem(Struct, frozen=True, kw_only=True):
+class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message, a function's call or its output, or reasoning: the fields of all, since a message needs no type."""
 
     type: str = "message"
@@ -88,13 +84,13 @@ class FunctionTool(Struct, frozen=True, kw_only=True):
     strict: bool | None = None
 
 
-class ToolChoice(Struct, frozen=True, kw_only=True):
+class ToolChoice(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: str
     """Another than ``function`` chooses one of OpenAI's tools, or among some."""
     name: str | None = None
 
 
-class TextFormat(Struct, frozen=True, kw_only=True):
+class TextFormat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -102,7 +98,7 @@ class TextFormat(Struct, frozen=True, kw_only=True):
     strict: bool | None = None
 
 
-class TextConfig(Struct, frozen=True, kw_only=True):
+class TextConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     format: TextFormat | None = None
     verbosity: str | None = None
 
@@ -148,7 +144,7 @@ class ResponsesRequest(Extensions, frozen=True, kw_only=True):
     """Of a stored response: the conversation so far."""
     store: bool | None = None
     """Only true stores, unlike at OpenAI."""
-    max_output_tokens: U32 | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=2**32 - 1)] | None = None
     temperature: F32 | None = None
     """0 is greedy; null samples at 1."""
     top_p: F32 | None = None
@@ -185,6 +181,12 @@ class ResponsesRequest(Extensions, frozen=True, kw_only=True):
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(Struct, frozen=True, kw_only=True, tag_field="type", tag="output_text"):
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[Logprob] = []
 
 
 class OutputMessage(Struct, frozen=True, kw_only=True, tag_field="type", tag="message"):

@@ -1,0 +1,443 @@
+"""OpenAI's responses, and those of them that are stored."""
+
+import itertools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from tgi.core.errors import NOT_FOUND, RequestError
+from tgi.router import headers
+from tgi.router.call import Call, ErrorStyle, named_event
+from tgi.router.conversation import Conversation, converse
+from tgi.router.dialects.chat import logprobs_of
+from tgi.router.pipeline import Piece, Run, Service
+from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, whole
+from tgi.router.store import Stored
+from tgi.router.validate import invalid, refuse
+from tgi.router.wire.base import Unreadable
+from tgi.router.wire.openai import (
+    ChatRequest,
+    FinishReason,
+    Function,
+    FunctionCall,
+    ImagePart,
+    Logprob,
+    Message,
+    NamedTool,
+    TextPart,
+    Tool,
+    ToolCall,
+)
+from tgi.router.wire.responses import (
+    Completed,
+    ContentPartAdded,
+    ContentPartDone,
+    Created,
+    DeletedResponse,
+    ErrorEvent,
+    Event,
+    Extensions,
+    Failed,
+    FunctionCallArgumentsDelta,
+    FunctionCallArgumentsDone,
+    FunctionCallItem,
+    FunctionTool,
+    Incomplete,
+    IncompleteDetails,
+    InProgress,
+    InputItem,
+    InputText,
+    InputTokensDetails,
+    ItemStatus,
+    OpenAIError,
+    OpenAIErrorBody,
+    OutputItem,
+    OutputItemAdded,
+    OutputItemDone,
+    OutputMessage,
+    OutputText,
+    OutputTextDelta,
+    OutputTextDone,
+    OutputTokensDetails,
+    Part,
+    ReasoningText,
+    Refusal,
+    Response,
+    ResponseError,
+    ResponsesRequest,
+    ResponseUsage,
+    TextConfig,
+    TextFormat,
+    ToolChoice,
+    WrittenText,
+)
+
+_LOGPROBS = "message.output_text.logprobs"
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "truncation": (None, "disabled"),
+    "service_tier": (None, "auto", "default"),
+    "background": (None, False),
+    "background_options": (None,),
+    "conversation": (None,),
+    "prompt": (None,),
+    "prompt_cache_retention": (None, "in_memory"),
+    "prompt_cache_options": (None,),
+    "max_tool_calls": (None,),
+    "context_management": (None, []),
+    "moderation": (None,),
+    "access_programs": (None,),
+    "image": (None,),
+}
+_NEUTRAL_WITHIN: dict[str, dict[str, tuple[object, ...]]] = {
+    "reasoning": {"effort": (None, "none"), "summary": (None,), "generate_summary": (None,)},
+    "text": {"verbosity": (None, "medium")},
+    "stream_options": {"include_obfuscation": (None, False)},
+}
+
+
+async def responses(call: Call, service: Service, request: ResponsesRequest) -> None:
+    context = _context(service, request)
+    async with converse(service, _chat(request, context), call.arrived) as conversation:
+        compute_type, (run,) = service.settings.compute_type, conversation.runs
+        answer = _Answer(service, request, context, run)
+        if request.stream:
+            fields = headers.of_stream(compute_type, [run.generation.text])
+            await call.stream(answer.events(conversation), fields, answer.fail)
+        else:
+            segments, reason = await whole(conversation)
+            items = [answer.item(segment) for segment in segments]
+            await call.json(answer.finished(items, reason), headers.of_answer(compute_type, [run]))
+
+
+async def stored_response(call: Call, service: Service, _: None) -> None:
+    for name, _value in parse_qsl(call.query, keep_blank_values=True):
+        raise invalid(f"the query's `{name}` is not supported")
+    await call.answer(200, _stored(service, call.path["response_id"]).response, "application/json")
+
+
+async def delete_response(call: Call, service: Service, _: None) -> None:
+    id = call.path["response_id"]
+    if not service.responses.delete(id):
+        raise _missing(id)
+    await call.json(DeletedResponse(id=id))
+
+
+async def cancel_response(call: Call, service: Service, _: None) -> None:
+    raise invalid("only responses made with `background` can be cancelled, and `background` is not supported")
+
+
+def _stored(service: Service, id: str) -> Stored:
+    stored = service.responses.get(id)
+    if stored is None:
+        raise _missing(id)
+    return stored
+
+
+def _missing(id: str) -> RequestError:
+    return RequestError(NOT_FOUND, f"No response `{id}` is stored; only those made with `store: true` are, for a while")
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+_STATUSES = {415: 400, 422: 400, 424: 500}
+
+_ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+
+
+async def _tell(call: Call, error: RequestError | Unreadable) -> None:
+    status = _STATUSES.get(error.status, error.status)
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    body = OpenAIErrorBody(message=error.message, type=kind, code=_ERROR_CODES.get(status))
+    await call.json(OpenAIError(body), status=status)
+
+
+ERRORS = ErrorStyle(_tell, OpenAIError, _STATUSES)
+
+
+# --- The answer ------------------------------------------------------------------------------------------------------
+
+
+class _Answer:
+    """One response: as it is now, and the events that tell how it grows."""
+
+    def __init__(self, service: Service, request: ResponsesRequest, context: list[InputItem], run: Run) -> None:
+        self._service = service
+        self._request = request
+        self._context = context
+        self._run = run
+        self._hex = uuid.uuid4().hex
+        self._created = int(time.time())
+        self._numbers = itertools.count()
+        self._items: list[OutputItem] = []
+        """Those whose end has been told."""
+
+    async def events(self, conversation: Conversation) -> AsyncGenerator[bytes, None]:
+        yield self._event(Created, response=self._response("in_progress", []))
+        yield self._event(InProgress, response=self._response("in_progress", []))
+        async for step in steps(conversation):
+            for event in self._told(step):
+                yield event
+
+    def fail(self, error: Exception) -> bytes:
+        """The last events of a stream that fails."""
+        judged = self._service.judge(error)
+        code: Literal["server_error", "rate_limit_exceeded"]
+        code = "rate_limit_exceeded" if judged.status == 429 else "server_error"
+        failed = self._response("failed", self._items, error=ResponseError(code, judged.message))
+        return self._event(ErrorEvent, code=code, message=judged.message) + self._event(Failed, response=failed)
+
+    def finished(self, items: list[OutputItem], reason: FinishReason) -> Response:
+        """The whole response, which is stored if the request wants that."""
+        if reason == "length":
+            response = self._response("incomplete", items, incomplete_details=IncompleteDetails("max_output_tokens"))
+        else:
+            response = self._response("completed", items, completed_at=int(time.time()))
+        if self._request.store:
+            stored = Stored(msgspec.json.encode(response), msgspec.json.encode(self._context))
+            self._service.responses.put(response.id, stored)
+        return response
+
+    def item(self, segment: Segment) -> OutputItem:
+        """A segment that has ended."""
+        status: ItemStatus = "incomplete" if segment.cut else "completed"
+        if segment.call_id is not None:
+            return self._call(segment, status)
+        part = OutputText(text=segment.text, logprobs=self._logprobs(segment.pieces))
+        return OutputMessage(id=self._id(segment), status=status, content=[part])
+
+    def _call(self, segment: Segment, status: ItemStatus) -> FunctionCallItem:
+        return FunctionCallItem(
+            id=self._id(segment),
+            call_id=segment.call_id or "",
+            name=segment.name,
+            arguments=segment.text,
+            status=status,
+        )
+
+    def _told(self, step: Step) -> Iterator[bytes]:
+        if isinstance(step, Finish):
+            response = self.finished(self._items, step.reason)
+            yield self._event(Incomplete if response.incomplete_details else Completed, response=response)
+            return
+        segment, is_text = step.segment, step.segment.call_id is None
+        at = {"output_index": segment.index, "item_id": self._id(segment)}
+        match step:
+            case Begin() if is_text:
+                begun = OutputMessage(id=self._id(segment), status="in_progress", content=[])
+                yield self._event(OutputItemAdded, output_index=segment.index, item=begun)
+                yield self._event(ContentPartAdded, **at, part=OutputText(text=""))
+            case Begin():
+                yield self._event(OutputItemAdded, output_index=segment.index, item=self._call(segment, "in_progress"))
+            case Grow(_, text, pieces) if is_text:
+                yield self._event(OutputTextDelta, **at, delta=text, logprobs=self._logprobs(pieces))
+            case Grow(_, text, _):
+                yield self._event(FunctionCallArgumentsDelta, **at, delta=text)
+            case End():
+                item = self.item(segment)
+                if isinstance(item, OutputMessage):
+                    (part,) = item.content
+                    yield self._event(OutputTextDone, **at, text=part.text, logprobs=part.logprobs)
+                    yield self._event(ContentPartDone, **at, part=part)
+                else:
+                    yield self._event(FunctionCallArgumentsDone, **at, name=item.name, arguments=item.arguments)
+                yield self._event(OutputItemDone, output_index=segment.index, item=item)
+                self._items.append(item)
+
+    def _event(self, kind: type[Event], **fields: Any) -> bytes:
+        return named_event(kind(sequence_number=next(self._numbers), **fields))
+
+    def _id(self, segment: Segment) -> str:
+        return f"{'msg' if segment.call_id is None else 'fc'}_{self._hex}_{segment.index}"
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> list[Logprob]:
+        return logprobs_of(self._service, pieces).content if _wants_logprobs(self._request) else []
+
+    def _response(
+        self,
+        status: Literal["in_progress", "completed", "incomplete", "failed"],
+        output: list[OutputItem],
+        **more: Any,
+    ) -> Response:
+        request = self._request
+        text = request.text or TextConfig()
+        return Response(
+            id=f"resp_{self._hex}",
+            created_at=self._created,
+            status=status,
+            model=self._service.settings.model.model_id,
+            output=output,
+            usage=None if status == "in_progress" else _usage(self._run),
+            instructions=request.instructions,
+            previous_response_id=request.previous_response_id,
+            store=request.store or False,
+            max_output_tokens=request.max_output_tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_logprobs=request.top_logprobs or 0,
+            tools=request.tools or [],
+            tool_choice=request.tool_choice or "auto",
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            text=TextConfig(format=text.format or TextFormat(type="text"), verbosity=text.verbosity),
+            metadata=request.metadata or {},
+            user=request.user,
+            safety_identifier=request.safety_identifier,
+            prompt_cache_key=request.prompt_cache_key,
+            **more,
+        )
+
+
+def _usage(run: Run) -> ResponseUsage:
+    prompt = len(run.generation.token_ids)
+    return ResponseUsage(prompt, InputTokensDetails(run.cached), run.tokens, OutputTokensDetails(), prompt + run.tokens)
+
+
+# --- The request -----------------------------------------------------------------------------------------------------
+
+
+class _Answered(msgspec.Struct):
+    """What later requests need of a stored response."""
+
+    output: list[InputItem]
+
+
+def _context(service: Service, request: ResponsesRequest) -> list[InputItem]:
+    """All items that are to be answered, those of earlier responses first."""
+    items = [InputItem(role="user", content=request.input)] if isinstance(request.input, str) else request.input
+    if request.previous_response_id is None:
+        return items
+    stored = _stored(service, request.previous_response_id)
+    answered = msgspec.json.decode(stored.response, type=_Answered).output
+    return [*msgspec.json.decode(stored.context, type=list[InputItem]), *answered, *items]
+
+
+def _chat(request: ResponsesRequest, context: list[InputItem]) -> ChatRequest:
+    refuse(request, _NEUTRAL)
+    for name, neutral in _NEUTRAL_WITHIN.items():
+        if (within := getattr(request, name)) is not None:
+            refuse(within, neutral, f"{name}.")
+    for value in request.include or []:
+        if value != _LOGPROBS:
+            raise invalid(f"`include` of `{value}` is not supported")
+    return ChatRequest(
+        **{name: getattr(request, name) for name in Extensions.__struct_fields__},
+        model=request.model,
+        messages=_messages(request.instructions, context),
+        add_generation_prompt=True,  # an answer never goes on with the last item
+        max_tokens=request.max_output_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        logprobs=_wants_logprobs(request),
+        top_logprobs=request.top_logprobs,
+        user=request.user,
+        tools=[_tool(tool) for tool in request.tools or []] or None,
+        tool_choice=_tool_choice(request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls,
+        response_format=None if request.text is None else _response_format(request.text.format),
+    )
+
+
+def _wants_logprobs(request: ResponsesRequest) -> bool:
+    return bool(request.top_logprobs) or _LOGPROBS in (request.include or [])
+
+
+def _messages(instructions: str | None, items: Iterable[InputItem]) -> list[Message]:
+    messages = [] if instructions is None else [Message(role="system", content=instructions)]
+    for is_assistant, turn in itertools.groupby(items, key=_is_assistant):
+        if is_assistant:
+            messages.append(_assistant(turn))
+        else:
+            messages += map(_message, turn)
+    return messages
+
+
+def _is_assistant(item: InputItem) -> bool:
+    return item.type in ("function_call", "reasoning") or item.role == "assistant"
+
+
+def _assistant(turn: Iterable[InputItem]) -> Message:
+    """What the assistant thought, said and called in a row is one message to a template."""
+    reasoning = ""
+    parts: list[Part] = []
+    calls: list[ToolCall] = []
+    for item in turn:
+        if item.type == "reasoning":
+            reasoning += _reasoning(item)
+        elif item.type == "function_call":
+            function = FunctionCall(name=item.name or "", arguments=item.arguments)
+            calls.append(ToolCall(id=item.call_id or "", function=function))
+        else:
+            parts += _parts(item.content)
+    return Message(
+        role="assistant",
+        content=_text(parts) if parts or not calls else None,
+        reasoning_content=reasoning or None,
+        tool_calls=calls or None,
+    )
+
+
+def _message(item: InputItem) -> Message:
+    if item.type == "function_call_output":
+        return Message(role="tool", tool_call_id=item.call_id, content=_text(_parts(item.output)))
+    # OpenAI's two names for one thing; templates know the older one.
+    role = "system" if item.role == "developer" else item.role or ""
+    return Message(role=role, content=_text(_parts(item.content)))
+
+
+def _reasoning(item: InputItem) -> str:
+    """In full, or else summed up; what is encrypted nobody but its writer can read."""
+    full = "".join(part.text for part in _parts(item.content) if isinstance(part, ReasoningText))
+    return full or "".join(part.text for part in item.summary or [])
+
+
+def _parts(content: str | Sequence[Part] | None) -> Sequence[Part]:
+    return [InputText(content)] if isinstance(content, str) else content or []
+
+
+def _text(parts: Sequence[Part]) -> str | list[TextPart | ImagePart]:
+    """One text as a string, several as parts."""
+    texts = []
+    for part in parts:
+        match part:
+            case InputText(text) | WrittenText(text) | Refusal(text):
+                texts.append(text)
+            case _:
+                raise invalid(f"`{part.__struct_config__.tag}` is not supported")
+    return "".join(texts) if len(texts) < 2 else [TextPart(text) for text in texts]
+
+
+def _tool(tool: FunctionTool) -> Tool:
+    if tool.type != "function":
+        raise invalid(f"tools of type `{tool.type}` are not supported")
+    if tool.name is None:
+        raise invalid("a tool of type `function` needs a `name`")
+    return Tool(
+        function=Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+    )
+
+
+def _tool_choice(choice: str | ToolChoice | None) -> str | NamedTool | None:
+    if not isinstance(choice, ToolChoice):
+        return choice
+    if choice.type != "function":
+        raise invalid(f"`tool_choice` of type `{choice.type}` is not supported")
+    if choice.name is None:
+        raise invalid("`tool_choice` of type `function` needs a `name`")
+    return NamedTool(name=choice.name)
+
+
+def _response_format(format: TextFormat | None) -> dict[str, Any] | None:
+    if format is None or format.type == "text":
+        return None
+    if format.type == "json_object":
+        return {"type": "json_object"}
+    if format.name is None or format.schema is None:
+        raise invalid("`text.format` of type `json_schema` needs a `name` and a `schema`")
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": format.name, "schema": format.schema, "strict": format.strict},
+    }
