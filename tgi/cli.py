@@ -3,73 +3,75 @@
 import argparse
 import logging
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from tgi.core import telemetry
 from tgi.core.errors import StartupError
+from tgi.launcher import flags
+from tgi.launcher.flags import Command, Options
 
 log = logging.getLogger(__name__)
 
-_TARGET = "text_generation_launcher"
-_LEVELS = {"TRACE": "trace", "DEBUG": "debug", "INFO": "info", "SUCCESS": "info", "WARNING": "warn", "ERROR": "error"}
-"""``--logger-level`` names levels as TGI's Python side does."""
-_ELSEWHERE = {
-    "serve": "run `text-generation-launcher --model-id MODEL_ID`, which starts everything",
-    "quantize": "serve weights that are quantized already, such as a GGUF file",
-}
+_QUANTIZE = "`quantize` is not here: serve weights that are quantized already, such as a GGUF file"
 
 
 def launcher(argv: Sequence[str] | None = None) -> int:
     """``text-generation-launcher``."""
     started = time.monotonic()
-    from tgi.launcher import flags
     from tgi.launcher.launch import launch
 
-    options, warnings = flags.parse(sys.argv[1:] if argv is None else argv)
-    telemetry.setup(_TARGET, options.log_level, options.json_output)
-    for warning in warnings:
-        log.warning("%s", warning)
+    options = _options("launcher", "text_generation_launcher", argv)
     return _run(lambda: launch(options, started))
+
+
+def router(argv: Sequence[str] | None = None) -> int:
+    """``text-generation-router``."""
+    started = time.monotonic()
+    from tgi.launcher.apart import serve_router
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[-1:] == ["print-schema"]:
+        flags.parse(words[:-1], command="router")
+        return subprocess.call([sys.executable, "-m", "tgi.router.openapi"])
+    options = _options("router", telemetry.ROUTER, words)
+    return _run(lambda: serve_router(options, started))
 
 
 def server(argv: Sequence[str] | None = None) -> int:
     """``text-generation-server``: the subcommands of TGI that people run by hand."""
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="text-generation-server", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, instead in _ELSEWHERE.items():
-        commands.add_parser(name, help=f"not here: {instead}", add_help=False)
-    download = commands.add_parser("download-weights", help="fetch a model into the cache", allow_abbrev=False)
-    download.add_argument("model_id")
-    download.add_argument("--revision")
-    download.add_argument("--extension", default=".safetensors")
-    download.add_argument("--logger-level", default="INFO", type=str.upper, choices=_LEVELS)
-    for name in ("--json-output", "--auto-convert", "--trust-remote-code", "--merge-lora"):
-        download.add_argument(name, action=argparse.BooleanOptionalAction, default=False)
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in _ELSEWHERE:
-        parser.error(f"`{arguments.command}` is not here: {_ELSEWHERE[arguments.command]}")
-    if rest:
-        download.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.extension != ".safetensors":
-        download.error(f"`--extension` {arguments.extension} is not supported: only .safetensors files are served")
-    for name in ("auto_convert", "trust_remote_code", "merge_lora"):
-        if getattr(arguments, name):
-            download.error(f"`--{name.replace('_', '-')}` is not supported yet")
+    parser.add_argument("command", choices=("serve", "download-weights", "quantize"))
+    command: Command = parser.parse_args(words[:1]).command
+    if command not in flags.PROGRAMS:
+        parser.error(_QUANTIZE)
+    started = time.monotonic()
+    options = _options(command, "text_generation_server", words[1:])
+    if command == "serve":
+        from tgi.launcher.apart import serve_engine
 
-    from tgi.launcher import flags
+        return _run(lambda: serve_engine(options, started))
+    return _run(lambda: _download(options))
+
+
+def _download(options: Options) -> None:
     from tgi.launcher.download import resolve_model
     from tgi.launcher.launch import store
 
-    telemetry.setup(_TARGET, _LEVELS[arguments.logger_level], arguments.json_output)
-    where = store(flags.cache_options())
+    files = resolve_model(options.model_id, options.revision, store(options))
+    log.info("%s is in %s", options.model_id, files.folder)
 
-    def fetch() -> None:
-        files = resolve_model(arguments.model_id, arguments.revision, where)
-        log.info("%s is in %s", arguments.model_id, files.folder)
 
-    return _run(fetch)
+def _options(command: Command, target: str, argv: Sequence[str] | None) -> Options:
+    """The command's options; the log speaks from here on."""
+    options, warnings = flags.parse(sys.argv[1:] if argv is None else argv, command=command)
+    telemetry.setup(target, options.log_level, options.json_output, colour=options.log_colorize)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return options
 
 
 def _run(work: Callable[[], None]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 LAUNCHER = "from tgi.cli import launcher as main"
+ROUTER = "from tgi.cli import router as main"
 SERVER = "from tgi.cli import server as main"
 
 
@@ -82,14 +83,15 @@ def test_download_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["serve", "m", "--sharded"], "text-generation-launcher --model-id"),
         (["quantize", "m", "out"], "`quantize` is not here"),
-        (["download-weights", "m", "--merge-lora"], "`--merge-lora` is not supported yet"),
-        (["download-weights", "m", "--auto-convert"], "`--auto-convert` is not supported yet"),
-        (["download-weights", "m", "--trust-remote-code"], "`--trust-remote-code` is not supported yet"),
-        (["download-weights", "m", "--extension", ".bin"], "`--extension` .bin is not supported"),
+        (["nothing"], "'nothing'"),
+        ([], "command"),
+        (["serve", "m", "--quantize", "awq"], "`--quantize` is not supported yet"),
+        (["serve", "m", "--port", "80"], "--port"),
+        (["serve"], "MODEL_ID"),
+        (["download-weights", "m", "--extension", ".bin"], "invalid value '.bin' for `--extension`"),
         (["download-weights", "m", "--nonsense"], "--nonsense"),
-        (["download-weights"], "model_id"),
+        (["download-weights"], "MODEL_ID"),
     ],
 )
 def test_what_the_server_command_refuses(arguments: list[str], text: str) -> None:
@@ -97,5 +99,41 @@ def test_what_the_server_command_refuses(arguments: list[str], text: str) -> Non
     assert done.returncode == 2 and text in done.stderr
 
 
-def test_no_auto_convert_is_what_happens_anyway(tmp_path: Path) -> None:
-    assert command(SERVER, "download-weights", str(model_folder(tmp_path)), "--no-auto-convert").returncode == 0
+def test_what_the_launcher_of_tgi_asks_of_a_download(tmp_path: Path) -> None:
+    """Permissions and conversions that a model doesn't need are no reason to refuse it."""
+    asked = ["--extension", ".safetensors", "--auto-convert", "--trust-remote-code", "--merge-lora"]
+    done = command(SERVER, "download-weights", str(model_folder(tmp_path)), *asked)
+    assert done.returncode == 0 and done.stdout.count("changes nothing here") == 3
+    done = command(SERVER, "download-weights", str(model_folder(tmp_path)), "--no-auto-convert", "--no-merge-lora")
+    assert done.returncode == 0 and "changes nothing here" not in done.stdout
+
+
+def test_help_of_the_server_is_of_the_subcommand() -> None:
+    assert "{serve,download-weights,quantize}" in command(SERVER, "--help").stdout
+    assert "--uds-path" in command(SERVER, "serve", "--help").stdout
+
+
+def test_an_engine_by_hand_says_what_it_lacks(tmp_path: Path) -> None:
+    prefix = tmp_path / "engine"
+    done = command(SERVER, "serve", str(tmp_path), "--uds-path", str(prefix))
+    assert (done.returncode, done.stderr) == (1, f"Error: DownloadError: {tmp_path}/config.json is missing\n")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "engine-0").write_text("no socket")
+    done = command(SERVER, "serve", str(tmp_path), "--uds-path", str(prefix))
+    assert done.returncode == 1 and f"Error: ShardCannotStart: {prefix}-0 is in the way" in done.stderr
+    assert (tmp_path / "engine-0").read_text() == "no socket"
+
+
+def test_a_router_without_an_engine_says_how_to_start_one(tmp_path: Path) -> None:
+    done = command(ROUTER, "--master-shard-uds-path", str(tmp_path / "e-0"), "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: WebserverCannotStart: there is no engine on {tmp_path}/e-0")
+    assert f"--uds-path {tmp_path}/e`" in done.stderr
+
+
+def test_print_schema() -> None:
+    done = command(ROUTER, "--port", "80", "print-schema")
+    assert done.returncode == 0
+    assert "/generate_stream" in json.loads(done.stdout)["paths"]
+    assert done.stdout.startswith('{\n  "openapi"')
+    assert command(ROUTER, "--no-such-flag", "print-schema").returncode == 2

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from tgi import __version__
 from tgi.core.config import Settings
 from tgi.core.errors import StartupError
@@ -24,42 +26,68 @@ _SECRETS = ("api_key", "hf_api_token", "ngrok_authtoken")
 
 def launch(options: Options, started: float) -> None:
     """Serve until a signal comes. ``started``: time.monotonic(). Raises StartupError with the cause of another end."""
+    options = begin(options)
+    listener = bind(options.hostname, options.port)
+    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
+        supervise(with_http(engine_settings(options, run_dir), options), listener, started)
+
+
+def begin(options: Options, subject: str = "model_id") -> Options:
+    """Say what was asked, the ``subject`` first of all, and check what needs no model."""
     if options.env:
         log.info("%s", _environment())
-    log.info("Args { %s }", _shown(options))
+    log.info("Args { %s }", _shown(options, subject))
     options = check(options)
     if options.tokenizer_config_path is not None and not Path(options.tokenizer_config_path).is_file():
         raise StartupError(f"`--tokenizer-config-path`: {options.tokenizer_config_path} is no file")
-    listener = bind(options.hostname, options.port)
-    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
-        machine = probe(options.device, options.cuda_visible_devices)
-        files = resolve_model(options.model_id, options.revision, store(options))
-        plan = fit(options, files, machine)
-        log.info("Memory on %s\n%s", machine.name, plan.table())
-        if options.max_batch_prefill_tokens is None:
-            log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
-        log.info("Setting max batch total tokens to %d", plan.limits.max_batch_total_tokens)
-        settings = Settings(
-            model=files,
-            limits=plan.limits,
-            run_dir=run_dir,
-            device=machine.device,
-            dtype=plan.dtype,
-            rope_scaling=options.rope_scaling,
-            rope_factor=options.rope_factor,
-            ledger=plan.ledger,
-            prefix_caching=options.prefix_caching,
-            api_key=options.api_key,
-            cors_allow_origin=list(options.cors_allow_origin),
-            tokenizer_config_path=options.tokenizer_config_path,
-            watermark_gamma=options.watermark_gamma,
-            watermark_delta=options.watermark_delta,
-            compute_type=options.compute_type or machine.compute_type,
-            json_output=options.json_output,
-            log_level=options.log_level,
-            graceful_termination_timeout=options.graceful_termination_timeout,
-        )
-        supervise(settings, listener, started)
+    return options
+
+
+def engine_settings(options: Options, run_dir: str) -> Settings:
+    """Find machine and model, and plan the memory: all that an engine must know."""
+    machine = probe(options.device, options.cuda_visible_devices)
+    files = resolve_model(options.model_id, options.revision, store(options))
+    plan = fit(options, files, machine)
+    log.info("Memory on %s\n%s", machine.name, plan.table())
+    if options.max_batch_prefill_tokens is None:
+        log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
+    log.info("Setting max batch total tokens to %d", plan.limits.max_batch_total_tokens)
+    return Settings(
+        model=files,
+        limits=plan.limits,
+        run_dir=run_dir,
+        device=machine.device,
+        dtype=plan.dtype,
+        rope_scaling=options.rope_scaling,
+        rope_factor=options.rope_factor,
+        ledger=plan.ledger,
+        prefix_caching=options.prefix_caching,
+        tokenizer_config_path=options.tokenizer_config_path,
+        watermark_gamma=options.watermark_gamma,
+        watermark_delta=options.watermark_delta,
+        compute_type=machine.compute_type,
+        json_output=options.json_output,
+        log_level=options.log_level,
+        log_colorize=options.log_colorize,
+        otlp_endpoint=options.otlp_endpoint,
+        graceful_termination_timeout=options.graceful_termination_timeout,
+    )
+
+
+def with_http(settings: Settings, options: Options) -> Settings:
+    """What a router must know besides."""
+    return msgspec.structs.replace(
+        settings,
+        api_key=options.api_key,
+        cors_allow_origin=list(options.cors_allow_origin),
+        otlp_endpoint=options.otlp_endpoint or settings.otlp_endpoint,
+        otlp_service_name=options.otlp_service_name,
+        aip_predict_route=options.aip_predict_route,
+        aip_health_route=options.aip_health_route,
+        git_sha=options.git_sha,
+        docker_label=options.docker_label,
+        compute_type=options.compute_type or settings.compute_type,
+    )
 
 
 def store(options: Options) -> Store:
@@ -69,14 +97,14 @@ def store(options: Options) -> Store:
     return Store(cache, options.huggingface_hub_cache, options.hf_api_token, None if weights is None else Path(weights))
 
 
-def _shown(options: Options) -> str:
-    """The model and the options that were set; secrets are named, not shown."""
+def _shown(options: Options, subject: str) -> str:
+    """The subject and the options that were set; secrets are named, not shown."""
     values = dataclasses.asdict(options)
     plain = dataclasses.asdict(Options())
     return ", ".join(
         f"{key}: {'***' if key in _SECRETS else repr(value)}"
         for key, value in values.items()
-        if value != plain[key] or key == "model_id"
+        if value != plain[key] or key == subject
     )
 
 

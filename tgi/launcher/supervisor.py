@@ -67,47 +67,58 @@ def _unavailable(host: str, port: int, error: OSError) -> WebserverCannotStart:
 
 def supervise(
     settings: Settings,
-    listener: socket.socket,
+    listener: socket.socket | None,
     started: float,
-    engine: Sequence[str] = ENGINE,
+    engine: Sequence[str] | None = ENGINE,
     router: Sequence[str] = ROUTER,
 ) -> None:
     """Serve until a signal comes, then return; raise the error of the child that ended before.
 
-    The listener is closed here: while the router drains, new connections must be refused, not left waiting.
+    Without ``engine`` the router finds one that runs already; without a listener there is no router. The listener is
+    closed here: while the router drains, new connections must be refused, not left waiting.
     """
     path = _write(settings)
-    try:
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        host, port = listener.getsockname()[:2]
-        raise _unavailable(host, port, error) from None
     grace = settings.graceful_termination_timeout
-    with listener, _Wakeup() as wakeup:
+    with listener or contextlib.nullcontext(), _Wakeup() as wakeup:
+        if listener is not None:
+            _listen(listener)
         watch = _Watch(wakeup)
         try:
-            log.info("Starting shard")
-            shard = watch.spawn(_SHARD, (*engine, "--settings", path))
-            log.info("Starting Webserver")
-            fd = listener.fileno()
-            webserver = watch.spawn(_WEBSERVER, (*router, "--settings", path, "--listen-fd", str(fd)), fd)
-            if watch.until_ready(shard, webserver):
-                log.info("Connected: ready after %.1f s", time.monotonic() - started)
-                log.info(_invitation(listener, settings))
+            if engine is not None:
+                log.info("Starting shard")
+                watch.spawn(_SHARD, (*engine, "--settings", path))
+            if listener is not None:
+                log.info("Starting Webserver")
+                fd = listener.fileno()
+                watch.spawn(_WEBSERVER, (*router, "--settings", path, "--listen-fd", str(fd)), fd)
+            if watch.until_ready():
+                if listener is not None:
+                    log.info("Connected: ready after %.1f s", time.monotonic() - started)
+                    log.info(_invitation(listener, settings))
                 watch.until_signal()
             log.info("Shutting down on %s", watch.signals[0].name)
         except StartupError:
             grace = min(FAREWELL, grace)
             raise
         finally:
-            listener.close()
+            if listener is not None:
+                listener.close()
             watch.stop_all(grace)
+
+
+def _listen(listener: socket.socket) -> None:
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _unavailable(host, port, error) from None
 
 
 def _write(settings: Settings) -> str:
     """settings.json, readable by this user only: it holds the API key, which must not show in any argument list."""
     if len(os.fsencode(settings.socket)) > _LONGEST_SOCKET_PATH:
-        raise StartupError(f"the path {settings.socket} is too long for a Unix socket; set TMPDIR to a shorter folder")
+        shorter = "TMPDIR to a shorter folder" if settings.uds_path is None else "`--uds-path` to a shorter one"
+        raise StartupError(f"the path {settings.socket} is too long for a Unix socket; set {shorter}")
     path = Path(settings.run_dir) / "settings.json"
     path.touch(0o600, exist_ok=False)
     path.write_bytes(msgspec.json.encode(settings))
@@ -226,7 +237,7 @@ class _Watch:
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup.reader, selectors.EVENT_READ)
 
-    def spawn(self, role: _Role, command: Sequence[str], *passed: int) -> _Child:
+    def spawn(self, role: _Role, command: Sequence[str], *passed: int) -> None:
         """Start a child in its own process group: Ctrl-C reaches only the launcher, which ends the rest in order."""
         parent = os.getpid()
 
@@ -255,12 +266,11 @@ class _Watch:
             os.set_blocking(fd, False)
             self._selector.register(fd, selectors.EVENT_READ, child)
         self._children.append(child)
-        return child
 
-    def until_ready(self, *children: _Child) -> bool:
+    def until_ready(self) -> bool:
         """False if a signal came first. The end of a child raises its error."""
         while not self.signals:
-            if all(child.ready for child in children):
+            if all(child.ready for child in self._children):
                 return True
             self._wait_for_news()
         return False

@@ -113,3 +113,7 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     if row.protected:
         operation["security"] = [{}, {"api_key": []}]
     return operation
+
+
+if __name__ == "__main__":
+    print(msgspec.json.format(_document(), indent=2).decode())

@@ -1,0 +1,144 @@
+"""Engine and router started by hand, each by its own command; a socket's path joins them.
+
+Beside the engine's socket lies a file with its settings, from which the router learns model and limits. Whoever started
+the engine holds a lock on that file for as long as it lives: settings that a dead engine left behind deceive nobody.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles, Settings
+from tgi.launcher.errors import ArgumentValidation, ShardCannotStart, WebserverCannotStart
+from tgi.launcher.flags import Options
+from tgi.launcher.launch import begin, engine_settings, with_http
+from tgi.launcher.supervisor import bind, supervise
+
+_CLIENTS_LIMITS = (
+    "max_concurrent_requests",
+    "max_best_of",
+    "max_stop_sequences",
+    "max_top_n_tokens",
+    "max_client_batch_size",
+    "validation_workers",
+    "payload_limit",
+)
+
+
+def serve_engine(options: Options, started: float) -> None:
+    """One engine, until a signal comes. ``started``: time.monotonic(). Raises StartupError."""
+    options = begin(options)
+    socket = Path(f"{options.uds_path}-0").absolute()
+    with _claim(socket) as file, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
+        settings = msgspec.structs.replace(engine_settings(options, run_dir), uds_path=str(socket))
+        os.ftruncate(file, 0)
+        os.pwrite(file, msgspec.json.encode(settings), 0)
+        supervise(settings, None, started)
+
+
+def serve_router(options: Options, started: float) -> None:
+    """One router before an engine that runs or loads, until a signal comes. Raises StartupError."""
+    options = begin(options, "tokenizer_name")
+    engine = _settings_of(Path(options.master_shard_uds_path).absolute())
+    _check_model(options, engine.model)
+    listener = bind(options.hostname, options.port)
+    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
+        settings = msgspec.structs.replace(
+            engine,
+            run_dir=run_dir,
+            limits=_limits(options, engine.limits),
+            tokenizer_config_path=options.tokenizer_config_path or engine.tokenizer_config_path,
+            json_output=options.json_output,
+            log_level=options.log_level,
+            log_colorize=options.log_colorize,
+            graceful_termination_timeout=options.graceful_termination_timeout,
+        )
+        supervise(with_http(settings, options), listener, started, engine=None)
+
+
+def _beside(socket: Path) -> Path:
+    """The settings of the engine on this socket."""
+    return socket.with_name(f"{socket.name}.json")
+
+
+@contextlib.contextmanager
+def _claim(socket: Path) -> Iterator[int]:
+    """The locked file for the settings. A socket that a dead engine left is removed."""
+    path = _beside(socket)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardCannotStart(f"there is an engine on {socket} already; choose another `--uds-path`") from None
+        if socket.is_socket():
+            socket.unlink()
+        elif socket.exists():
+            raise ShardCannotStart(f"{socket} is in the way; choose another `--uds-path`")
+        try:
+            yield file
+        finally:
+            socket.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
+
+
+def _settings_of(socket: Path) -> Settings:
+    """Of the engine on this socket, which may still be loading."""
+    nobody = WebserverCannotStart(
+        f"there is no engine on {socket} (`--master-shard-uds-path`). Start one with `text-generation-server serve "
+        f"MODEL_ID --uds-path {str(socket).removesuffix('-0')}`."
+    )
+    try:
+        with _beside(socket).open("rb") as file:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                raise nobody
+            text = file.read()
+    except FileNotFoundError:
+        raise nobody from None
+    if not text:
+        raise WebserverCannotStart(f"the engine on {socket} is still looking for its model's files")
+    try:
+        return msgspec.json.decode(text, type=Settings)
+    except msgspec.DecodeError as error:
+        raise WebserverCannotStart(f"{_beside(socket)} is not of this version: {error}") from None
+
+
+def _check_model(options: Options, model: ModelFiles) -> None:
+    """Token ids mean something to one tokenizer only."""
+    name = options.tokenizer_name
+    if name is not None and name != model.model_id and Path(name).absolute() != Path(model.model_id).absolute():
+        raise ArgumentValidation(f"`--tokenizer-name` is {name}, but the engine serves {model.model_id}")
+    if options.revision is not None and options.revision != model.revision:
+        raise ArgumentValidation(
+            f"`--revision` is {options.revision}, but the engine serves {model.revision or 'main'}"
+        )
+
+
+def _limits(options: Options, engine: Limits) -> Limits:
+    """The router's own; of the engine's it may only lower what one request takes."""
+    for name in ("max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size"):
+        given, real = getattr(options, name), getattr(engine, name)
+        if name == "max_batch_total_tokens" and given is not None:
+            given = given // BLOCK_SIZE * BLOCK_SIZE
+        if given not in (None, real):
+            raise ArgumentValidation(f"`{name}` is {real} in the engine, which was started with it. Given: {given}")
+    for name in ("max_total_tokens", "max_input_tokens"):
+        given, real = getattr(options, name), getattr(engine, name)
+        if given is not None and given > real:
+            raise ArgumentValidation(f"`{name}` must be <= {real}, what the engine serves. Given: {given}")
+    total = options.max_total_tokens or engine.max_total_tokens
+    inputs = options.max_input_tokens
+    if inputs is None:
+        inputs = min(engine.max_input_tokens, total - 1)
+    if inputs >= total:
+        raise ArgumentValidation("`max_input_tokens` must be < `max_total_tokens`")
+    own = {name: getattr(options, name) for name in _CLIENTS_LIMITS}
+    return msgspec.structs.replace(engine, max_input_tokens=inputs, max_total_tokens=total, **own)
