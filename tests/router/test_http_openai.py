@@ -77,7 +77,65 @@ def test_chat_stream_with_usage(router: Router) -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
-@pytest.mark.parametrize("fields", [{"stream_options": None}, {"stream": None}, {"n": 1}, {"user": "me"}])
+def test_usage_on_each_chunk(router: Router) -> None:
+    ids = router.says("the dog</s>")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = events(router.chat(stream=True, stream_options=options).content)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [*range(1, len(ids) + 1), len(ids)]
+
+
+def test_chat_choices(router: Router) -> None:
+    texts = iter(("the dog", "a cat", "the dog", "a cat"))
+    router.reply = lambda submit: [*router.service.tokenizer.encode(next(texts), add_special_tokens=False), 2]
+    response = router.chat(n=2, seed=5, logprobs=True)
+    answer = response.json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["the dog", "a cat"]
+    one, other = router.engine.submits[-2:]
+    assert one.token_ids == other.token_ids
+    assert one.sampling.seed == 5 != other.sampling.seed
+    generated = sum(len(choice["logprobs"]["content"]) for choice in answer["choices"])
+    assert answer["usage"]["prompt_tokens"] == len(one.token_ids) == int(response.headers["x-prompt-tokens"])
+    assert answer["usage"]["completion_tokens"] == generated == int(response.headers["x-generated-tokens"])
+    *chunks, last, _ = events(router.chat(n=2, stream=True, stream_options={"include_usage": True}).content)
+    for index, text in enumerate(("the dog", "a cat")):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(choice["delta"]["content"] for choice in own) == text
+        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
+    assert last["usage"] == answer["usage"]
+
+
+def test_the_role_is_on_each_delta_but_for_those_who_add_them_up(router: Router) -> None:
+    """text-generation reads no delta without one; OpenAI's Python library would read "assistantassistant"."""
+    router.says("the dog</s>")
+    body = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "n": 2}
+    for agent, repeated in (("python-requests/2.34.2", True), ("AsyncOpenAI/Python 3.54.0", False)):
+        response = router.http.post("/v1/chat/completions", json=body, headers={"user-agent": agent})
+        *chunks, _ = events(response.content)
+        for index in (0, 1):
+            deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"][0]["index"] == index]
+            assert deltas[0]["role"] == "assistant"
+            assert all(delta.get("role") == ("assistant" if repeated else None) for delta in deltas[1:])
+            assert all("tool_calls" in delta for delta in deltas)
+
+
+WITHOUT_EFFECT: list[dict[str, Any]] = [
+    {"stream_options": None},
+    {"stream_options": {"include_usage": None, "include_obfuscation": False}},
+    {"stream": None},
+    {"n": 1},
+    {"user": "me"},
+    {"metadata": {"a": "b"}},
+    {"service_tier": "flex"},
+    {"safety_identifier": "x"},
+    {"prediction": {"type": "content", "content": "x"}},
+    {"prompt_cache_key": "x", "prompt_cache_retention": "24h"},
+    {"store": False, "modalities": ["text"], "verbosity": "medium", "audio": None, "web_search_options": None},
+    {"nobody_knows": ["this"]},
+]
+
+
+@pytest.mark.parametrize("fields", WITHOUT_EFFECT)
 def test_neutral_values_are_accepted(router: Router, fields: dict[str, Any]) -> None:
     router.says("a</s>")
     assert router.chat(**fields).json()["choices"][0]["message"]["content"] == "a"
@@ -170,6 +228,7 @@ def test_top_p_of_one_is_off(router: Router) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"stream_options": {"include_obfuscation": True}}, "`include_obfuscation` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` is not supported"),
     ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
     ({"guided_json": {}}, "`guided_json` is not supported"),
@@ -185,6 +244,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
 ]
 REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"n": 0}, "`n` must be > 0 and <= 2. Given: 0"),
+    ({"n": 3}, "`n` must be > 0 and <= 2. Given: 3"),
+    ({"audio": {"voice": "x", "format": "wav"}}, "`audio` is not supported"),
+    ({"modalities": ["text", "audio"]}, "`modalities` is not supported"),
+    ({"moderation": {"model": "x"}}, "`moderation` is not supported"),
+    ({"store": True}, "`store` is not supported"),
+    ({"verbosity": "low"}, "`verbosity` is not supported"),
+    ({"web_search_options": {}}, "`web_search_options` is not supported"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "`continue_final_message` and `add_generation_prompt` must not both be true",
+    ),
     ({"best_of": 2}, "`best_of` is not supported"),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
     ({"functions": [{}]}, "`functions` is not supported"),
