@@ -32,7 +32,7 @@ from tgi.router.connection import Connection, watch_readers
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
-from tgi.router.template import ChatTemplate
+from tgi.router.template import ChatTemplates
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.tracing import Tracer
 from tgi.router.validate import Validator
@@ -112,7 +112,7 @@ def create(service: Service) -> Starlette:
         if service.tracer is not None:
             service.tracer.close()
 
-    rows = (*routes.ROUTES, *openapi.OWN_ROUTES)
+    rows = (*routes.ROUTES, *routes.named_by_vertex(service.settings), *openapi.OWN_ROUTES)
     app = Starlette(
         routes=[Route(path, Endpoint(service, [r for r in rows if r.path == path])) for path in {r.path for r in rows}],
         middleware=[
@@ -138,7 +138,7 @@ def build(settings: Settings) -> Service:
     return Service(
         settings=settings,
         tokenizer=tokenizer,
-        template=ChatTemplate(tokenizer.chat_templates.get("default"), tokenizer.bos_token, tokenizer.eos_token),
+        templates=ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens),
         validator=Validator(settings.limits, tokenizer, (settings.watermark_gamma, settings.watermark_delta)),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,
