@@ -32,7 +32,7 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen-fd", type=int)
     arguments = parser.parse_args(argv)
     settings = Settings.read(arguments.settings)
-    telemetry.setup(target, settings.log_level, settings.json_output)
+    telemetry.setup(target, settings.log_level, settings.json_output, colour=settings.log_colorize)
 
     def report(status: Status) -> None:
         os.write(arguments.status_fd, msgspec.json.encode(status) + b"\n")

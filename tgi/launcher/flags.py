@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from tgi import __version__
 from tgi.core import telemetry
@@ -104,6 +105,22 @@ def _text(metavar: str = "TEXT", *, suggest: str = "") -> Kind:
         return value
 
     return Kind(metavar, suggest, parse)
+
+
+def _collector() -> Kind:
+    """Where traces go: TGI's Rust side wants a URL, its Python side takes a host and a port, too."""
+
+    def parse(value: str) -> str:
+        try:
+            url = urlsplit(value if "://" in value else f"http://{value}")
+            fits = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            fits = False
+        if not fits or not re.fullmatch("[!-~]+", value):
+            raise ValueError("expected a URL such as http://localhost:4317")
+        return value
+
+    return Kind("URL", "", parse)
 
 
 def _header() -> Kind:
@@ -372,9 +389,15 @@ class Options:
         _number(0, float("inf"), above=True), None, "Factor of the stretch; alone it means `--rope-scaling linear`."
     )
     json_output: bool = _flag(_SWITCH, False, "Log one JSON object per line.", commands=_ALL)
-    otlp_endpoint: str | None = _flag(_text("URL"), None, "OpenTelemetry collector.", "refused", commands=_SERVING)
+    otlp_endpoint: str | None = _flag(
+        _collector(),
+        None,
+        "OpenTelemetry collector to send traces to, by gRPC (`http://host:4317`), or by HTTP if the URL has a path or "
+        "port 4318. The router sends them; what an engine does is part of its spans.",
+        commands=_SERVING,
+    )
     otlp_service_name: str = _flag(
-        _text(), "text-generation-inference.router", "There are no traces to name yet.", "obsolete", commands=_SERVING
+        _text(), "text-generation-inference.router", "The traces' `service.name`.", commands=_SERVING
     )
     cors_allow_origin: tuple[str, ...] = _flag(
         _list_of(_text("ORIGIN"), many=True),
@@ -470,9 +493,18 @@ class Options:
     log_level: str = _flag(
         Kind("LEVEL", "|".join(telemetry.LEVELS), _log_level),
         "info",
-        "What is logged: a level, or a list like `info,text_generation_router=debug`.",
+        "What is logged: a level, or a list like `info,text_generation_router=debug`; the lines about requests are "
+        "`text_generation_router::server`.",
         only="env",
         commands=_ALL,
+    )
+    log_colorize: bool | None = _flag(
+        _BIT,
+        None,
+        "Colours in the log's text; unset means on a terminal only. In TGI `1` turns them off, everything else on.",
+        only="env",
+        commands=_ALL,
+        lenient=True,
     )
     compute_type: str | None = _flag(
         _header(), None, "Value of the header x-compute-type; unset names the device.", only="env", commands=_HTTP
@@ -531,9 +563,6 @@ class Options:
         "`docker_label` of /info and end of `system_fingerprint`; images carry it.",
         only="env",
         commands=_HTTP,
-    )
-    log_colorize: str | None = _flag(
-        Kind("TEXT", "", str), None, "The log has no colours.", "obsolete", only="env", commands=_HTTP
     )
     request_logprobs: bool = _flag(
         _BIT,
