@@ -13,9 +13,11 @@ import pytest
 from msgspec.structs import replace
 
 from tests.router.serving import LIMITS, Router, events, settings, until
+from tgi.router.dialects import native
 from tgi.router.routes import ROUTES
 
 PROTECTED = sorted({re.sub("{.*?}", "x", row.path) for row in ROUTES if row.body is not None})
+OTHER_ERRORS = {row.path for row in ROUTES if row.errors is not native.ERRORS}
 OPEN = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/docs/", "/api-doc/openapi.json"]
 
 LONG_ANSWER = {"inputs": "hello", "parameters": {"max_new_tokens": 150}}
@@ -39,7 +41,9 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
 def test_no_key_no_answer(locked: Router, path: str, value: str | None) -> None:
     headers = {} if value is None else {b"authorization": value.encode()}
     response = locked.http.post(path, content=b"not even read", headers=headers)
-    assert (response.status_code, response.content) == (401, b"")
+    assert response.status_code == 401
+    if path not in OTHER_ERRORS:
+        assert response.content == b""
 
 
 @pytest.mark.parametrize("path", PROTECTED)
@@ -61,7 +65,7 @@ def test_every_route_that_takes_a_body_is_protected() -> None:
     assert all(row.protected for row in ROUTES if row.body is not None)
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/generate/", "/v1", "/v1/models/x", "/docs/nothing"])
+@pytest.mark.parametrize("path", ["/nothing", "/generate/", "/v1", "/v2/models/x", "/docs/nothing"])
 def test_unknown_paths(router: Router, path: str) -> None:
     response = router.http.get(path)
     assert (response.status_code, response.content) == (404, b"")

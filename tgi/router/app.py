@@ -72,7 +72,8 @@ class Endpoint:
         if self._key is None:
             return True
         bearer = hmac.compare_digest(call.header(b"authorization"), b"Bearer " + self._key)
-        return bearer or (row.key_header is not None and hmac.compare_digest(call.header(row.key_header), self._key))
+        header = row.key_header
+        return bearer or (header is not None and hmac.compare_digest(call.header(header.encode()), self._key))
 
     async def _serve(self, call: Call, row: routes.Row, service: Service) -> None:
         try:

@@ -12,7 +12,7 @@ from tgi.core.errors import GENERATION, INCOMPLETE, NOT_FOUND, OVERLOADED, UNAVA
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
-from tgi.router.wire.base import ErrorResponse, OneOf
+from tgi.router.wire.base import OneOf
 
 _COMPONENT = "#/components/schemas/{name}"
 
@@ -49,8 +49,10 @@ OWN_ROUTES = (
 def _document() -> bytes:
     rows = [row for row in ROUTES if row.summary is not None]
     types = [kind for row in rows for union in (row.body, row.answer, row.event) for kind in _kinds(union)]
-    schemas, components = msgspec.json.schema_components([*types, ErrorResponse], ref_template=_COMPONENT)
-    schema_of = dict(zip([*types, ErrorResponse], schemas, strict=True))
+    types += [row.errors.body for row in rows]
+    schemas, components = msgspec.json.schema_components(types, ref_template=_COMPONENT)
+    schema_of = dict(zip(types, schemas, strict=True))
+    key_headers = {row.key_header for row in rows}
     paths: dict[str, dict[str, Any]] = {}
     for row in rows:
         paths.setdefault(_CONVERTOR.sub("}", row.path), {})[row.method.lower()] = _operation(row, schema_of)
@@ -66,7 +68,10 @@ def _document() -> bytes:
             "paths": paths,
             "components": {
                 "schemas": components,
-                "securitySchemes": {"api_key": {"type": "http", "scheme": "bearer"}},
+                "securitySchemes": {
+                    "api_key": {"type": "http", "scheme": "bearer"},
+                    **{name: {"type": "apiKey", "in": "header", "name": name} for name in filter(None, key_headers)},
+                },
             },
         }
     )
@@ -91,7 +96,9 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         content["text/plain"] = {"schema": {"type": "string"}}
     success: dict[str, Any] = {"description": "Success"} | ({"content": content} if content else {})
     failures: tuple[Kind, ...] = ()
-    if row.body is not None:
+    if row.path.startswith("/v1/responses"):
+        failures = (NOT_FOUND, VALIDATION) if row.body is None else (*_FAILURES, NOT_FOUND)
+    elif row.body is not None:
         failures = _FAILURES
     elif row.path.endswith(("/health", "/ready")):
         failures = (UNHEALTHY,)
@@ -102,7 +109,13 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "summary": row.summary,
         "operationId": row.handler.__name__,
         "responses": {"200": success}
-        | {str(kind.status): {"description": kind.prefix, "content": json(ErrorResponse)} for kind in failures},
+        | {
+            str(row.errors.statuses.get(kind.status, kind.status)): {
+                "description": kind.prefix,
+                "content": json(row.errors.body),
+            }
+            for kind in failures
+        },
     }
     if names := _PARAMETER.findall(row.path):
         operation["parameters"] = [
@@ -111,7 +124,8 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
     if row.body is not None:
         operation["requestBody"] = {"content": json(row.body), "required": True}
     if row.protected:
-        operation["security"] = [{}, {"api_key": []}]
+        schemes = ["api_key"] if row.key_header is None else ["api_key", row.key_header]
+        operation["security"] = [{}, *({scheme: []} for scheme in schemes)]
     return operation
 
 

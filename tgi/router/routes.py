@@ -61,7 +61,7 @@ class Row(NamedTuple):
     """The JSON type of its events, if it streams."""
     protected: bool = False
     """Needs the API key, if the server has one."""
-    key_header: bytes | None = None
+    key_header: str | None = None
     """The key is taken from here, too, without a word before it."""
     errors: ErrorStyle = native.ERRORS
     span: str = ""
@@ -72,6 +72,7 @@ class Row(NamedTuple):
         return self.span or self.handler.__name__
 
 
+_VERTEX = "vertex_compatibility"
 _MODEL = "/v2/models/{model_name:path}/versions/{model_version}"
 
 ROUTES = (
@@ -170,7 +171,7 @@ ROUTES = (
         answer=AnthropicMessage,
         event=MessageEvent,
         protected=True,
-        key_header=b"x-api-key",
+        key_header="x-api-key",
         errors=anthropic.ERRORS,
     ),
     Row(
@@ -181,7 +182,7 @@ ROUTES = (
         body=CountTokensRequest,
         answer=TokenCount,
         protected=True,
-        key_header=b"x-api-key",
+        key_header="x-api-key",
         errors=anthropic.ERRORS,
     ),
     Row(
@@ -230,7 +231,7 @@ ROUTES = (
         body=VertexRequest,
         answer=VertexResponse,
         protected=True,
-        span="vertex_compatibility",
+        span=_VERTEX,
     ),
     Row(
         "POST",
@@ -260,6 +261,6 @@ ROUTES = (
 def named_by_vertex(settings: Settings) -> Iterator[Row]:
     """/vertex and /health once more, where Vertex AI says that it will ask."""
     if settings.aip_predict_route is not None:
-        yield Row("POST", settings.aip_predict_route, cloud.vertex, body=VertexRequest, protected=True)
+        yield Row("POST", settings.aip_predict_route, cloud.vertex, body=VertexRequest, protected=True, span=_VERTEX)
     if settings.aip_health_route is not None:
         yield Row("GET", settings.aip_health_route, native.health)
