@@ -28,7 +28,7 @@ _DEFAULTS = msgspec.structs.asdict(GenerateParameters())
 _SECRET = ("cache_salt",)
 _SHOWN = [*_TGI, *(name for name in _DEFAULTS if name not in (*_TGI, *_SECRET))]
 _LONGEST = 200
-"""Characters of a value: stop strings, biases and grammars can be as long as a body."""
+"""Characters of a value: stop strings, biases and grammars can be as long as a body. Messages get five times that."""
 
 
 class Journal:
@@ -53,7 +53,7 @@ class Journal:
         self.error = error
         fields = {"parameters": Debug(self.runs[0].generation.parameters)} if self.runs else {}
         level = logging.ERROR if error.kind.ours else logging.WARNING
-        log.log(level, "%s", error.message, extra={"span": Span(self.name, fields)})
+        log.log(level, "%s", _cut(error.message, 5 * _LONGEST), extra={"span": Span(self.name, fields)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +94,8 @@ def _debug(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = str(value) if isinstance(value, int | float) else msgspec.json.encode(value).decode()
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return _cut(text, _LONGEST)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "…"
