@@ -13,6 +13,7 @@ from tests.router.serving import LIMITS
 from tgi.core.errors import RequestError
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import INLINE_CHARACTERS, Generation, Validator
+from tgi.router.wire.grammar import RegexGrammar
 from tgi.router.wire.native import GenerateParameters
 
 
@@ -78,7 +79,7 @@ FAILURES: list[tuple[dict[str, Any], str]] = [
     ({"text": []}, "`inputs` cannot be empty"),
     ({"text": [1, 10**6]}, "`prompt` names token 1000000, which the model doesn't have"),
     ({"text": [1] * 101}, "`inputs` must have less than 100 tokens. Given: 101"),
-    ({"grammar": {"type": "regex", "value": "a"}}, "grammar is not supported"),
+    ({"grammar": RegexGrammar(value="a")}, "grammar is not supported"),  # of a validator that takes none
 ]
 
 

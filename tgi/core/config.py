@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ledger: dict[str, int] = {}
     """The memory ledger: name → bytes, in the order it is printed; shown at /info."""
     prefix_caching: bool = True
+    grammars: bool = True
+    """Whether requests may say what their answers must spell."""
     api_key: str | None = None
     cors_allow_origin: list[str] = []
     tokenizer_config_path: str | None = None

@@ -43,5 +43,5 @@ def start(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 def check(matcher: LLMatcher) -> None:
     """Raise GrammarError if the matcher has failed."""
     if matcher.is_error():
-        lines = matcher.get_error().replace("<non-verbose/>", "").splitlines()
-        raise GrammarError(" ".join(line.strip() for line in lines if line.strip()))
+        error = matcher.get_error().replace("<non-verbose/>", "").replace("NoExtensionBias", "no text satisfies it")
+        raise GrammarError(" ".join(error.split()))

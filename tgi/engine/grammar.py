@@ -85,7 +85,8 @@ class Grammars:
         known = min(self._vocab_size, self._compiler.width)
         allowed[:, :known] = numpy.unpackbits(bits.view(numpy.uint8), 1, known, "little")
         for row, (_, _, request) in zip(allowed, rows, strict=True):
-            if (ends := _unwanted(request)) and row.sum() > row[ends].sum():
+            ends = [token for token in _unwanted(request) if token < self._vocab_size]
+            if ends and row.sum() > row[ends].sum():
                 row[ends] = False
         return {index: row for row, (index, _, _) in zip(allowed, rows, strict=True)}
 

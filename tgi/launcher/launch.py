@@ -80,6 +80,7 @@ def with_http(settings: Settings, options: Options) -> Settings:
         settings,
         api_key=options.api_key,
         cors_allow_origin=list(options.cors_allow_origin),
+        grammars=not options.disable_grammar_support,
         otlp_endpoint=options.otlp_endpoint or settings.otlp_endpoint,
         otlp_service_name=options.otlp_service_name,
         aip_predict_route=options.aip_predict_route,

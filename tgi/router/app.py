@@ -29,6 +29,7 @@ from tgi.router import openapi, routes
 from tgi.router.call import Call
 from tgi.router.client import EngineClient
 from tgi.router.connection import Connection, watch_readers
+from tgi.router.grammar import Grammars
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
@@ -133,14 +134,18 @@ def create(service: Service) -> Starlette:
 
 def build(settings: Settings) -> Service:
     """The parts of a router. Raises StartupError for a model folder that it can't serve."""
-    path = settings.tokenizer_config_path
-    tokenizer = Tokenizer.load(Path(settings.model.folder), None if path is None else Path(path))
+    folder, path = Path(settings.model.folder), settings.tokenizer_config_path
+    tokenizer = Tokenizer.load(folder, None if path is None else Path(path))
     metrics = Metrics(settings.limits)
+    grammars = Grammars(folder / "tokenizer.json", tokenizer.eos_ids) if settings.grammars else None
+    watermark = settings.watermark_gamma, settings.watermark_delta
     return Service(
         settings=settings,
         tokenizer=tokenizer,
-        templates=ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens),
-        validator=Validator(settings.limits, tokenizer, (settings.watermark_gamma, settings.watermark_delta)),
+        templates=ChatTemplates(
+            tokenizer.chat_templates, tokenizer.special_tokens, 4 * settings.limits.payload_limit
+        ),
+        validator=Validator(settings.limits, tokenizer, watermark, grammars),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,
         permits=Permits(settings.limits.max_concurrent_requests),

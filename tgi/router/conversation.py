@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from tgi.router.grammar import grammar_of
 from tgi.router.pipeline import Piece, Run, Service, interleave
 from tgi.router.tools import CallDelta as CallDelta
 from tgi.router.tools import ReplyParser, Tools, spelled, tools_of
@@ -23,13 +24,7 @@ from tgi.router.wire.openai import ChatRequest, FinishReason, ImagePart, Message
 FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "response_format": (None, {"type": "text"}),
-    "grammar": (None,),
     "adapter_id": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
 }
 _CHAT_NEUTRAL = _NEUTRAL | {
     "best_of": (None, 1),
@@ -217,6 +212,7 @@ def to_parameters(
         top_n_tokens=top_logprobs,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
+        grammar=grammar_of(request),
     )
 
 

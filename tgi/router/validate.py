@@ -13,8 +13,9 @@ from typing import TypeVar
 import msgspec
 
 from tgi.core.config import Limits
-from tgi.core.errors import VALIDATION, RequestError
+from tgi.core.errors import TOOL, VALIDATION, RequestError
 from tgi.core.messages import Sampling
+from tgi.router.grammar import UNSUPPORTED, Grammars, Wish, wish_of
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.wire.native import GenerateParameters
 
@@ -31,7 +32,6 @@ Result = TypeVar("Result")
 
 _NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "adapter_id": (None,),
-    "grammar": (None,),
 }
 
 
@@ -46,7 +46,7 @@ def refuse(request: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]], w
     """
     for name, values in neutral.items():
         if getattr(request, name) not in values:
-            raise invalid("grammar is not supported" if name == "grammar" else f"`{where}{name}` is not supported")
+            raise invalid(f"`{where}{name}` is not supported")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,24 @@ class Generation:
 class Validator:
     """TGI's checks, in TGI's order and words; what TGI lacks is checked beside what it resembles."""
 
-    def __init__(self, limits: Limits, tokenizer: Tokenizer, watermark: tuple[float, float] = (0.5, 2.0)) -> None:
-        """``watermark``: gamma and delta for those who ask for one."""
+    def __init__(
+        self,
+        limits: Limits,
+        tokenizer: Tokenizer,
+        watermark: tuple[float, float] = (0.5, 2.0),
+        grammars: Grammars | None = None,
+    ) -> None:
+        """``watermark``: gamma and delta for those who ask for one; ``grammars``: None refuses every grammar."""
         self._limits = limits
         self._tokenizer = tokenizer
         self._watermark = watermark
+        self._grammars = grammars
         self._pool = ThreadPoolExecutor(limits.validation_workers, thread_name_prefix="validation")
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        if self._grammars is not None:
+            self._grammars.close()
 
     def check_best_of(self, parameters: GenerateParameters) -> None:
         """What is judged before a request counts against the concurrency limit, when it doesn't stream."""
@@ -163,14 +172,16 @@ class Validator:
                 f"`min_tokens` must be <= `max_new_tokens`. Given: {parameters.min_tokens} and {max_new_tokens}"
             )
         sampling, eos_ids = _sampling(parameters, greedy), self._tokenizer.eos_ids
+        if grammar := await self._grammar(parameters, grammar):
+            sampling = msgspec.structs.replace(sampling, grammar=grammar, end_token_ids=sorted(eos_ids))
+        if parameters.watermark:
+            sampling = msgspec.structs.replace(sampling, watermark=self._watermark)
         return Generation(
             parameters=parameters,
             text=prompt if isinstance(prompt, str) else await self._decode(token_ids),
             token_ids=token_ids,
             max_new_tokens=max_new_tokens,
-            sampling=msgspec.structs.replace(
-                sampling, grammar=grammar, watermark=self._watermark if parameters.watermark else None
-            ),
+            sampling=sampling,
             stop=parameters.stop,
             keep_stop=parameters.include_stop_str_in_output,
             skip_special_tokens=parameters.skip_special_tokens,
@@ -179,6 +190,17 @@ class Validator:
             stop_token_ids=sorted({*parameters.stop_token_ids, *(() if parameters.ignore_eos else eos_ids)}),
             prompt_logprobs=parameters.decoder_input_details,
         )
+
+    async def _grammar(self, parameters: GenerateParameters, own: str) -> str:
+        """As the engine takes it, "" if there is none. ``own`` is the caller's."""
+        if own and parameters.grammar is not None:
+            raise RequestError(TOOL, "Grammar and tools are mutually exclusive")
+        if not own and parameters.grammar is None:
+            return ""
+        if self._grammars is None:
+            raise invalid(UNSUPPORTED)
+        wish = Wish("llguidance", own) if parameters.grammar is None else wish_of(parameters.grammar)
+        return await self._grammars.compile(wish)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return await self._tokenize(self._tokenizer.encode, text, add_special_tokens)

@@ -47,6 +47,7 @@ from tgi.router.wire.anthropic import (
     ToolUseBlock,
 )
 from tgi.router.wire.base import Unreadable
+from tgi.router.wire.grammar import Grammar, JsonSchemaGrammar, NamedSchema
 from tgi.router.wire.openai import (
     ChatRequest,
     FinishReason,
@@ -322,10 +323,10 @@ def _tool_choice(request: CountTokensRequest) -> str | NamedTool | None:
     return NamedTool(name=choice.name)
 
 
-def _response_format(output: OutputConfig | None) -> dict[str, Any] | None:
+def _response_format(output: OutputConfig | None) -> Grammar | None:
     if output is None:
         return None
     refuse(output, {"effort": (None,)}, "output_config.")
     if output.format is None:
         return None
-    return {"type": "json_schema", "json_schema": {"name": "output", "schema": output.format.schema}}
+    return JsonSchemaGrammar(json_schema=NamedSchema(name="output", schema=output.format.schema))

@@ -19,6 +19,7 @@ from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, 
 from tgi.router.store import Stored
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.base import Unreadable
+from tgi.router.wire.grammar import Grammar, JsonObjectGrammar, JsonSchemaGrammar, NamedSchema
 from tgi.router.wire.openai import (
     ChatRequest,
     FinishReason,
@@ -430,14 +431,11 @@ def _tool_choice(choice: str | ToolChoice | None) -> str | NamedTool | None:
     return NamedTool(name=choice.name)
 
 
-def _response_format(format: TextFormat | None) -> dict[str, Any] | None:
+def _response_format(format: TextFormat | None) -> Grammar | None:
     if format is None or format.type == "text":
         return None
     if format.type == "json_object":
-        return {"type": "json_object"}
+        return JsonObjectGrammar()
     if format.name is None or format.schema is None:
         raise invalid("`text.format` of type `json_schema` needs a `name` and a `schema`")
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": format.name, "schema": format.schema, "strict": format.strict},
-    }
+    return JsonSchemaGrammar(json_schema=NamedSchema(name=format.name, schema=format.schema, strict=format.strict))

@@ -1,10 +1,11 @@
 """The wire of TGI's own routes, field by field as TGI has them. Types only: ``validate`` judges the values."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
 from tgi.router.wire.base import F32, I32, U32, U63, U64
+from tgi.router.wire.grammar import Grammar
 
 
 class GenerateParameters(Struct, frozen=True, kw_only=True):
@@ -39,7 +40,8 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
     seed: U64 | None = None
     top_n_tokens: U32 | None = None
     logit_bias: dict[int, F32] | None = None
-    grammar: Any = None
+    grammar: Grammar | None = None
+    """What the text must spell."""
     adapter_id: str | None = None
     priority: I32 = 0
     """Requests of a lower value run first."""

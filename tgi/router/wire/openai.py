@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 from msgspec import UNSET, Struct, UnsetType
 
 from tgi.router.wire.base import F32, I32, I64, U32
+from tgi.router.wire.grammar import Grammar, ResponseFormat
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
@@ -46,14 +47,15 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     best_of: U32 | None = None
     priority: I32 | None = None
     cache_salt: str | None = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     watermark: bool | None = None
-    grammar: Any = None
+    grammar: Grammar | None = None
     adapter_id: str | None = None
     guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    """A JSON schema, as itself or in a string."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     user: Any = None
     """This and what follows has its effect on the operator's side at OpenAI, and none on the answer: nobody looks."""
@@ -157,7 +159,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tool_prompt: str | None = None
     """Tells the model how to call a function, in place of TGI's own words."""
     parallel_tool_calls: bool | None = None
-    """false: one call at most."""
+    """true: several calls in one answer. Otherwise one at most: models that weren't taught to stop go on calling."""
     functions: Any = None
     function_call: Any = None
     documents: list[Any] | None = None

@@ -1,0 +1,252 @@
+"""From the wire to a grammar that the engine can run, and what is refused. Knows JSON schemas, and the process that
+tries grammars; loads neither llguidance nor a tokenizer.
+"""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET
+
+from tgi.core.errors import VALIDATION, RequestError
+from tgi.core.messages import FRAME
+from tgi.router.wire.grammar import (
+    ChoiceGrammar,
+    FreeGrammar,
+    Grammar,
+    JsonGrammar,
+    JsonObjectGrammar,
+    JsonSchemaGrammar,
+    RegexGrammar,
+    TextFormat,
+)
+from tgi.router.wire.openai import OpenAIRequest
+
+LONGEST = 1 << 18
+"""Characters of a grammar."""
+
+REMEMBERED = 1 << 22
+"""Characters of the grammars whose verdict is kept."""
+
+UNSUPPORTED = "grammar is not supported"
+INVALID = "grammar is not valid: "
+UNENFORCEABLE = "cannot compile regex from schema: "
+"""TGI's words: what it makes of schemas is a regex."""
+
+
+class Wish(msgspec.Struct, frozen=True, array_like=True):
+    """A grammar in one of the formats that llguidance knows."""
+
+    format: Literal["json_schema", "regex", "choice", "grammar", "llguidance"]
+    text: str
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """A grammar as the engine takes it, or what is wrong with it, in one line."""
+
+    grammar: str = ""
+    error: str = ""
+
+
+def grammar_of(request: OpenAIRequest) -> Grammar | None:
+    """What an OpenAI request says its answers must spell, in whichever of the fields. RequestError if several do."""
+    format, given = request.response_format, dict[str, Grammar]()
+    if format is not None and not isinstance(format, TextFormat):
+        given["response_format"] = format
+    if request.grammar is not None:
+        given["grammar"] = request.grammar
+    if request.guided_json is not None:
+        given["guided_json"] = JsonGrammar(value=request.guided_json)
+    if request.guided_regex is not None:
+        given["guided_regex"] = RegexGrammar(value=request.guided_regex)
+    if request.guided_choice is not None:
+        given["guided_choice"] = ChoiceGrammar(value=request.guided_choice)
+    if request.guided_grammar is not None:
+        given["guided_grammar"] = FreeGrammar(value=request.guided_grammar)
+    if len(given) > 1:
+        first, second, *_ = given
+        raise _invalid(f"`{first}` and `{second}` must not both be set")
+    return next(iter(given.values()), None)
+
+
+def wish_of(grammar: Grammar) -> Wish:
+    """Raises RequestError for what can be seen to be wrong without llguidance."""
+    match grammar:
+        case JsonGrammar(value=value):
+            return _schema_wish(_parsed(value))
+        case JsonObjectGrammar(value=value):
+            return _schema_wish({"type": "object"} if value is UNSET else _parsed(value))
+        case JsonSchemaGrammar(value=value, json_schema=named):
+            given = value or named
+            assert given is not None
+            return _schema_wish(given.schema)
+        case RegexGrammar(value=value):
+            return Wish("regex", value)
+        case ChoiceGrammar(value=value):
+            if not value:
+                raise _invalid(f"{INVALID}a choice needs something to choose from")
+            return Wish("choice", json.dumps(value))
+        case FreeGrammar(value=value):
+            return Wish("grammar", value)
+
+
+def _parsed(value: Any) -> Any:
+    """TGI takes schemas also in strings."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise _invalid(UNSUPPORTED)
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _invalid(INVALID + str(error)) from None
+
+
+def _schema_wish(schema: Any) -> Wish:
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise _invalid(f"{INVALID}a schema is an object or `true`")
+    if "properties" in schema and "type" not in schema:
+        # TGI takes only schemas with properties, and means objects; the standard would let other values pass.
+        schema = {"type": "object"} | schema
+    try:
+        return Wish("json_schema", msgspec.json.encode(schema).decode())
+    except RecursionError:
+        raise _invalid(f"{INVALID}it is nested too deeply") from None
+
+
+class Grammars:
+    """Judges the grammars for one model: at once those judged before, the others one by one, off the event loop, in a
+    process that is started for the first."""
+
+    def __init__(self, tokenizer: Path, end_ids: Collection[int]) -> None:
+        """``tokenizer``: a tokenizer.json; ``end_ids``: the model's end tokens."""
+        self._command = [sys.executable, "-m", "tgi.router.trial", str(tokenizer), *map(str, sorted(end_ids))]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._verdicts: OrderedDict[Wish, Verdict] = OrderedDict()
+        """Least recently used first."""
+        self._remembered = 0
+
+    async def compile(self, wish: Wish) -> str:
+        """The grammar as the engine takes it. Raises RequestError for one that can't be enforced, in full."""
+        if len(wish.text) > LONGEST:
+            raise _invalid(f"{INVALID}it has {len(wish.text)} characters, and {LONGEST} are allowed")
+        verdict = self._verdicts.get(wish)
+        if verdict is None:
+            verdict = await asyncio.get_running_loop().run_in_executor(self._thread, self._try, wish)
+            self._remember(wish, verdict)
+        else:
+            self._verdicts.move_to_end(wish)
+        if verdict.error:
+            raise _invalid(_explained(wish, verdict.error))
+        return verdict.grammar
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._end()
+
+    def _remember(self, wish: Wish, verdict: Verdict) -> None:
+        if wish not in self._verdicts:
+            self._verdicts[wish] = verdict
+            self._remembered += len(wish.text)
+        while self._remembered > REMEMBERED:
+            oldest, _ = self._verdicts.popitem(last=False)
+            self._remembered -= len(oldest.text)
+
+    def _try(self, wish: Wish) -> Verdict:
+        """Ask the process; one that has been lost is started again for the next wish."""
+        if self._process is None:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            body = msgspec.msgpack.encode(wish)
+            stdin.write(FRAME.pack(len(body)) + body)
+            stdin.flush()
+            (length,) = FRAME.unpack(stdout.read(FRAME.size))
+            return msgspec.msgpack.decode(stdout.read(length), type=Verdict)
+        except Exception:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+# --- What is wrong with a schema, and where --------------------------------------------------------------------------
+
+_ONE = {
+    "additionalItems",
+    "additionalProperties",
+    "contains",
+    "else",
+    "if",
+    "items",
+    "not",
+    "propertyNames",
+    "then",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+}
+_LIST = {"allOf", "anyOf", "items", "oneOf", "prefixItems"}
+_MAP = {"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"}
+
+_MALFORMED = re.compile(r"Invalid type: |Expected |.*\bmust be an? ")
+"""How llguidance's messages on what is no JSON schema at all begin; the others are on what it can't enforce."""
+
+
+def _explained(wish: Wish, error: str) -> str:
+    """TGI's words, llguidance's reason, and the place in the schema if it can be told."""
+    if wish.format != "json_schema":
+        return INVALID + error
+    words = INVALID if _MALFORMED.match(error) else UNENFORCEABLE
+    path = _place(msgspec.json.decode(wish.text), error)
+    return f"{words}{error} at `{path}`" if path else words + error
+
+
+def _place(schema: Any, error: str) -> str | None:
+    """JSON path of the subschema that llguidance means, which names keywords and formats only."""
+    means: Callable[[dict[str, Any]], bool]
+    if match := re.match(r"Unimplemented keys: (\[.*\])", error):
+        keys = set(json.loads(match[1]))
+        means = keys.issubset
+    elif match := re.match(r"Unknown format: (.*)", error):
+        name = match[1]
+        means = lambda subschema: subschema.get("format") == name  # noqa: E731
+    else:
+        return None
+    return next((path for path, subschema in _subschemas(schema) if means(subschema)), None)
+
+
+def _subschemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(JSON path, subschema) of a schema and all in it, in no particular order."""
+    left = [("$", schema)]
+    while left:
+        path, subschema = left.pop()
+        if not isinstance(subschema, dict):
+            continue
+        yield path, subschema
+        for key, value in subschema.items():
+            if key in _ONE:
+                left.append((f"{path}.{key}", value))
+            if key in _LIST and isinstance(value, list):
+                left += ((f"{path}.{key}[{index}]", item) for index, item in enumerate(value))
+            if key in _MAP and isinstance(value, dict):
+                left += ((f"{path}.{key}.{name}", item) for name, item in value.items())
+
+
+def _invalid(detail: str) -> RequestError:
+    return RequestError(VALIDATION, detail)

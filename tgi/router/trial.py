@@ -1,0 +1,139 @@
+"""The process in which a router tries grammars: each in a fork of its own that may take little time, memory and stack,
+so that no grammar, whatever it does to llguidance, harms the router or the engine.
+
+Reads wishes from its standard input and writes verdicts to its standard output, in frames as ``core.messages`` has
+them, until the input ends. Knows llguidance; knows no request.
+"""
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import llguidance
+import msgspec
+from llguidance import LLMatcher, LLTokenizer
+
+from tgi.core.grammar import GrammarError, check, load_tokenizer, start
+from tgi.core.messages import FRAME
+from tgi.router.grammar import Verdict, Wish
+
+SECONDS = 2
+"""Of processor time. Usual grammars take a thousandth of it."""
+MEMORY = 1 << 28
+"""Bytes that a grammar may add to the process."""
+STACK = 1 << 22
+"""Bytes; less than the engine's threads have."""
+STEPS = 4
+"""Tokens that are tried: grammars that are too complex mostly show it at once."""
+WALK = 0.1
+"""Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
+
+_SPACE = r" |\n[ \t]{0,40}"
+"""White space in JSON as models write it, unless a schema's ``x-guidance`` has a word on it. Without bounds weak models
+would write nothing else."""
+
+
+def read(stream: BinaryIO) -> bytes | None:
+    """The body of the next frame; None at the end."""
+    head = stream.read(FRAME.size)
+    if len(head) < FRAME.size:
+        return None
+    (length,) = FRAME.unpack(head)
+    body = stream.read(length)
+    return body if len(body) == length else None
+
+
+def write(stream: BinaryIO, message: msgspec.Struct) -> None:
+    body = msgspec.msgpack.encode(message)
+    stream.write(FRAME.pack(len(body)) + body)
+    stream.flush()
+
+
+def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
+    """Compile a grammar, and look whether tokens can follow it."""
+    try:
+        grammar = _compile(wish)
+        _walk(start(tokenizer, grammar))
+    except (GrammarError, ValueError) as error:
+        return Verdict(error=" ".join(str(error).split()))
+    return Verdict(grammar)
+
+
+def _compile(wish: Wish) -> str:
+    if wish.format == "json_schema":
+        return LLMatcher.grammar_from_json_schema(wish.text, defaults={"whitespace_pattern": _SPACE})
+    return llguidance.grammar_from(wish.format, wish.text)
+
+
+def _walk(matcher: LLMatcher) -> None:
+    """Follow some tokens, the same ones every time. Raises GrammarError where that leads nowhere."""
+    chance = random.Random(0)
+    begin = time.process_time()
+    for _ in range(STEPS):
+        mask = matcher.compute_bitmask()
+        check(matcher)
+        at = chance.choice([at for at, byte in enumerate(mask) if byte])
+        matcher.consume_token(8 * at + chance.choice([bit for bit in range(8) if mask[at] >> bit & 1]))
+        check(matcher)
+        if time.process_time() - begin > WALK:
+            raise GrammarError("its tokens take too long to find")
+        if matcher.is_stopped():
+            return
+
+
+def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
+    """``judge`` in a fork."""
+    source, sink = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            _bound()
+            with os.fdopen(sink, "wb") as stream:
+                stream.write(msgspec.msgpack.encode(judge(tokenizer, wish)))
+        finally:
+            os._exit(1)
+    os.close(sink)
+    with os.fdopen(source, "rb") as stream:
+        answer = stream.read()
+    _, status = os.waitpid(child, 0)
+    if answer:
+        return msgspec.msgpack.decode(answer, type=Verdict)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+        return Verdict(error=f"it takes more than {SECONDS} s to prepare")
+    return Verdict(error="it is too large")
+
+
+def _bound() -> None:
+    """For the rest of this process, which will say nothing when it dies of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    memory = pages * resource.getpagesize() + MEMORY
+    for kind, most in (
+        (resource.RLIMIT_CPU, SECONDS),
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_STACK, STACK),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def main(tokenizer_path: str, *end_ids: str) -> None:
+    """The process: ``python -m tgi.router.trial TOKENIZER_JSON [END_TOKEN_ID …]``."""
+    error, tokenizer = "", None
+    try:
+        tokenizer = load_tokenizer(Path(tokenizer_path), None, [int(id) for id in end_ids])
+    except (GrammarError, OSError, ValueError) as failure:
+        error = str(failure)
+    while (body := read(sys.stdin.buffer)) is not None:
+        wish = msgspec.msgpack.decode(body, type=Wish)
+        write(sys.stdout.buffer, Verdict(error=error) if tokenizer is None else _apart(tokenizer, wish))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the router, whose end ends this one
+    main(*sys.argv[1:])
