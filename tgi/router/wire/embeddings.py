@@ -18,9 +18,9 @@ class EmbeddingsRequest(Struct, frozen=True, kw_only=True):
     """Only the model's own size: vectors of language models can't be cut."""
     user: str | None = None
     pooling: Pooling | None = None
-    """Ours, as what follows is other servers': the mean of all tokens' last hidden states, or the last token's."""
+    """Ours: the mean of all tokens' last hidden states, unless told otherwise, or the last token's."""
     truncate_prompt_tokens: U32 | None = None
-    """Keep so many tokens from the end of each input."""
+    """Other servers', as all that follows: keep so many tokens from the end of each input."""
     add_special_tokens: bool | None = None
     priority: I32 | None = None
     cache_salt: str | None = None
