@@ -134,6 +134,17 @@ def _header() -> Kind:
     return Kind("TEXT", "", parse)
 
 
+def _label() -> Kind:
+    """What was built into an image, empty if nothing was."""
+
+    def parse(value: str) -> str | None:
+        if not re.fullmatch("[ -~]*", value):
+            raise ValueError("expected printable ASCII characters")
+        return value or None
+
+    return Kind("TEXT", "", parse)
+
+
 def _integer(low: int = 0, high: int = 2**63 - 1) -> Kind:
     allowed = f"{low}..{high}" if high < 2**32 - 1 else f"{low}.."
 
@@ -424,7 +435,7 @@ class Options:
     disable_grammar_support: bool = _flag(
         _SWITCH,
         False,
-        "Refuse requests with a grammar, and so tool calls. Today they are refused without it, too.",
+        "Refuse requests that say what the answer must spell: grammars, response formats, and so tool calls.",
         commands=_HTTP,
     )
     env: bool = _flag(
@@ -465,7 +476,7 @@ class Options:
     logger_level: str | None = _flag(
         Kind("LEVEL", "|".join(_LOGGER_LEVELS), _logger_level),
         None,
-        "What is logged; unset means `LOG_LEVEL`.",
+        "What is logged; wins over `LOG_LEVEL`.",
         only="cli",
         commands=("serve", "download-weights"),
     )
@@ -556,9 +567,9 @@ class Options:
     aip_health_route: str | None = _flag(
         _path(), None, "One more path of /health, of Vertex AI.", only="env", commands=_HTTP
     )
-    git_sha: str | None = _flag(_header(), None, "`sha` of /info; images carry it.", only="env", commands=_HTTP)
+    git_sha: str | None = _flag(_label(), None, "`sha` of /info; images carry it.", only="env", commands=_HTTP)
     docker_label: str | None = _flag(
-        _header(),
+        _label(),
         None,
         "`docker_label` of /info and end of `system_fingerprint`; images carry it.",
         only="env",
@@ -708,6 +719,8 @@ def parse(
                 parser.error(f"{source} is not supported yet. {flag.help}")
             warnings.append(f"{source} changes nothing here: {flag.help}")
         values[flag.key] = value
+    if "logger_level" in values:
+        values["log_level"] = values["logger_level"]
     return Options(**values), warnings
 
 
