@@ -44,6 +44,8 @@ class _Running:
     submit: Submit
     reply: Sequence[int]
     known: int
+    fresh: bool = True
+    """No step has been about it yet."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -204,11 +206,14 @@ class FakeEngine:
                     writer.write(frame(Pong(nonce)))
             if not running:
                 continue
+            fresh = sum(request.fresh for request in running.values())
             deltas = [self._advance(request) for request in running.values()]
             for delta in deltas:
                 if delta.finish is not None:
                     del running[delta.id]
-            stats = StepStats(decode_rows=len(deltas), running=len(running))
+            stats = StepStats(
+                prefill_rows=fresh, decode_rows=len(deltas) - fresh, running=len(running), admitted=fresh, planning=1e-6
+            )
             writer.write(frame(Step(deltas=deltas, stats=stats)))
             if self._die_after is not None:
                 self._die_after -= 1
@@ -220,6 +225,7 @@ class FakeEngine:
 
     def _advance(self, request: _Running) -> Delta:
         submit, index = request.submit, request.known
+        request.fresh = False
         tokens: list[Token] = []
         finish: FinishReason | None = None
         if submit.max_new_tokens == 0:

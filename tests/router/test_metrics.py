@@ -7,7 +7,8 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.router.serving import LIMITS, Router, settings
+from tests.dashboard import PANELS, empty_panels
+from tests.router.serving import LIMITS, Router, settings, until
 from tgi.core.messages import StepStats
 from tgi.router.metrics import Metrics
 
@@ -193,3 +194,37 @@ def test_speculated_tokens_are_those_beyond_the_first(tmp_path: Path) -> None:
         assert router.generate(max_new_tokens=6).status_code == 200
         assert router.metric("tgi_request_skipped_tokens_count") == 2
         assert router.metric("tgi_request_skipped_tokens_sum") == 4
+
+
+def test_every_panel_of_tgi_s_dashboard_has_data(tmp_path: Path) -> None:
+    with Router(settings(tmp_path), delay=0.01) as router:
+        assert len(empty_panels(router.http.get("/metrics").text)) == len(PANELS) - 3
+        body = {"inputs": "hello", "parameters": {"max_new_tokens": 100}}
+        with router.http.stream("POST", "/generate_stream", json=body) as response:
+            until(lambda: router.metric("tgi_request_skipped_tokens_count") > 1)
+            assert router.generate(max_new_tokens=2).status_code == 200
+            assert router.metric("tgi_batch_current_size") == 1
+            response.read()
+        assert router.generate(top_k=0).status_code == 422
+        assert empty_panels(router.http.get("/metrics").text) == []
+
+
+def test_times_to_the_first_token_and_between_tokens(tmp_path: Path) -> None:
+    with Router(settings(tmp_path), cached=3, delay=0.001) as router:
+        assert router.generate(max_new_tokens=5).status_code == 200
+        assert router.metric("tgi_request_time_to_first_token_duration_count") == 1
+        assert router.metric("tgi_request_inter_token_duration_count") == 4
+        first = router.metric("tgi_request_time_to_first_token_duration_sum")
+        between = router.metric("tgi_request_inter_token_duration_sum")
+        assert first > 0.001 and between > 0.004
+        assert first + between <= router.metric("tgi_request_duration_sum")
+        assert router.metric("tgi_request_cached_tokens") == 3
+
+
+def test_an_engine_that_is_lost_has_failed_a_batch(tmp_path: Path) -> None:
+    with Router(settings(tmp_path), die_after=2) as router:
+        assert router.generate(max_new_tokens=5).status_code == 424
+        assert router.metric('tgi_batch_inference_failure{method="decode"}') == 1
+        assert router.metric('tgi_batch_inference_success{method="decode"}') == 1
+        assert router.metric('tgi_batch_inference_count{method="decode"}') == 2
+        assert router.metric('tgi_request_failure{err="generation"}') == 1
