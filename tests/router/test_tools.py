@@ -1,9 +1,10 @@
 """Tools: what the model is told, what its reply must spell, and what is read in it."""
 
+import asyncio
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tests import small_tokenizers
 from tgi.core.errors import RequestError
 from tgi.router.conversation import Call
+from tgi.router.grammar import Grammars
 from tgi.router.tools import MOST_CALLS, TOOL_PROMPT, ReplyParser, Tools, spelled, tools_of
 from tgi.router.wire.openai import ChatRequest
 
@@ -114,7 +116,7 @@ UTC = '{"name": "time", "parameters": {"zone": "UTC"}}'
 
 
 def test_required_is_calls() -> None:
-    tools = offered(WEATHER, TIME, tool_choice="required")
+    tools = offered(WEATHER, TIME, tool_choice="required", parallel_tool_calls=True)
     assert accepts(tools, PARIS)
     assert accepts(tools, f"{PARIS}\n{UTC}")
     assert accepts(tools, "\n".join([UTC] * MOST_CALLS))
@@ -140,22 +142,24 @@ def test_schemas_hold() -> None:
         assert not accepts(tools, f'{{"name": "{name}", "parameters": {arguments}}}')
 
 
-def test_one_call() -> None:
-    for fields in ({"tool_choice": "required", "parallel_tool_calls": False}, {"parallel_tool_calls": False}):
-        assert accepts(offered(WEATHER, TIME, **fields), PARIS)
-        assert not accepts(offered(WEATHER, TIME, **fields), f"{PARIS}\n{UTC}")
+def test_several_calls_must_be_asked_for() -> None:
+    for choice in ("auto", "required"):
+        for parallel in (None, False, True):
+            tools = offered(WEATHER, TIME, tool_choice=choice, parallel_tool_calls=parallel)
+            assert accepts(tools, PARIS)
+            assert accepts(tools, f"{PARIS}\n{UTC}") == (parallel is True)
 
 
 @pytest.mark.parametrize("choice", ["time", {"function": {"name": "time"}}, {"type": "function", "name": "time"}])
 def test_a_named_function_is_called_once(choice: Any) -> None:
-    tools = offered(WEATHER, TIME, tool_choice=choice)
+    tools = offered(WEATHER, TIME, tool_choice=choice, parallel_tool_calls=True)
     assert accepts(tools, UTC)
     for wrong in ("", "text", PARIS, f"{UTC}\n{UTC}"):
         assert not accepts(tools, wrong)
 
 
 def test_auto_is_text_or_calls() -> None:
-    tools = offered(WEATHER, TIME)
+    tools = offered(WEATHER, TIME, parallel_tool_calls=True)
     for right in ("", "  ", "Hello", f" \n{PARIS}", f"{PARIS}\n{UTC}", f"See: {PARIS}", "\n\n☃ {}\t\0[]", "[{"):
         assert accepts(tools, right), right
     for wrong in ("{", "{}", " { ", f"{PARIS} and so on"):
@@ -189,41 +193,49 @@ def test_schemas_that_leave_their_object_open() -> None:
         assert not accepts(offered({"name": "f", "parameters": schema}), free), schema
 
 
+@pytest.fixture(scope="module")
+def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
+    folder = small_tokenizers.write(tmp_path_factory.mktemp("tokenizer"), "byte_level")
+    grammars = Grammars(folder / "tokenizer.json", [2])
+    yield grammars
+    grammars.close()
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [
         ({"type": "string"}, '"object"'),
-        ({"properties": {"a": {"not": {}}}}, "not"),
+        ({"properties": {"a": {"not": {}}}}, '["not"] at `$.properties.a`'),
         ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "/$defs/b"),
         ({"properties": {"a": {"type": "string", "pattern": "("}}}, "regex"),
         ({"properties": 3}, "properties"),
         ({"required": 3}, "required"),
+        ({"required": [[]]}, "required"),
     ],
 )
-def test_schemas_that_cannot_be_enforced(schema: dict[str, Any], reason: str) -> None:
+def test_schemas_that_cannot_be_enforced(grammars: Grammars, schema: dict[str, Any], reason: str) -> None:
+    tools = offered(TIME, {"name": "f", "parameters": schema})
     with pytest.raises(RequestError, match=re.escape(reason)) as error:
-        offered(TIME, {"name": "f", "parameters": schema}).grammar(())
-    assert "tool `f`" in error.value.message
-    assert error.value.kind.status == 422
+        asyncio.run(tools.enforced([1], grammars.compile))
+    assert error.value.message.startswith("Input validation error: the parameters of tool `f`: ")
 
 
-def test_lenience_must_be_asked_for() -> None:
+def test_grammars_that_can_be_enforced(grammars: Grammars) -> None:
+    for choice in ("auto", "required", "time"):
+        tools = offered(WEATHER, TIME, NOTHING, tool_choice=choice)
+        assert asyncio.run(tools.enforced([1], grammars.compile)) == tools.grammar([1])
+
+
+def test_lenience_must_be_asked_for(grammars: Grammars) -> None:
     schema = {"properties": {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}}
     tools = offered({"name": "f", "parameters": schema, "strict": False})
     assert accepts(tools, '{"name": "f", "parameters": {"a": [1, 1]}}')
     assert not accepts(tools, '{"name": "f", "parameters": {"a": ["1"]}}')
     for strict in (True, None):
         with pytest.raises(RequestError, match="uniqueItems"):
-            offered({"name": "f", "parameters": schema, "strict": strict}).grammar(())
-
-
-def test_a_schema_nested_too_deeply() -> None:
-    schema: dict[str, Any] = {}
-    for _ in range(400):
-        schema = {"properties": {"a": schema}}
-    with pytest.raises(RequestError, match="tool `f`"):
-        offered({"name": "f", "parameters": schema}).grammar(())
+            tools = offered({"name": "f", "parameters": schema, "strict": strict})
+            asyncio.run(tools.enforced((), grammars.compile))
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["auto", "required", "time"]))
@@ -298,7 +310,7 @@ def read(text: str) -> Folded:
         (PARIS[:20], PARIS[:20], [], False),
         (PARIS[:45], "", [("weather", '{"city": "P')], False),
         (PARIS[:-1], "", [("weather", '{"city": "Paris", "days": 7}')], True),
-        (f"{UTC}\n{UTC[:9]}", '\n{"name": ', [("time", '{"zone": "UTC"}')], True),
+        (f"{UTC}\n{UTC[:9]}", "", [("time", '{"zone": "UTC"}')], True),
         # No calls
         (f"So: {PARIS}", f"So: {PARIS}", [], False),
         ('{"name": "else", "parameters": {}}', '{"name": "else", "parameters": {}}', [], False),

@@ -122,7 +122,9 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
         prompt = await _prompt_of(service, request, tools)
-        grammar = await _grammar_of(service, tools) if tools else ""
+        # A token that ends the generation ends it in the grammar, too.
+        special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
+        grammar = await tools.enforced(special_ids, service.validator.compile) if tools else ""
         generation = await service.validator.validate(prompt, parameters, greedy=is_greedy(request), grammar=grammar)
         runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:
@@ -167,12 +169,6 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
         options=options,
     )
     return await service.validator.apart(render, size)
-
-
-async def _grammar_of(service: Service, tools: Tools) -> str:
-    # A token that ends the generation ends it in the grammar, too.
-    special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
-    return await service.validator.apart(functools.partial(tools.grammar, special_ids), len(tools.text))
 
 
 def is_greedy(request: OpenAIRequest) -> bool:

@@ -6,15 +6,15 @@ chooses with its first character. Knows tools and text; knows no token, template
 
 import json
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from llguidance import LLMatcher
 
 from tgi.core.errors import TOOL, VALIDATION, RequestError
+from tgi.router.grammar import UNSUPPORTED, Wish, grammar_of
 from tgi.router.wire.openai import ChatRequest, Function, NamedTool
 
 MOST_CALLS = 16
@@ -31,11 +31,8 @@ _SPACE = " \t\r\n"
 
 _OR_TEXT = "If no function helps, respond in plain text.\n"
 
-_GRAMMARS = ("response_format", "grammar", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-"""Fields that say what the whole reply must spell."""
-
 _CLOSED_WITH = frozenset(
-    "$defs $id $schema default definitions description examples properties required title type x-guidance".split()
+    "$defs $id $schema default definitions description examples properties required title type".split()
 )
 """Keywords that leave it to us whether an object has more properties than those named."""
 
@@ -71,11 +68,27 @@ class Tools:
     def parser(self) -> "ReplyParser":
         return ReplyParser([function.name for function in self.usable])
 
+    async def enforced(self, special_ids: Collection[int], compile: Callable[[Wish], Awaitable[str]]) -> str:
+        """The grammar, when it has been tried. Raises RequestError naming the tool whose parameters can't be enforced.
+
+        ``compile`` raises RequestError for what the engine can't take.
+        """
+        try:
+            return await compile(Wish("llguidance", self.grammar(special_ids)))
+        except RequestError as error:
+            if error.detail == UNSUPPORTED:
+                raise
+        for function in self.usable:
+            try:
+                await compile(Wish("json_schema", _schema(function)))
+            except RequestError as error:
+                raise RequestError(error.kind, f"the parameters of tool `{function.name}`: {error.detail}") from None
+        raise RequestError(VALIDATION, "`tools` are too complex together")
+
     def grammar(self, special_ids: Collection[int]) -> str:
         """What the reply must spell, in llguidance's Lark.
 
-        ``special_ids``: tokens that may stand in plain text and have no text themselves. Raises RequestError naming the
-        tool whose parameters can't be enforced.
+        ``special_ids``: tokens that may stand in plain text and have no text themselves.
         """
         calls = "call" if not self.parallel else f'call ("\\n" call){{0,{MOST_CALLS - 1}}}'
         lines = [f"start: {calls}"]
@@ -90,7 +103,10 @@ class Tools:
         lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(self.usable))))
         for n, function in enumerate(self.usable):
             head = f'{{"name": {_quoted(function.name)}, "parameters": '
-            lines += [f'call_{n}: {json.dumps(head)} parameters_{n} "}}"', f"parameters_{n}: %json {_schema(function)}"]
+            lines += [
+                f'call_{n}: {json.dumps(head)} parameters_{n} "}}"',
+                f"parameters_{n}: %json {_schema(function)}",
+            ]
         return "\n".join(lines)
 
 
@@ -99,7 +115,7 @@ def tools_of(request: ChatRequest) -> Tools | None:
 
     Raises RequestError(TOOL) for tools beside a grammar, and for the choice of a tool that isn't there.
     """
-    if request.tools is not None and any(getattr(request, name) not in (None, {"type": "text"}) for name in _GRAMMARS):
+    if request.tools is not None and grammar_of(request) is not None:
         raise RequestError(TOOL, "Grammar and tools are mutually exclusive")
     choice = request.tool_choice or "auto"
     if not request.tools or choice == "none":
@@ -113,7 +129,7 @@ def tools_of(request: ChatRequest) -> Tools | None:
         text = msgspec.json.encode(definitions).decode()
     except RecursionError:
         raise RequestError(VALIDATION, "`tools` is nested too deeply") from None
-    parallel = named is None and request.parallel_tool_calls is not False
+    parallel = named is None and request.parallel_tool_calls is True
     return Tools(functions, definitions, text, choice != "auto", named, parallel)
 
 
@@ -142,26 +158,17 @@ def _schema(function: Function) -> str:
     The object has no other properties than those named, unless the schema says more of them: TGI's way, and a weak
     model would go on adding. ``strict: false`` leaves to the model what can't be enforced.
     """
-    schema = function.schema or {}
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise _unenforceable(function, 'the type of all together must be "object"')
+    schema = {"type": "object"} | (function.schema or {})
+    if isinstance(schema["type"], list) and "object" in schema["type"]:
+        schema["type"] = "object"
+    if schema["type"] != "object":
+        raise RequestError(VALIDATION, 'the type of all together must be "object"')
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    named = isinstance(properties, dict) and isinstance(required, list) and set(map(str, required)) <= properties.keys()
+    if named and schema.keys() <= _CLOSED_WITH:
+        schema["additionalProperties"] = False
     layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = schema | {"type": "object", "x-guidance": layout | {"lenient": function.strict is False}}
-    try:
-        text = json.dumps(schema)
-    except RecursionError:
-        raise _unenforceable(function, "they are nested too deeply") from None
-    wrong, reasons = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(text))
-    if wrong:
-        raise _unenforceable(function, reasons[0])
-    if schema.keys() <= _CLOSED_WITH and set(schema.get("required", [])) <= schema.get("properties", {}).keys():
-        text = json.dumps(schema | {"additionalProperties": False})
-    return text
-
-
-def _unenforceable(function: Function, why: str) -> RequestError:
-    return RequestError(VALIDATION, f"the parameters of tool `{function.name}` can't be enforced: {why}")
+    return json.dumps(schema | {"x-guidance": layout | {"lenient": function.strict is False}})
 
 
 def _quoted(name: str) -> str:
@@ -257,9 +264,10 @@ class ReplyParser:
         return Parsed(text, calls)
 
     def finish(self) -> Parsed:
-        """The reply is at its end: what was held back is text, except for space behind calls."""
+        """The reply is at its end. What was held back is text; behind calls it is space or the beginning of another,
+        and nothing."""
         rest = self._take(len(self._held))
-        return Parsed("" if self._calls and not rest.strip() else rest, [])
+        return Parsed("" if self._calls else rest, [])
 
     def _take(self, length: int) -> str:
         taken, self._held = self._held[:length], self._held[length:]

@@ -197,9 +197,14 @@ class Validator:
             raise RequestError(TOOL, "Grammar and tools are mutually exclusive")
         if not own and parameters.grammar is None:
             return ""
+        return await self.compile(
+            Wish("llguidance", own) if parameters.grammar is None else wish_of(parameters.grammar)
+        )
+
+    async def compile(self, wish: Wish) -> str:
+        """A grammar as the engine takes it. Raises RequestError for one that can't be enforced, in full."""
         if self._grammars is None:
             raise invalid(UNSUPPORTED)
-        wish = Wish("llguidance", own) if parameters.grammar is None else wish_of(parameters.grammar)
         return await self._grammars.compile(wish)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
