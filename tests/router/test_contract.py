@@ -178,18 +178,27 @@ ERRORS = [
     everywhere(20, "`inputs` must have less than 100 tokens. Given: {given}", {"inputs": LONG}),
     Error(21, "`inputs` cannot be empty", {"inputs": ""}, {"inputs": ""}, None, {"inputs": ""}),
     everywhere(22, "`stop` supports up to 4 stop sequences. Given: 5", {"stop": list("abcde")}),
+    everywhere(24, "grammar is not supported", {"grammar": {"type": "json", "value": 3}}),
+    everywhere(
+        25, "grammar is not valid: Input data was truncated", {"grammar": {"type": "json", "value": '{"properties"'}}
+    ),
+    everywhere(
+        26,
+        "cannot compile regex from schema: regex parse error: (?=a) ^^^ error: look-around, including look-ahead and "
+        "look-behind, is not supported",
+        {"grammar": {"type": "json", "value": {"properties": {"a": {"type": "string", "pattern": "(?=a)"}}}}},
+    ),
 ]
 
 SOLO = {2: "`best_of` != 1 is not allowed for this endpoint"}
 """Needs a server of its own, as does row 23."""
-OF_GRAMMARS = {24, 25, 26}
 OF_IMAGES = set(range(27, 34))
 NEVER = {7, 16, 18, 34}
 """Nothing raises them, in TGI neither."""
 
 
 def test_no_row_is_forgotten() -> None:
-    assert {error.row for error in ERRORS} | SOLO.keys() | {23} | OF_GRAMMARS | OF_IMAGES | NEVER == set(range(1, 35))
+    assert {error.row for error in ERRORS} | SOLO.keys() | {23} | OF_IMAGES | NEVER == set(range(1, 35))
 
 
 def raised() -> Iterator[Any]:
@@ -228,6 +237,14 @@ def test_best_of_where_it_is_turned_off(tmp_path: Path, way: Way) -> None:
     with Router(settings(tmp_path, replace(LIMITS, max_best_of=1))) as router:
         _, error = told(way, way.ask(router, {"best_of": 2, "temperature": 0.5}))
         assert error == {"error": f"Input validation error: {SOLO[2]}", "error_type": "validation"}
+
+
+def test_grammars_where_they_are_turned_off(tmp_path: Path) -> None:
+    """Row 24 again."""
+    with Router(settings(tmp_path, grammars=False)) as router:
+        for way in (*NATIVE, *NATIVE_STREAMS, *CHAT, *COMPLETIONS):
+            _, error = told(way, way.ask(router, {"grammar": {"type": "regex", "value": "a"}}))
+            assert error == {"error": "Input validation error: grammar is not supported", "error_type": "validation"}
 
 
 def test_a_tokenizer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +459,7 @@ CHAT_FIELDS = [
     Field("tools", TOOLS, lambda seen: "weather" in seen.prompt, True),
     Field("tool_choice", "required", lambda seen: seen.submit.sampling.grammar, ..., {"tools": TOOLS}),
     Field("tool_prompt", "the fox", lambda seen: "the fox" in seen.prompt, True, {"tools": TOOLS}),
-    Field("parallel_tool_calls", False, lambda seen: seen.submit.sampling.grammar, ..., {"tools": TOOLS}),
+    Field("parallel_tool_calls", True, lambda seen: seen.submit.sampling.grammar, ..., {"tools": TOOLS}),
     Field("documents", [{"text": "of cats"}], lambda seen: "of cats" in seen.prompt, True),
     Field("add_generation_prompt", False, lambda seen: "<assistant>" in seen.prompt, False),
     Field("continue_final_message", False, lambda seen: "the cat;" in seen.prompt, True, {"messages": TALK}),
