@@ -61,6 +61,7 @@ class FakeEngine:
     per_step: tokens that a step adds to a request.
     die_after: drop all connections and stop listening after so many steps; ``start`` brings the engine back.
     pong: whether pings are answered.
+    cached: prompt tokens that are said to have been in the cache.
     ``pause`` and ``resume`` hold the steps (pings too), so that a test can look at what waits.
     ``received`` is all that arrived, in order.
     """
@@ -74,6 +75,7 @@ class FakeEngine:
         per_step: int = 1,
         die_after: int | None = None,
         pong: bool = True,
+        cached: int = 0,
     ) -> None:
         self.received: list[ToEngine] = []
         self.connections = 0
@@ -83,6 +85,7 @@ class FakeEngine:
         self._per_step = per_step
         self._die_after = die_after
         self._pong = pong
+        self._cached = cached
         self._epoch = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-engine", daemon=True)
@@ -246,6 +249,7 @@ class FakeEngine:
             finish=finish,
             started=request.started,
             prompt=[PromptToken(-float(n), self._top(submit, submit.token_ids[n])) for n in range(1, prompt)],
+            cached=self._cached,
             embedding=[float(id) for id in submit.token_ids] if submit.pooling else [],
         )
 

@@ -250,16 +250,26 @@ def test_concurrency_limit(tmp_path: Path) -> None:
         assert router.metric('tgi_request_failure{err="overloaded"}') == 6
 
 
-@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"),
+        *("/v1/responses", "/v1/messages"),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_stops_its_generation(tmp_path: Path, path: str, stream: bool) -> None:
     with Router(settings(tmp_path), delay=0.01) as router:
         body = {
             "inputs": "hello",
             "prompt": ["hello", "there"],
+            "model": "m",
+            "max_tokens": 50,
             "messages": [{"role": "user", "content": "hello"}],
             "stream": stream,
         }
+        if path == "/v1/responses":
+            body = {"input": "hello", "stream": stream}
         expected = 2 if path == "/v1/completions" else 1
         with router.send_raw(path, body) as connection:
             until(lambda: len(router.engine.submits) == expected)

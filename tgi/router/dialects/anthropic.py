@@ -222,6 +222,8 @@ def _conversation(request: MessagesRequest) -> ChatRequest:
 def _chat(request: CountTokensRequest) -> ChatRequest:
     """What the model is shown, and which tools and form bind its answer."""
     refuse(request, _COUNT_NEUTRAL)
+    if not request.messages:
+        raise invalid("`messages` must not be empty")
     messages: list[Message] = []
     if request.system is not None:
         messages.append(Message(role="system", content=_text("system", _blocks(request.system))))
@@ -229,13 +231,13 @@ def _chat(request: CountTokensRequest) -> ChatRequest:
         messages += _turn(role, [block for message in turn for block in _blocks(message.content)])
     if messages and messages[-1].tool_calls:
         raise invalid("the last message has a `tool_use` without a `tool_result`")
-    choice = request.tool_choice
+    not_parallel = None if request.tool_choice is None else request.tool_choice.disable_parallel_tool_use
     return ChatRequest(
         model=request.model,
         messages=messages,
         tools=[_tool(tool) for tool in request.tools or []] or None,
         tool_choice=_tool_choice(request),
-        parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
+        parallel_tool_calls=None if not_parallel is None else not not_parallel,
         response_format=_response_format(request.output_config),
     )
 

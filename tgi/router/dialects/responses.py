@@ -282,7 +282,7 @@ class _Answer:
             top_logprobs=request.top_logprobs or 0,
             tools=request.tools or [],
             tool_choice=request.tool_choice or "auto",
-            parallel_tool_calls=request.parallel_tool_calls is not False,
+            parallel_tool_calls=request.parallel_tool_calls or False,
             text=TextConfig(format=text.format or TextFormat(type="text"), verbosity=text.verbosity),
             metadata=request.metadata or {},
             user=request.user,
@@ -317,6 +317,8 @@ def _context(service: Service, request: ResponsesRequest) -> list[InputItem]:
 
 
 def _chat(request: ResponsesRequest, context: list[InputItem]) -> ChatRequest:
+    if not context:
+        raise invalid("`input` must not be empty")
     refuse(request, _NEUTRAL)
     for name, neutral in _NEUTRAL_WITHIN.items():
         if (within := getattr(request, name)) is not None:
