@@ -1,5 +1,6 @@
 """The metrics' names, types and buckets against TGI's, and what requests and steps leave in them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.dashboard import PANELS, empty_panels
 from tests.router.serving import LIMITS, Router, settings, until
 from tgi.core.messages import StepStats
-from tgi.router.metrics import Metrics
+from tgi.router.metrics import TABLE, Metrics
 
 TYPES = {
     "tgi_request_count": "counter",
@@ -228,3 +229,8 @@ def test_an_engine_that_is_lost_has_failed_a_batch(tmp_path: Path) -> None:
         assert router.metric('tgi_batch_inference_success{method="decode"}') == 1
         assert router.metric('tgi_batch_inference_count{method="decode"}') == 2
         assert router.metric('tgi_request_failure{err="generation"}') == 1
+
+
+def test_the_document_has_every_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "telemetry.md").read_text()
+    assert re.findall(r"^\| `(tgi_\w+)` \|", page, re.MULTILINE) == list(TABLE)
