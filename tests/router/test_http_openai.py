@@ -242,6 +242,7 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "`n` must be > 0 and <= 2. Given: 0"),
     ({"n": 3}, "`n` must be > 0 and <= 2. Given: 3"),
     ({"audio": {"voice": "x", "format": "wav"}}, "`audio` is not supported"),
+    ({"reasoning_effort": "low"}, "`reasoning_effort` is not supported: the model's chat template doesn't read it"),
     ({"modalities": ["text", "audio"]}, "`modalities` is not supported"),
     ({"moderation": {"model": "x"}}, "`moderation` is not supported"),
     ({"store": True}, "`store` is not supported"),

@@ -158,6 +158,8 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
         size += len(tools.text)
     options = request.chat_template_kwargs or {}
     if request.reasoning_effort is not None:
+        if "reasoning_effort" not in template.options:
+            raise invalid("`reasoning_effort` is not supported: the model's chat template doesn't read it")
         options = {"reasoning_effort": request.reasoning_effort} | options
     render = functools.partial(
         template.render,
