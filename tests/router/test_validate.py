@@ -13,7 +13,7 @@ from tests.router.serving import LIMITS
 from tgi.core.errors import RequestError
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.validate import INLINE_CHARACTERS, Generation, Validator
-from tgi.router.wire.grammar import RegexGrammar
+from tgi.router.wire.grammar import JsonGrammar, RegexGrammar
 from tgi.router.wire.native import GenerateParameters
 
 
@@ -28,7 +28,9 @@ def validator(tokenizer: Tokenizer) -> Validator:
     return Validator(LIMITS, tokenizer)
 
 
-def run(validator: Validator, text: str | list[int] = "hello", *, greedy: bool = False, **parameters: Any) -> Generation:
+def run(
+    validator: Validator, text: str | list[int] = "hello", *, greedy: bool = False, **parameters: Any
+) -> Generation:
     return asyncio.run(validator.validate(text, GenerateParameters(**parameters), greedy=greedy))
 
 
@@ -91,42 +93,32 @@ def test_refusals(validator: Validator, parameters: dict[str, Any], detail: str)
 def test_each_check_comes_before_the_next(validator: Validator) -> None:
     """A request with every mistake is told the first of TGI's order; with that one mended, the second; and so on."""
     mistakes = {
-        "best_of": 2,
+        "temperature": 0.0,
         "repetition_penalty": 0.0,
         "frequency_penalty": 3.0,
+        "top_p": 0.0,
+        "typical_p": 0.0,
+        "top_k": 0,
         "max_new_tokens": 0,
         "stop": list("abcde"),
+        "seed": 1,  # with best_of
         "top_n_tokens": 6,
+        "inputs": "",
         "truncate": 0,
     }
+    backwards = dict(reversed(mistakes.items()))
     told = []
-    while mistakes:
-        told.append(refusal(validator, "", **mistakes))
-        del mistakes[next(iter(mistakes))]
-    assert [text.split("`")[1] for text in told[1:]] == [
-        "repetition_penalty",
-        "frequency_penalty",
-        "max_new_tokens",
-        "stop",
-        "top_n_tokens",
-        "inputs",
-    ]
-    warpers = {"temperature": 0.0, "repetition_penalty": 0.0, "frequency_penalty": 3.0, "top_p": 0.0, "typical_p": 0.0}
-    warpers |= {"top_k": 0, "max_new_tokens": 0}
-    order = []
-    while warpers:
-        name = refusal(validator, "", **warpers).split("`")[1]
-        order.append(name)
-        del warpers[name]
-    assert order == [
-        "temperature",
-        "repetition_penalty",
-        "frequency_penalty",
-        "top_p",
-        "typical_p",
-        "top_k",
-        "max_new_tokens",
-    ]
+    while backwards:
+        text = backwards.get("inputs", "hello")
+        parameters = {name: value for name, value in backwards.items() if name != "inputs"}
+        told.append(refusal(validator, text, best_of=2, do_sample=True, **parameters).split("`")[1])
+        del backwards[told[-1]]
+    assert told == list(mistakes)
+    assert "when `best_of` is > 1" in refusal(validator, "", best_of=2, repetition_penalty=0.0)
+    grammar = JsonGrammar(value=3)
+    assert "must be <= 200" in refusal(validator, LONG, max_new_tokens=200, grammar=grammar)
+    assert "must have less than" in refusal(validator, LONG, grammar=grammar)
+    assert refusal(validator, grammar=grammar) == "grammar is not supported"
 
 
 def test_total_is_judged_by_what_was_asked_not_by_a_chunk_of_it(validator: Validator) -> None:
