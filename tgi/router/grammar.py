@@ -42,6 +42,10 @@ UNENFORCEABLE = "cannot compile regex from schema: "
 """TGI's words: what it makes of schemas is a regex."""
 
 
+_SPACE = r" |\n[ \t]{0,40}"
+"""White space in JSON as models write it, for schemas that leave it to us. Unbounded, weak models write nothing else."""
+
+
 class Wish(msgspec.Struct, frozen=True, array_like=True):
     """A grammar in one of the formats that llguidance knows."""
 
@@ -118,6 +122,9 @@ def _schema_wish(schema: Any) -> Wish:
     if "properties" in schema and "type" not in schema:
         # TGI takes only schemas with properties, and means objects; the standard would let other values pass.
         schema = {"type": "object"} | schema
+    guidance = schema.get("x-guidance", {})
+    if isinstance(guidance, dict) and not guidance.keys() & {"whitespace_flexible", "whitespace_pattern"}:
+        schema = schema | {"x-guidance": guidance | {"whitespace_pattern": _SPACE}}
     try:
         return Wish("json_schema", msgspec.json.encode(schema).decode())
     except RecursionError:

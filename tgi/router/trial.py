@@ -33,10 +33,6 @@ STEPS = 4
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
-_SPACE = r" |\n[ \t]{0,40}"
-"""White space in JSON as models write it, unless a schema's ``x-guidance`` has a word on it. Without bounds weak models
-would write nothing else."""
-
 
 def read(stream: BinaryIO) -> bytes | None:
     """The body of the next frame; None at the end."""
@@ -57,17 +53,11 @@ def write(stream: BinaryIO, message: msgspec.Struct) -> None:
 def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     """Compile a grammar, and look whether tokens can follow it."""
     try:
-        grammar = _compile(wish)
+        grammar = llguidance.grammar_from(wish.format, wish.text)
         _walk(start(tokenizer, grammar))
     except (GrammarError, ValueError) as error:
         return Verdict(error=" ".join(str(error).split()))
     return Verdict(grammar)
-
-
-def _compile(wish: Wish) -> str:
-    if wish.format == "json_schema":
-        return LLMatcher.grammar_from_json_schema(wish.text, defaults={"whitespace_pattern": _SPACE})
-    return llguidance.grammar_from(wish.format, wish.text)
 
 
 def _walk(matcher: LLMatcher) -> None:
@@ -95,17 +85,16 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
             _bound()
             with os.fdopen(sink, "wb") as stream:
                 stream.write(msgspec.msgpack.encode(judge(tokenizer, wish)))
+            os._exit(0)
         finally:
             os._exit(1)
     os.close(sink)
     with os.fdopen(source, "rb") as stream:
         answer = stream.read()
     _, status = os.waitpid(child, 0)
-    if answer:
-        return msgspec.msgpack.decode(answer, type=Verdict)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        return Verdict(error=f"it takes more than {SECONDS} s to prepare")
-    return Verdict(error="it is too large")
+    if status != 0:
+        return Verdict(error="it takes too much time or memory")
+    return msgspec.msgpack.decode(answer, type=Verdict)
 
 
 def _bound() -> None:

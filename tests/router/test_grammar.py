@@ -1,0 +1,463 @@
+"""Grammars from the wire to the engine: every shape, every refusal, and grammars that would kill a process."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from tests import small_tokenizers
+from tests.router.serving import Router, settings, until
+from tgi.core.errors import RequestError
+from tgi.core.grammar import start
+from tgi.router.grammar import LONGEST, Grammars, Verdict, Wish, grammar_of, wish_of
+from tgi.router.trial import judge
+from tgi.router.wire.base import Unreadable, decode
+from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, RegexGrammar
+from tgi.router.wire.native import GenerateParameters
+from tgi.router.wire.openai import OpenAIRequest
+
+TOKENIZER = LLTokenizer(small_tokenizers.serialized("byte_level"), eos_token=[2])
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+
+
+def accepts(grammar: str, text: str) -> bool:
+    matcher = start(TOKENIZER, grammar)
+    ids = TOKENIZER.tokenize_str(text)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def native(grammar: Any) -> Any:
+    return decode(json.dumps({"grammar": grammar}).encode(), GenerateParameters).grammar
+
+
+def openai(**fields: Any) -> Any:
+    return grammar_of(decode(json.dumps(fields).encode(), OpenAIRequest))
+
+
+def compiled(grammar: Any) -> str:
+    verdict = judge(TOKENIZER, wish_of(grammar))
+    assert not verdict.error
+    return verdict.grammar
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "json", "value": POINT},
+        {"type": "json", "value": json.dumps(POINT)},
+        {"type": "json_object", "value": POINT},
+        {"type": "json_schema", "value": {"schema": POINT}},
+        {"type": "json_schema", "value": {"name": "point", "schema": POINT}},
+        {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT, "strict": True}},
+        {"type": "regex", "value": r'\{"x": ?-?[0-9]+\}'},
+        {"type": "choice", "value": ['{"x": 1}', '{"x":-20}']},
+        {"type": "grammar", "value": 'start: "{" "\\"x\\":" " "? NUMBER "}"\nNUMBER: /-?[0-9]+/'},
+        {"type": "grammar", "value": 'root ::= "{\\"x\\":" " "? "-"? [0-9]+ "}"'},
+    ],
+)
+def test_every_shape_says_the_same_on_all_routes(grammar: dict[str, Any]):
+    assert native(grammar) == openai(grammar=grammar) == openai(response_format=grammar)
+    spelling = compiled(native(grammar))
+    for text in ('{"x": 1}', '{"x":-20}'):
+        assert accepts(spelling, text), text
+    for text in ('{"x": 1', '{"x": 1} ', '{"y": 1}', '{"x": 1, "y": 2}', "1", ""):
+        assert not accepts(spelling, text), text
+
+
+def test_the_extras_of_other_servers():
+    assert openai(guided_json=POINT) == JsonGrammar(value=POINT)
+    assert openai(guided_regex="a+") == RegexGrammar(value="a+")
+    assert openai(guided_choice=["a", "b"]) == ChoiceGrammar(value=["a", "b"])
+    assert openai(guided_grammar="root ::= x") == FreeGrammar(value="root ::= x")
+
+
+def test_text_and_nothing_are_no_grammar():
+    assert openai() is openai(response_format={"type": "text"}) is openai(response_format=None) is None
+
+
+def test_json_objects_are_any_object():
+    spelling = compiled(openai(response_format={"type": "json_object"}))
+    assert accepts(spelling, '{"a": [1, {"b": null}], "é\\n": "\\t😀"}')
+    assert accepts(spelling, '{\n  "a": {\n    "b": 1\n  }\n}')
+    for text in ("[]", "1", '"a"', "{", '{"a":1}}', "{}\n"):
+        assert not accepts(spelling, text)
+
+
+def test_a_schema_without_a_schema_is_any_json():
+    spelling = compiled(openai(response_format={"type": "json_schema", "json_schema": {"name": "any"}}))
+    assert all(accepts(spelling, text) for text in ("[]", "1", '"a"', "null", '{"a": 1}'))
+
+
+def test_a_schema_with_properties_is_of_an_object():
+    """TGI's own examples leave the type out."""
+    spelling = compiled(
+        native({"type": "json", "value": {"properties": {"x": {"type": "integer"}}, "required": ["x"]}})
+    )
+    assert accepts(spelling, '{"x": 1}')
+    assert not accepts(spelling, "5")
+
+
+def test_schemas_of_scalars_and_arrays():
+    assert accepts(
+        compiled(native({"type": "json", "value": {"type": "array", "items": {"type": "integer"}}})), "[1, 2]"
+    )
+    assert accepts(compiled(native({"type": "json", "value": "true"})), "null")
+
+
+def test_white_space_comes_to_an_end():
+    """Else a weak model writes nothing but it."""
+    spelling = compiled(native({"type": "json", "value": POINT}))
+    assert not accepts(spelling, '{"x":' + " " * 10 + "1}")
+    flexible = POINT | {"x-guidance": {"whitespace_flexible": True}}
+    assert accepts(compiled(native({"type": "json", "value": flexible})), '{"x":' + " " * 10 + "1}")
+    compact = POINT | {"x-guidance": {"whitespace_flexible": False}}
+    assert not accepts(compiled(native({"type": "json", "value": compact})), '{"x": 1}')
+
+
+def test_choices_are_taken_as_they_are():
+    options = ["a", "é", "😀", 'x"y\n', "a/b", r"\d", "", " a", "(", "a|b"]
+    spelling = compiled(native({"type": "choice", "value": options}))
+    assert all(accepts(spelling, option) for option in options)
+    assert not any(accepts(spelling, text) for text in ("b", "1", "aa", "a "))
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "jsonschema", "value": {}},
+        {"type": "json"},
+        {"type": "regex"},
+        {"type": "regex", "value": {}},
+        {"type": "choice", "value": "a"},
+        {"type": "choice", "value": [1]},
+        {"type": "json_schema"},
+        {"type": "json_schema", "value": {"schema": {}}, "json_schema": {"schema": {}}},
+        {"value": {}},
+        "a+",
+        ["a"],
+    ],
+)
+def test_other_shapes_are_no_requests(grammar: Any):
+    with pytest.raises(Unreadable, match="Failed to deserialize the JSON body"):
+        native(grammar)
+    with pytest.raises(Unreadable, match="response_format"):
+        openai(response_format=grammar)
+
+
+def test_text_is_a_format_and_no_grammar():
+    with pytest.raises(Unreadable, match="type"):
+        native({"type": "text"})
+
+
+def test_one_grammar_at_a_time():
+    with pytest.raises(
+        RequestError, match=r"^Input validation error: `response_format` and `guided_regex` must not both"
+    ):
+        openai(response_format={"type": "json_object"}, guided_regex="a")
+    assert openai(response_format={"type": "text"}, guided_regex="a") == RegexGrammar(value="a")
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+NOT_VALID = "grammar is not valid: "
+CANNOT = "cannot compile regex from schema: "
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"),
+    [
+        (5, "grammar is not supported"),
+        (True, "grammar is not supported"),
+        (["a"], "grammar is not supported"),
+        (None, "grammar is not supported"),
+        ("{", NOT_VALID),
+        ("5", NOT_VALID),
+        ("[]", NOT_VALID),
+        ("false", NOT_VALID),
+    ],
+)
+def test_what_is_no_schema(value: Any, detail: str):
+    with pytest.raises(RequestError) as refused:
+        wish_of(native({"type": "json", "value": value}))
+    assert refused.value.message.startswith(f"Input validation error: {detail}")
+
+
+def test_a_schema_nested_too_deeply():
+    schema: dict[str, Any] = {}
+    for _ in range(2000):
+        schema = {"items": schema}
+    with pytest.raises(RequestError, match="nested too deeply"):
+        wish_of(JsonGrammar(value=schema))
+
+
+def test_no_choice():
+    with pytest.raises(RequestError, match="something to choose from"):
+        wish_of(ChoiceGrammar(value=[]))
+
+
+@pytest.fixture(scope="module")
+def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
+    folder = small_tokenizers.write(tmp_path_factory.mktemp("grammars"))
+    grammars = Grammars(folder / "tokenizer.json", [2])
+    yield grammars
+    grammars.close()
+
+
+def compile_by(grammars: Grammars, *wishes: Wish) -> list[str | RequestError]:
+    """What becomes of wishes that are made at once."""
+
+    async def all_() -> list[Any]:
+        return await asyncio.gather(*map(grammars.compile, wishes), return_exceptions=True)
+
+    return asyncio.run(all_())
+
+
+def refusal(grammars: Grammars, wish: Wish) -> str:
+    (outcome,) = compile_by(grammars, wish)
+    assert isinstance(outcome, RequestError), outcome
+    assert outcome.kind.status == 422
+    assert "\n" not in outcome.detail
+    return outcome.detail
+
+
+def schema(value: dict[str, Any]) -> Wish:
+    return wish_of(JsonGrammar(value=value))
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"),
+    [
+        ({"not": {}}, f'{CANNOT}Unimplemented keys: ["not"] at `$`'),
+        (
+            {"properties": {"a": {"items": {"anyOf": [{}, {"type": "array", "uniqueItems": True}]}}}},
+            f'{CANNOT}Unimplemented keys: ["uniqueItems"] at `$.properties.a.items.anyOf[1]`',
+        ),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"if": {}, "then": {"not": {}}}}},
+            f'{CANNOT}Unimplemented keys: ["if", "then"] at `$.$defs.a`',
+        ),
+        (
+            {"properties": {"not": {"type": "string", "format": "color"}}},
+            f"{CANNOT}Unknown format: color at `$.properties.not`",
+        ),
+        ({"items": [{"patternProperties": {"^a": {"propertyNames": {}}}}]}, "at `$.items[0].patternProperties.^a`"),
+        ({"additionalProperties": {"contains": {}}}, "at `$.additionalProperties`"),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, f"{CANNOT}oneOf constraints are not supported"),
+        ({"$ref": "http://127.0.0.1/schema"}, f"{CANNOT}Resource"),
+        ({"$ref": "#/nowhere"}, f"{CANNOT}Pointer '/nowhere' does not exist"),
+        ({"$ref": "#"}, f"{CANNOT}no text satisfies it"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, f"{CANNOT}Unsatisfiable schema"),
+        ({"pattern": "(?=a)b"}, "look-around"),
+        ({"pattern": "("}, f"{CANNOT}regex parse error"),
+        ({"minProperties": 2, "properties": {"a": {}}}, f"{CANNOT}min/maxProperties"),
+        ({"type": "text"}, f"{NOT_VALID}Invalid type: text"),
+        ({"minLength": "2"}, f"{NOT_VALID}Expected"),
+        ({"properties": []}, f"{NOT_VALID}properties must be an object"),
+        ({"properties": {"a": 5}}, f"{NOT_VALID}schema must be an object"),
+        ({"x-guidance": {"strict": 1}}, "unknown field `strict`"),
+    ],
+)
+def test_no_keyword_is_passed_over(grammars: Grammars, value: dict[str, Any], detail: str):
+    assert detail in refusal(grammars, schema(value))
+
+
+def test_keywords_are_passed_over_for_who_says_so(grammars: Grammars):
+    (spelling,) = compile_by(grammars, schema({"type": "integer", "not": {}, "x-guidance": {"lenient": True}}))
+    assert isinstance(spelling, str) and accepts(spelling, "5")
+
+
+@pytest.mark.parametrize(
+    ("wish", "detail"),
+    [
+        (Wish("regex", "(a"), "unclosed group"),
+        (Wish("regex", r"(a)\1"), "backreferences are not supported"),
+        (Wish("grammar", "start: ("), NOT_VALID),
+        (Wish("grammar", "nothing"), NOT_VALID),
+        (Wish("grammar", 'start: %json {"not": {}}'), 'Unimplemented keys: ["not"]'),
+        (Wish("grammar", "start: <nobody>"), "unknown special token"),
+        (Wish("grammar", "start: start"), "no text satisfies it"),
+        (Wish("regex", "a" * (LONGEST + 1)), f"{LONGEST} are allowed"),
+    ],
+)
+def test_other_grammars(grammars: Grammars, wish: Wish, detail: str):
+    assert refusal(grammars, wish).startswith(NOT_VALID)
+    assert detail in refusal(grammars, wish)
+
+
+def chain(length: int) -> dict[str, Any]:
+    """Each definition leads to the next."""
+    links = {f"d{n}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": links | {f"d{length}": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("wish", "detail"),
+    [
+        (schema(chain(3000)), "too much time or memory"),  # overflows the stack
+        (schema({"type": "integer", "multipleOf": 9_999_991}), "too much time or memory"),  # as many states
+        (Wish("regex", "a" * LONGEST), "too long"),  # each step of the engine would take a tenth of a second
+    ],
+)
+def test_grammars_that_would_harm_are_refused_and_others_go_on(grammars: Grammars, wish: Wish, detail: str):
+    before, harmful, after = compile_by(grammars, Wish("regex", "a+"), wish, Wish("regex", "b+"))
+    assert isinstance(harmful, RequestError) and detail in harmful.detail
+    assert isinstance(before, str) and accepts(before, "aa")
+    assert isinstance(after, str) and accepts(after, "bb")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        chain(100),
+        {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(400)}},
+        {"type": "object", "properties": {"child": {"$ref": "#"}, "value": {"type": "string"}}},
+        {"enum": [f"value {n}" for n in range(5000)]},
+        {"type": "string", "pattern": "^(a+)+b$"},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1000, "maxItems": 100_000},
+    ],
+)
+def test_large_and_odd_schemas_are_served(grammars: Grammars, value: dict[str, Any]):
+    (spelling,) = compile_by(grammars, schema(value))
+    assert isinstance(spelling, str)
+    LLMatcher.validate_grammar(spelling)
+
+
+def test_what_was_judged_before_needs_no_process(grammars: Grammars, monkeypatch: pytest.MonkeyPatch):
+    good, bad = Wish("regex", "once"), Wish("regex", "(once")
+    first = compile_by(grammars, good, bad)
+    monkeypatch.setattr(grammars, "_try", lambda wish: Verdict(error="tried again"))
+    again = compile_by(grammars, good, bad)
+    assert again[0] == first[0]
+    assert str(again[1]) == str(first[1]) != "tried again"
+    assert "tried again" in refusal(grammars, Wish("regex", "twice"))
+
+
+def test_verdicts_are_forgotten_by_their_size(grammars: Grammars, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tgi.router.grammar.REMEMBERED", 1000)
+    tried = []
+    monkeypatch.setattr(grammars, "_try", lambda wish: tried.append(wish) or Verdict("x"))
+    small, large = Wish("regex", "z"), [Wish("regex", letter * 400) for letter in "pqr"]
+    compile_by(grammars, small)
+    compile_by(grammars, large[0])
+    compile_by(grammars, small)  # used, so the others go first
+    compile_by(grammars, large[1])
+    compile_by(grammars, large[2])
+    compile_by(grammars, small, large[2])
+    assert tried == [small, *large]
+    compile_by(grammars, large[0])
+    assert tried == [small, *large, large[0]]
+
+
+def test_a_process_that_is_lost_is_started_again(grammars: Grammars):
+    compile_by(grammars, Wish("regex", "first"))
+    assert grammars._process is not None
+    grammars._process.kill()
+    grammars._process.wait()
+    (lost,) = compile_by(grammars, Wish("regex", "second"))
+    assert isinstance(lost, Exception)
+    (found,) = compile_by(grammars, Wish("regex", "second"))
+    assert isinstance(found, str)
+
+
+def test_a_tokenizer_that_cannot_be_used(tmp_path: Path):
+    folder = small_tokenizers.write(tmp_path, "words")
+    grammars = Grammars(folder / "tokenizer.json", [2])
+    try:
+        assert "this model's tokenizer can't be used with grammars" in refusal(grammars, Wish("regex", "a"))
+    finally:
+        grammars.close()
+
+
+# --- Over HTTP -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
+    with Router(settings(tmp_path_factory.mktemp("router"))) as router:
+        router.says("a</s>")
+        yield router
+
+
+def test_the_engine_is_told(router: Router):
+    until(lambda: router.generate(grammar={"type": "regex", "value": "a/b"}).status_code == 200)
+    sampling = router.engine.submits[-1].sampling
+    assert accepts(sampling.grammar, "a/b")
+    assert sampling.end_token_ids == sorted(router.service.tokenizer.eos_ids) != []
+    router.generate()
+    sampling = router.engine.submits[-1].sampling
+    assert (sampling.grammar, sampling.end_token_ids) == ("", [])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}},
+        {"response_format": {"type": "json", "value": POINT}},
+        {"grammar": {"type": "json", "value": POINT}},
+        {"guided_json": POINT},
+        {"guided_json": json.dumps(POINT)},
+        {"guided_choice": ['{"x": 1}', '{"x": 2}']},
+        {"guided_regex": r'\{"x": [0-9]+\}'},
+        {"guided_grammar": 'root ::= "{\\"x\\": " [0-9] "}"'},
+    ],
+)
+def test_openais_routes(router: Router, fields: dict[str, Any]):
+    for ask in (router.chat, router.complete):
+        for stream in (False, True):
+            assert ask(**fields, stream=stream).status_code == 200
+            grammar = router.engine.submits[-1].sampling.grammar
+            assert accepts(grammar, '{"x": 1}') and not accepts(grammar, "1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"guided_regex": "("}, "grammar is not valid"),
+        ({"guided_choice": []}, "something to choose from"),
+        ({"guided_json": "{"}, "grammar is not valid"),
+        ({"response_format": {"type": "json", "value": {"not": {}}}}, CANNOT),
+        ({"response_format": {"type": "json_object"}, "guided_json": {}}, "must not both be set"),
+        ({"grammar": {"type": "json", "value": 1}}, "grammar is not supported"),
+    ],
+)
+def test_refusals_on_openais_routes(router: Router, fields: dict[str, Any], detail: str):
+    for ask in (router.chat, router.complete):
+        for stream in (False, True):
+            response = ask(**fields, stream=stream)
+            assert response.status_code == 422
+            assert detail in response.text
+
+
+def test_refusals_on_native_routes(router: Router):
+    response = router.generate(grammar={"type": "json", "value": {"not": {}}})
+    assert response.status_code == 422
+    assert response.json() == {
+        "error": f'Input validation error: {CANNOT}Unimplemented keys: ["not"] at `$`',
+        "error_type": "validation",
+    }
+
+
+def test_a_grammar_and_one_of_the_callers_own(router: Router):
+    parameters = GenerateParameters(grammar=RegexGrammar(value="a"))
+    with pytest.raises(RequestError, match=r"^Tool error: Grammar and tools are mutually exclusive$"):
+        asyncio.run(router.service.validator.validate("hello", parameters, grammar='start: "a"'))
+
+
+def test_without_grammar_support(tmp_path: Path):
+    with Router(settings(tmp_path, grammars=False)) as router:
+        router.says("a</s>")
+        for response in (
+            router.generate(grammar={"type": "regex", "value": "a"}),
+            router.chat(response_format={"type": "json_object"}),
+            router.complete(guided_regex="a"),
+        ):
+            assert response.status_code == 422
+            assert "Input validation error: grammar is not supported" in response.text
+        assert router.chat(response_format={"type": "text"}).status_code == 200
