@@ -78,7 +78,7 @@ def folder() -> str:
     return resolve_model(flags.DEFAULT_MODEL, None, store(flags.cache_options())).folder
 
 
-@pytest.mark.parametrize("client", table(), ids=lambda client: client.name)
+@pytest.mark.parametrize("client", list(table()), ids=lambda client: client.name)
 def test_client(client: Client, server: Server, folder: str, request: pytest.FixtureRequest):
     if client.heavy and not client.installed:
         pytest.skip("a heavy one: scripts/clients installs and runs it")
