@@ -95,7 +95,7 @@ def test_a_client_that_leaves(router: Router, caplog: pytest.LogCaptureFixture) 
     until(lambda: router.service.client.open == 0)
     router.engine.resume()
     (line,) = lines(caplog)
-    assert line.startswith(" INFO generate{parameters=") and line.endswith(": The client left after 0 tokens")
+    assert line.startswith(" INFO generate{parameters=") and line.endswith(": Dropped after 0 tokens")
 
 
 def test_what_tells_nothing_of_requests_leaves_no_line(router: Router, caplog: pytest.LogCaptureFixture) -> None:

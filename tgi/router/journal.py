@@ -46,8 +46,9 @@ class Journal:
             log.info("Success", extra={"span": Span(self.name, fields_of(run))})
 
     def dropped(self, run: "Run") -> None:
+        """The client left, or another generation of its request failed."""
         span = Span(self.name, {"parameters": Debug(run.generation.parameters)})
-        log.info("The client left after %d tokens", run.tokens, extra={"span": span})
+        log.info("Dropped after %d tokens", run.tokens, extra={"span": span})
 
     def failed(self, error: RequestError) -> None:
         self.error = error
