@@ -43,7 +43,7 @@ UNENFORCEABLE = "cannot compile regex from schema: "
 
 
 _SPACE = r" |\n[ \t]{0,40}"
-"""White space in JSON as models write it, for schemas that leave it to us. Unbounded, weak models write nothing else."""
+"""White space in JSON as models write it, for schemas that leave it to us; unbounded, weak ones write nothing else."""
 
 
 class Wish(msgspec.Struct, frozen=True, array_like=True):
