@@ -8,7 +8,7 @@ from pathlib import Path
 
 url, model = sys.argv[1:]
 guidellm = Path(sys.executable).with_name("guidellm")
-for route in ("/v1/completions", "/v1/chat/completions"):
+for route in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(guidellm, "run", "--disable-console-interactive"),
