@@ -29,13 +29,13 @@ def free_port() -> int:
 
 
 class Server:
-    """One launcher with its children, in a process group of its own."""
+    """One launcher with its children, in a process group of its own; or another ``program`` that serves HTTP."""
 
-    def __init__(self, *arguments: str, log: Path, **environment: str) -> None:
+    def __init__(self, *arguments: str, log: Path, program: Path = LAUNCHER, **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [str(LAUNCHER), "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
+        command = [str(program), "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True

@@ -124,11 +124,9 @@ def _check_model(options: Options, model: ModelFiles) -> None:
 
 def _limits(options: Options, engine: Limits) -> Limits:
     """The router's own; of the engine's it may only lower what one request takes."""
-    for name in ("max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size"):
+    for name, grain in (("max_batch_prefill_tokens", 1), ("max_batch_total_tokens", BLOCK_SIZE), ("max_batch_size", 1)):
         given, real = getattr(options, name), getattr(engine, name)
-        if name == "max_batch_total_tokens" and given is not None:
-            given = given // BLOCK_SIZE * BLOCK_SIZE
-        if given not in (None, real):
+        if given is not None and given // grain * grain != real:
             raise ArgumentValidation(f"`{name}` is {real} in the engine, which was started with it. Given: {given}")
     for name in ("max_total_tokens", "max_input_tokens"):
         given, real = getattr(options, name), getattr(engine, name)
