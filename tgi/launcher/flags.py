@@ -6,17 +6,16 @@ The only module that reads environment variables. Knows no model and no machine.
 import argparse
 import dataclasses
 import os
-import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
-from urllib.parse import urlsplit
 
 from tgi import __version__
-from tgi.core import telemetry
 from tgi.core.config import BLOCK_SIZE
+from tgi.launcher import kinds
 from tgi.launcher.errors import ArgumentValidation
+from tgi.launcher.kinds import Kind
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -45,19 +44,6 @@ _HTTP: tuple[Command, ...] = ("launcher", "router")
 _FILES: tuple[Command, ...] = ("launcher", "serve", "download-weights")
 _SERVING: tuple[Command, ...] = ("launcher", "router", "serve")
 _ALL: tuple[Command, ...] = (*_SERVING, "download-weights")
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How the text of a value is read. ``parse`` raises ValueError with what it expected."""
-
-    metavar: str
-    allowed: str
-    parse: Callable[[str], Any]
-    switch: bool = False
-    """On the command line it stands without a value."""
-    many: bool = False
-    """Repeating it on the command line adds values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,140 +84,6 @@ class Flag:
         return str(self.default)
 
 
-def _text(metavar: str = "TEXT", *, suggest: str = "") -> Kind:
-    def parse(value: str) -> str:
-        if not value:
-            raise ValueError("expected a value, not an empty string")
-        return value
-
-    return Kind(metavar, suggest, parse)
-
-
-def _collector() -> Kind:
-    """Where traces go: TGI's Rust side wants a URL, its Python side takes a host and a port, too."""
-
-    def parse(value: str) -> str:
-        try:
-            url = urlsplit(value if "://" in value else f"http://{value}")
-            fits = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            fits = False
-        if not fits or not re.fullmatch("[!-~]+", value):
-            raise ValueError("expected a URL such as http://localhost:4317")
-        return value
-
-    return Kind("URL", "", parse)
-
-
-def _header() -> Kind:
-    """The value of an HTTP header."""
-
-    def parse(value: str) -> str:
-        if not re.fullmatch("[ -~]+", value):
-            raise ValueError("expected printable ASCII characters")
-        return value
-
-    return Kind("TEXT", "", parse)
-
-
-def _label() -> Kind:
-    """What was built into an image, empty if nothing was."""
-
-    def parse(value: str) -> str | None:
-        if not re.fullmatch("[ -~]*", value):
-            raise ValueError("expected printable ASCII characters")
-        return value or None
-
-    return Kind("TEXT", "", parse)
-
-
-def _integer(low: int = 0, high: int = 2**63 - 1) -> Kind:
-    allowed = f"{low}..{high}" if high < 2**32 - 1 else f"{low}.."
-
-    def parse(value: str) -> int:
-        if not re.fullmatch(r"\+?[0-9]{1,19}", value) or not low <= (number := int(value)) <= high:
-            raise ValueError(f"expected an integer {allowed}")
-        return number
-
-    return Kind("N", allowed, parse)
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Kind:
-    """A finite float from ``low`` (or ``above`` it) to ``high``."""
-    allowed = f"{'>' if above else ''}{low:g}..{high:g}" if high < float("inf") else f"{'>' if above else ''}{low:g}.."
-
-    def parse(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if not (low < number if above else low <= number) or not number <= high or number == float("inf"):
-            raise ValueError(f"expected a number {allowed}")
-        return number
-
-    return Kind("X", allowed, parse)
-
-
-def _choice(**meaning: Any) -> Kind:
-    """One of the names, read as its meaning."""
-    allowed = "|".join(meaning)
-
-    def parse(value: str) -> Any:
-        if value not in meaning:
-            raise ValueError(f"expected {' or '.join(meaning)}")
-        return meaning[value]
-
-    return Kind("VALUE", allowed, parse)
-
-
-def _one_of(*names: str) -> Kind:
-    return _choice(**{name: name for name in names})
-
-
-def _list_of(item: Kind, *, many: bool = False) -> Kind:
-    return Kind(
-        f"{item.metavar},…", item.allowed, lambda value: tuple(item.parse(part) for part in value.split(",")), many=many
-    )
-
-
-def _log_level(value: str) -> str:
-    telemetry.level_for("", value)
-    return value
-
-
-_LOGGER_LEVELS = {
-    "TRACE": "trace",
-    "DEBUG": "debug",
-    "INFO": "info",
-    "SUCCESS": "info",
-    "WARNING": "warn",
-    "ERROR": "error",
-}
-
-
-def _logger_level(value: str) -> str:
-    """A level as TGI's Python side names it, as ``LOG_LEVEL`` would have it."""
-    if value.upper() not in _LOGGER_LEVELS:
-        raise ValueError(f"expected {' or '.join(_LOGGER_LEVELS)}")
-    return _LOGGER_LEVELS[value.upper()]
-
-
-def _path() -> Kind:
-    """The path of a route, without parameters."""
-
-    def parse(value: str) -> str:
-        if not re.fullmatch("/[!-~]*", value) or any(sign in value for sign in "{}?#%"):
-            raise ValueError("expected a path such as `/predict`")
-        return value
-
-    return Kind("PATH", "", parse)
-
-
-_BOOLEAN = _choice(true=True, false=False)
-_SWITCH = dataclasses.replace(_BOOLEAN, metavar="", allowed="", switch=True)
-_BIT = _choice(**{"true": True, "1": True, "false": False, "0": False})
-
-
 def _flag(kind: Kind, default: Any, help: str, status: Status = "works", **more: Any) -> Any:
     """A field of Options that carries its row; its key is added when the table is read."""
     return dataclasses.field(
@@ -244,29 +96,29 @@ class Options:
     """The table. A field ``max_best_of`` is the flag ``--max-best-of`` and the variable ``MAX_BEST_OF``."""
 
     model_id: str = _flag(
-        _text("ID"),
+        kinds.text("ID"),
         DEFAULT_MODEL,
         "Model to serve: a hub id (`org/name`), a local folder, a local .gguf file, or a GGUF file of a hub repository "
         "(`org/name/file.gguf`).",
         commands=_FILES,
     )
     revision: str | None = _flag(
-        _text("REV"),
+        kinds.text("REV"),
         None,
         "Branch, tag or commit of the hub repository. Only for hub ids; unset means `main`.",
         commands=_ALL,
     )
     validation_workers: int = _flag(
-        _integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
+        kinds.integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
     )
     sharded: bool | None = _flag(
-        _BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False, True)
+        kinds.BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False, True)
     )
     num_shard: int | None = _flag(
-        _integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
+        kinds.integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
     )
     quantize: str | None = _flag(
-        _one_of(
+        kinds.one_of(
             "awq",
             "compressed-tensors",
             "eetq",
@@ -282,53 +134,63 @@ class Options:
         "Quantize the weights while loading. A GGUF file keeps its own quantization without this flag.",
         "refused",
     )
-    speculate: int | None = _flag(_integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0))
+    speculate: int | None = _flag(
+        kinds.integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0)
+    )
     dtype: str = _flag(
-        _one_of("auto", "float32", "float16", "bfloat16"),
+        kinds.one_of("auto", "float32", "float16", "bfloat16"),
         "auto",
         "Number format of activations and of weights that aren't quantized. `auto`: float32 on CPU; on GPU bfloat16 or "
         "float16, as the model's config says.",
     )
     device: str = _flag(
-        _one_of("auto", "cpu", "cuda"),
+        kinds.one_of("auto", "cpu", "cuda"),
         "auto",
         "Where the model runs. `auto`: a CUDA GPU if there is one, else the CPU.",
     )
     kv_cache_dtype: str | None = _flag(
-        _one_of("fp8_e4m3fn", "fp8_e5m2"), None, "Number format of the KV cache, if not `--dtype`.", "refused"
+        kinds.one_of("fp8_e4m3fn", "fp8_e5m2"), None, "Number format of the KV cache, if not `--dtype`.", "refused"
     )
     trust_remote_code: bool = _flag(
-        _SWITCH,
+        kinds.SWITCH,
         False,
         "Code of a model's repository is never run: the model families are this server's own.",
         "obsolete",
         commands=_ALL,
     )
     max_concurrent_requests: int = _flag(
-        _integer(1), 128, "Requests that are served or wait at once; more are answered 429.", commands=_SERVING
+        kinds.integer(1), 128, "Requests that are served or wait at once; more are answered 429.", commands=_SERVING
     )
     max_best_of: int = _flag(
-        _integer(1), 2, "Largest `best_of` that a client may ask for; 1 turns it off.", commands=_HTTP
+        kinds.integer(1), 2, "Largest `best_of` that a client may ask for; 1 turns it off.", commands=_HTTP
     )
     max_stop_sequences: int = _flag(
-        _integer(), 4, "Longest list of stop strings that a client may send.", commands=_HTTP
+        kinds.integer(), 4, "Longest list of stop strings that a client may send.", commands=_HTTP
     )
     max_top_n_tokens: int = _flag(
-        _integer(0, 2**32 - 1), 5, "Largest `top_n_tokens` or `top_logprobs` that a client may ask for.", commands=_HTTP
+        kinds.integer(0, 2**32 - 1),
+        5,
+        "Largest `top_n_tokens` or `top_logprobs` that a client may ask for.",
+        commands=_HTTP,
     )
     max_input_tokens: int | None = _flag(
-        _integer(), None, "Longest prompt in tokens; unset means one less than `--max-total-tokens`.", commands=_SERVING
+        kinds.integer(),
+        None,
+        "Longest prompt in tokens; unset means one less than `--max-total-tokens`.",
+        commands=_SERVING,
     )
-    max_input_length: int | None = _flag(_integer(), None, "Old name of `--max-input-tokens`.", commands=("launcher",))
+    max_input_length: int | None = _flag(
+        kinds.integer(), None, "Old name of `--max-input-tokens`.", commands=("launcher",)
+    )
     max_total_tokens: int | None = _flag(
-        _integer(2),
+        kinds.integer(2),
         None,
         "Most tokens of one request, prompt and answer together; unset means what the model was made for, if that many "
         "fit into the KV cache.",
         commands=_SERVING,
     )
     waiting_served_ratio: float = _flag(
-        _number(0, float("inf")),
+        kinds.number(0, float("inf")),
         0.3,
         "Prompts always run in chunks beside the running requests.",
         "obsolete",
@@ -336,155 +198,179 @@ class Options:
         commands=_HTTP,
     )
     max_batch_prefill_tokens: int | None = _flag(
-        _integer(1, 2**32 - 1),
+        kinds.integer(1, 2**32 - 1),
         None,
         "Most tokens of one step, prompts and decodes together; unset means 4096 on GPU and 512 on CPU, or what the "
         "model and the memory allow.",
         commands=_SERVING,
     )
     max_batch_total_tokens: int | None = _flag(
-        _integer(BLOCK_SIZE, 2**32 - 1),
+        kinds.integer(BLOCK_SIZE, 2**32 - 1),
         None,
         "Tokens that the KV cache holds, rounded down to whole pages of 16; unset means what the memory has room for.",
         commands=_SERVING,
     )
     max_waiting_tokens: int = _flag(
-        _integer(), 20, "Waiting requests are admitted in every step.", "obsolete", commands=_HTTP
+        kinds.integer(), 20, "Waiting requests are admitted in every step.", "obsolete", commands=_HTTP
     )
     max_batch_size: int | None = _flag(
-        _integer(), None, "Most requests that run at once; unset means `--max-concurrent-requests`.", commands=_SERVING
+        kinds.integer(),
+        None,
+        "Most requests that run at once; unset means `--max-concurrent-requests`.",
+        commands=_SERVING,
     )
     cuda_graphs: tuple[int, ...] = _flag(
-        _list_of(_integer()),
+        kinds.list_of(kinds.integer()),
         (1, 2, 4, 8, 16, 32),
         "Batch sizes to capture as CUDA graphs; 0 means none. Nothing is captured yet.",
         "refused",
         neutral=((0,), (1, 2, 4, 8, 16, 32)),
     )
     hostname: str = _flag(
-        _text("ADDRESS"),
+        kinds.text("ADDRESS"),
         "0.0.0.0",
         "Address or name to listen on. The variable is passed over when it holds this machine's own name, which "
         "shells and containers set by themselves.",
         commands=_HTTP,
     )
-    port: int = _flag(_integer(0, 65535), 3000, "Port to listen on; 0 takes a free one.", short="-p", commands=_HTTP)
+    port: int = _flag(
+        kinds.integer(0, 65535), 3000, "Port to listen on; 0 takes a free one.", short="-p", commands=_HTTP
+    )
     prometheus_port: int = _flag(
-        _integer(0, 65535), 9000, "Metrics are served at /metrics of `--port`.", "obsolete", commands=_HTTP
+        kinds.integer(0, 65535), 9000, "Metrics are served at /metrics of `--port`.", "obsolete", commands=_HTTP
     )
     shard_uds_path: str = _flag(
-        _text("PATH"),
+        kinds.text("PATH"),
         "/tmp/text-generation-server",
         "Sockets between the processes lie in a private folder made at start.",
         "obsolete",
         commands=("launcher",),
     )
-    master_addr: str = _flag(_text("ADDRESS"), "localhost", "Only split models need a meeting point.", "obsolete")
-    master_port: int = _flag(_integer(), 29500, "Only split models need a meeting point.", "obsolete")
+    master_addr: str = _flag(kinds.text("ADDRESS"), "localhost", "Only split models need a meeting point.", "obsolete")
+    master_port: int = _flag(kinds.integer(), 29500, "Only split models need a meeting point.", "obsolete")
     huggingface_hub_cache: str | None = _flag(
-        _text("DIR"), None, "Folder of the hub cache; unset means huggingface_hub's own (`HF_HOME`).", commands=_FILES
+        kinds.text("DIR"),
+        None,
+        "Folder of the hub cache; unset means huggingface_hub's own (`HF_HOME`).",
+        commands=_FILES,
     )
     weights_cache_override: str | None = _flag(
-        _text("DIR"), None, "Folder to read the .safetensors files from, instead of the hub cache.", commands=_FILES
+        kinds.text("DIR"),
+        None,
+        "Folder to read the .safetensors files from, instead of the hub cache.",
+        commands=_FILES,
     )
-    disable_custom_kernels: bool = _flag(_SWITCH, False, "The kernels that it turned off don't exist here.", "obsolete")
+    disable_custom_kernels: bool = _flag(
+        kinds.SWITCH, False, "The kernels that it turned off don't exist here.", "obsolete"
+    )
     cuda_memory_fraction: float = _flag(
-        _number(0, 1, above=True),
+        kinds.number(0, 1, above=True),
         1.0,
         "Share of the device's memory that the server may use; on CPU the share of the memory available at start.",
     )
     rope_scaling: str | None = _flag(
-        _one_of("linear", "dynamic"), None, "Stretch the rotary positions; alone it means `--rope-factor 1.0`."
+        kinds.one_of("linear", "dynamic"), None, "Stretch the rotary positions; alone it means `--rope-factor 1.0`."
     )
     rope_factor: float | None = _flag(
-        _number(0, float("inf"), above=True), None, "Factor of the stretch; alone it means `--rope-scaling linear`."
+        kinds.number(0, float("inf"), above=True),
+        None,
+        "Factor of the stretch; alone it means `--rope-scaling linear`.",
     )
-    json_output: bool = _flag(_SWITCH, False, "Log one JSON object per line.", commands=_ALL)
+    json_output: bool = _flag(kinds.SWITCH, False, "Log one JSON object per line.", commands=_ALL)
     otlp_endpoint: str | None = _flag(
-        _collector(),
+        kinds.COLLECTOR,
         None,
         "OpenTelemetry collector to send traces to, by gRPC (`http://host:4317`), or by HTTP if the URL has a path or "
         "port 4318. The router sends them; what an engine does is part of its spans.",
         commands=_SERVING,
     )
     otlp_service_name: str = _flag(
-        _text(), "text-generation-inference.router", "The traces' `service.name`.", commands=_SERVING
+        kinds.text(), "text-generation-inference.router", "The traces' `service.name`.", commands=_SERVING
     )
     cors_allow_origin: tuple[str, ...] = _flag(
-        _list_of(_text("ORIGIN"), many=True),
+        kinds.list_of(kinds.text("ORIGIN"), many=True),
         (),
         "Origins that browsers may call from; unset means any.",
         commands=_HTTP,
     )
-    api_key: str | None = _flag(_text("KEY"), None, "Bearer token that clients must send.", commands=_HTTP)
+    api_key: str | None = _flag(kinds.text("KEY"), None, "Bearer token that clients must send.", commands=_HTTP)
     watermark_gamma: float = _flag(
-        _number(0, 1), 0.5, "Share of the vocabulary that a watermark favours, for requests that ask for a watermark."
+        kinds.number(0, 1),
+        0.5,
+        "Share of the vocabulary that a watermark favours, for requests that ask for a watermark.",
     )
     watermark_delta: float = _flag(
-        _number(0, 1e4), 2.0, "What a watermark adds to the logits of the tokens that it favours."
+        kinds.number(0, 1e4), 2.0, "What a watermark adds to the logits of the tokens that it favours."
     )
-    ngrok: bool = _flag(_SWITCH, False, "Open an ngrok tunnel.", "refused", commands=_HTTP)
-    ngrok_authtoken: str | None = _flag(_text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
-    ngrok_edge: str | None = _flag(_text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
+    ngrok: bool = _flag(kinds.SWITCH, False, "Open an ngrok tunnel.", "refused", commands=_HTTP)
+    ngrok_authtoken: str | None = _flag(kinds.text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
+    ngrok_edge: str | None = _flag(kinds.text(), None, "No ngrok tunnel is opened.", "obsolete", commands=_HTTP)
     tokenizer_config_path: str | None = _flag(
-        _text("FILE"),
+        kinds.text("FILE"),
         None,
         "tokenizer_config.json to take the chat template and the special tokens from.",
         commands=_SERVING,
     )
     disable_grammar_support: bool = _flag(
-        _SWITCH,
+        kinds.SWITCH,
         False,
         "Refuse requests that say what the answer must spell: grammars, response formats, and so tool calls.",
         commands=_HTTP,
     )
     env: bool = _flag(
-        _SWITCH, False, "Log what this machine is made of at start.", short="-e", only="cli", commands=("launcher",)
+        kinds.SWITCH,
+        False,
+        "Log what this machine is made of at start.",
+        short="-e",
+        only="cli",
+        commands=("launcher",),
     )
-    max_client_batch_size: int = _flag(_integer(), 4, "Most prompts in one call of /v1/completions.", commands=_HTTP)
-    lora_adapters: str | None = _flag(_text("ID,…"), None, "LoRA adapters to load.", "refused")
+    max_client_batch_size: int = _flag(
+        kinds.integer(), 4, "Most prompts in one call of /v1/completions.", commands=_HTTP
+    )
+    lora_adapters: str | None = _flag(kinds.text("ID,…"), None, "LoRA adapters to load.", "refused")
     usage_stats: str = _flag(
-        _one_of("on", "off", "no-stack"),
+        kinds.one_of("on", "off", "no-stack"),
         "on",
         "Accepted in every form; nothing is ever sent to anybody.",
         commands=_HTTP,
     )
-    payload_limit: int = _flag(_integer(), 2_000_000, "Largest body of an HTTP request in bytes.", commands=_HTTP)
+    payload_limit: int = _flag(kinds.integer(), 2_000_000, "Largest body of an HTTP request in bytes.", commands=_HTTP)
     enable_prefill_logprobs: bool = _flag(
-        _SWITCH, False, "Log-probabilities of the prompt are always there for requests that ask.", "obsolete"
+        kinds.SWITCH, False, "Log-probabilities of the prompt are always there for requests that ask.", "obsolete"
     )
     graceful_termination_timeout: int = _flag(
-        _integer(), 90, "Seconds that open requests have to end after SIGTERM.", short="-g", commands=_SERVING
+        kinds.integer(), 90, "Seconds that open requests have to end after SIGTERM.", short="-g", commands=_SERVING
     )
     tokenizer_name: str | None = _flag(
-        _text("ID"), None, "The model that the engine serves; another one is an error.", commands=("router",)
+        kinds.text("ID"), None, "The model that the engine serves; another one is an error.", commands=("router",)
     )
     master_shard_uds_path: str = _flag(
-        _text("PATH"),
+        kinds.text("PATH"),
         "/tmp/text-generation-server-0",
         "Socket of the engine that `text-generation-server serve` started.",
         commands=("router",),
     )
-    max_image_fetch_size: int = _flag(_integer(), 1 << 30, "No image is ever fetched.", "obsolete", commands=_HTTP)
+    max_image_fetch_size: int = _flag(kinds.integer(), 1 << 30, "No image is ever fetched.", "obsolete", commands=_HTTP)
     uds_path: str = _flag(
-        _text("PATH"),
+        kinds.text("PATH"),
         "/tmp/text-generation-server",
         "The engine listens on this path with `-0` behind it.",
         only="cli",
         commands=("serve",),
     )
     logger_level: str | None = _flag(
-        Kind("LEVEL", "|".join(_LOGGER_LEVELS), _logger_level),
+        kinds.LOGGER_LEVEL,
         None,
         "What is logged; wins over `LOG_LEVEL`.",
         only="cli",
         commands=("serve", "download-weights"),
     )
     extension: str = _flag(
-        _one_of(".safetensors"), ".safetensors", "Files to fetch.", only="cli", commands=("download-weights",)
+        kinds.one_of(".safetensors"), ".safetensors", "Files to fetch.", only="cli", commands=("download-weights",)
     )
     auto_convert: bool = _flag(
-        _SWITCH,
+        kinds.SWITCH,
         True,
         "Pickled weights are never converted; a repository that has no others is refused.",
         "obsolete",
@@ -493,7 +379,7 @@ class Options:
         commands=("download-weights",),
     )
     merge_lora: bool = _flag(
-        _SWITCH,
+        kinds.SWITCH,
         False,
         "Nothing is merged; a repository that has only an adapter is refused.",
         "obsolete",
@@ -502,7 +388,7 @@ class Options:
     )
 
     log_level: str = _flag(
-        Kind("LEVEL", "|".join(telemetry.LEVELS), _log_level),
+        kinds.LOG_LEVEL,
         "info",
         "What is logged: a level, or a list like `info,text_generation_router=debug`; the lines about requests are "
         "`text_generation_router::server`.",
@@ -510,7 +396,7 @@ class Options:
         commands=_ALL,
     )
     log_colorize: bool | None = _flag(
-        _BIT,
+        kinds.BIT,
         None,
         "Colours in the log's text; unset means on a terminal only. In TGI `1` turns them off, everything else on.",
         only="env",
@@ -518,16 +404,16 @@ class Options:
         lenient=True,
     )
     compute_type: str | None = _flag(
-        _header(), None, "Value of the header x-compute-type; unset names the device.", only="env", commands=_HTTP
+        kinds.HEADER, None, "Value of the header x-compute-type; unset names the device.", only="env", commands=_HTTP
     )
     prefix_caching: bool = _flag(
-        _BIT,
+        kinds.BIT,
         True,
         "Share the KV cache of equal prompt beginnings.",
         only="env",
     )
     prefill_chunking: bool = _flag(
-        _BIT,
+        kinds.BIT,
         True,
         "Prompts always run in chunks.",
         "refused",
@@ -535,26 +421,26 @@ class Options:
         only="env",
     )
     attention: str | None = _flag(
-        _one_of("paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"),
+        kinds.one_of("paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"),
         None,
         "The attention kernel is chosen by model and device.",
         "obsolete",
         only="env",
     )
     tgi_wiggle_room: float | None = _flag(
-        _number(0, 1, above=True),
+        kinds.number(0, 1, above=True),
         None,
         "Share of the memory that is planned with, the rest being left alone; unset means 0.95 on GPU and 0.98 on CPU.",
         only="env",
     )
     hf_api_token: str | None = _flag(
-        _text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
+        kinds.text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
     )
     cuda_visible_devices: str | None = _flag(
         Kind("LIST", "", str), None, "GPUs to see; the first one is used.", only="env"
     )
     aip_http_port: int | None = _flag(
-        _integer(0, 65535),
+        kinds.integer(0, 65535),
         None,
         "Port to listen on, of Vertex AI; wins over `--port`.",
         only="env",
@@ -562,40 +448,47 @@ class Options:
         lenient=True,
     )
     aip_predict_route: str | None = _flag(
-        _path(), None, "One more path of /vertex, of Vertex AI.", only="env", commands=_HTTP
+        kinds.PATH, None, "One more path of /vertex, of Vertex AI.", only="env", commands=_HTTP
     )
     aip_health_route: str | None = _flag(
-        _path(), None, "One more path of /health, of Vertex AI.", only="env", commands=_HTTP
+        kinds.PATH, None, "One more path of /health, of Vertex AI.", only="env", commands=_HTTP
     )
-    git_sha: str | None = _flag(_label(), None, "`sha` of /info; images carry it.", only="env", commands=_HTTP)
+    git_sha: str | None = _flag(kinds.LABEL, None, "`sha` of /info; images carry it.", only="env", commands=_HTTP)
     docker_label: str | None = _flag(
-        _label(),
+        kinds.LABEL,
         None,
         "`docker_label` of /info and end of `system_fingerprint`; images carry it.",
         only="env",
         commands=_HTTP,
     )
     request_logprobs: bool = _flag(
-        _BIT,
+        kinds.BIT,
         False,
         "Log-probabilities of the prompt are always there for requests that ask.",
         "obsolete",
         only="env",
         commands=("serve",),
     )
-    rank: int = _flag(_integer(), 0, "Which part of a split model this is.", "refused", only="env", commands=("serve",))
+    rank: int = _flag(
+        kinds.integer(), 0, "Which part of a split model this is.", "refused", only="env", commands=("serve",)
+    )
     world_size: int = _flag(
-        _integer(), 1, "Number of devices that the model is split over.", "refused", only="env", commands=("serve",)
+        kinds.integer(),
+        1,
+        "Number of devices that the model is split over.",
+        "refused",
+        only="env",
+        commands=("serve",),
     )
     use_flash_attention: bool = _flag(
-        _BIT, True, "The attention kernel is chosen by model and device.", "obsolete", only="env"
+        kinds.BIT, True, "The attention kernel is chosen by model and device.", "obsolete", only="env"
     )
-    exllama_version: str | None = _flag(_text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
-    disable_exllama: str | None = _flag(_text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
-    use_cutlass_w8a8: bool = _flag(_BIT, False, "There are no CUTLASS kernels.", "obsolete", only="env")
-    ze_affinity_mask: str | None = _flag(_text("LIST"), None, "Intel GPUs are not used.", "obsolete", only="env")
+    exllama_version: str | None = _flag(kinds.text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
+    disable_exllama: str | None = _flag(kinds.text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
+    use_cutlass_w8a8: bool = _flag(kinds.BIT, False, "There are no CUTLASS kernels.", "obsolete", only="env")
+    ze_affinity_mask: str | None = _flag(kinds.text("LIST"), None, "Intel GPUs are not used.", "obsolete", only="env")
     xdg_cache_home: str | None = _flag(
-        _text("DIR"),
+        kinds.text("DIR"),
         None,
         "Parent of this server's own cache folder `tgi`; unset means `~/.cache`.",
         only="env",
@@ -673,7 +566,7 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         shared: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": _described(flag)}
         if _positional(flag, command):
             parser.add_argument(flag.key, metavar="MODEL_ID", help=flag.help)
-        elif flag.kind in (_BOOLEAN, _SWITCH) and command in ("serve", "download-weights"):
+        elif flag.kind in (kinds.BOOLEAN, kinds.SWITCH) and command in ("serve", "download-weights"):
             parser.add_argument(*names, action="store_const", const="true", **shared)
             parser.add_argument(f"--no-{flag.name[2:]}", action="store_const", const="false", **shared)
         elif flag.kind.switch:
