@@ -142,13 +142,13 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "git_sha": ("abc", "abc", "ä"),
     "docker_label": ("sha-abc", "sha-abc", "ä"),
     "log_colorize": ("1", True, ""),
-    "request_logprobs": ("1", True, "yes"),
+    "request_logprobs": ("1", "1", ""),
     "rank": ("1", 1, "x"),
     "world_size": ("2", 2, "x"),
-    "use_flash_attention": ("false", False, "no"),
+    "use_flash_attention": ("False", "False", ""),
     "exllama_version": ("1", "1", ""),
     "disable_exllama": ("True", "True", ""),
-    "use_cutlass_w8a8": ("1", True, "no"),
+    "use_cutlass_w8a8": ("1", "1", ""),
     "ze_affinity_mask": ("0", "0", ""),
 }
 

@@ -111,6 +111,7 @@ class Options:
     validation_workers: int = _flag(
         kinds.integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
     )
+    # What asks for more than one device in vain is told by `check`, in TGI's words.
     sharded: bool | None = _flag(
         kinds.BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False, True)
     )
@@ -436,9 +437,7 @@ class Options:
     hf_api_token: str | None = _flag(
         kinds.text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
     )
-    cuda_visible_devices: str | None = _flag(
-        Kind("LIST", "", str), None, "GPUs to see; the first one is used.", only="env"
-    )
+    cuda_visible_devices: str | None = _flag(kinds.ANY, None, "GPUs to see; the first one is used.", only="env")
     aip_http_port: int | None = _flag(
         kinds.integer(0, 65535),
         None,
@@ -461,9 +460,9 @@ class Options:
         only="env",
         commands=_HTTP,
     )
-    request_logprobs: bool = _flag(
-        kinds.BIT,
-        False,
+    request_logprobs: str | None = _flag(
+        kinds.ANY,
+        None,
         "Log-probabilities of the prompt are always there for requests that ask.",
         "obsolete",
         only="env",
@@ -480,13 +479,13 @@ class Options:
         only="env",
         commands=("serve",),
     )
-    use_flash_attention: bool = _flag(
-        kinds.BIT, True, "The attention kernel is chosen by model and device.", "obsolete", only="env"
+    use_flash_attention: str | None = _flag(
+        kinds.ANY, None, "The attention kernel is chosen by model and device.", "obsolete", only="env"
     )
-    exllama_version: str | None = _flag(kinds.text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
-    disable_exllama: str | None = _flag(kinds.text(), None, "There are no ExLlama kernels.", "obsolete", only="env")
-    use_cutlass_w8a8: bool = _flag(kinds.BIT, False, "There are no CUTLASS kernels.", "obsolete", only="env")
-    ze_affinity_mask: str | None = _flag(kinds.text("LIST"), None, "Intel GPUs are not used.", "obsolete", only="env")
+    exllama_version: str | None = _flag(kinds.ANY, None, "There are no ExLlama kernels.", "obsolete", only="env")
+    disable_exllama: str | None = _flag(kinds.ANY, None, "There are no ExLlama kernels.", "obsolete", only="env")
+    use_cutlass_w8a8: str | None = _flag(kinds.ANY, None, "There are no CUTLASS kernels.", "obsolete", only="env")
+    ze_affinity_mask: str | None = _flag(kinds.ANY, None, "Intel GPUs are not used.", "obsolete", only="env")
     xdg_cache_home: str | None = _flag(
         kinds.text("DIR"),
         None,

@@ -130,6 +130,7 @@ def _path(value: str) -> str:
 
 BOOLEAN = choice(true=True, false=False)
 SWITCH = replace(BOOLEAN, metavar="", allowed="", switch=True)
+ANY = Kind("TEXT", "", str)
 BIT = choice(**{"true": True, "1": True, "false": False, "0": False})
 COLLECTOR = Kind("URL", "", _collector)
 """Where traces go: TGI's Rust side wants a URL, its Python side takes a host and a port, too."""
