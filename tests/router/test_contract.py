@@ -298,6 +298,17 @@ def test_null_is_only_for_fields_that_may_be_absent(router: Router) -> None:
     assert router.http.post("/", json={"inputs": "a", "stream": None}).status_code == 422
 
 
+@pytest.mark.parametrize("number", ["1e400", "1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 5000, "0.5", "NaN"])
+@pytest.mark.parametrize("name", ["seed", "max_tokens", "n", "top_k", "priority", "stop_token_ids", "prompt"])
+def test_numbers_that_no_integer_field_can_hold(router: Router, name: str, number: str) -> None:
+    value = f"[{number}]" if name in ("stop_token_ids", "prompt") else number
+    content = ("{" + ("" if name == "prompt" else '"prompt":"hello",') + f'"{name}":{value}' + "}").encode()
+    before = len(router.engine.submits)
+    response = router.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == (400 if number == "NaN" else 422)
+    assert len(router.engine.submits) == before
+
+
 # --- Every field has its effect --------------------------------------------------------------------------------------
 
 
