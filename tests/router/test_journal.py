@@ -9,6 +9,7 @@ import pytest
 
 from tests.router.serving import Router, settings, until
 from tgi.core.telemetry import ROUTER, Formatter
+from tgi.router.journal import MOST
 
 FORMAT = Formatter(ROUTER, json_output=False)
 SERVER = "tgi.router.server"
@@ -129,3 +130,9 @@ def test_nobody_writes_lines_of_their_own(router: Router, caplog: pytest.LogCapt
     for line in lines(caplog):
         assert "\n" not in line and "\x1b" not in line and len(line) < 3000
     assert len(lines(caplog)) == 4
+
+
+def test_a_call_with_thousands_of_parts_fills_no_log(router: Router, caplog: pytest.LogCaptureFixture) -> None:
+    response = router.http.post("/v1/embeddings", json={"input": ["a", "dog"] * 50})
+    assert response.status_code == 200
+    assert [line.partition("{")[0] for line in lines(caplog)] == [" INFO embeddings"] * MOST

@@ -16,6 +16,7 @@ from tests.router.serving import Router, settings, until
 from tgi.core.errors import StartupError
 from tgi.router import tracing
 from tgi.router.app import build
+from tgi.router.journal import MOST
 
 DURATION = re.compile(r"\d+(\.\d+)?(ns|µs|ms|s)")
 ERROR, SERVER, UNSET = 2, 2, 0
@@ -115,6 +116,20 @@ def test_every_route_that_works_has_its_span_by_tgi_s_name(tmp_path: Path) -> No
     completions = collector.named("completions")
     assert completions.attributes["gen_ai.usage.input_tokens"] == 1 + 2
     assert "gen_ai.operation.name" not in collector.named("tokenize").attributes
+
+
+def test_embeddings_have_sums_but_not_a_span_for_each(tmp_path: Path) -> None:
+    def act(router: Router) -> None:
+        assert router.http.post("/v1/embeddings", json={"input": ["a", "dog"] * 50}).status_code == 200
+
+    collector = spans(tmp_path, act)
+    check_tree(collector)
+    root = collector.named("embeddings")
+    assert root.attributes["gen_ai.operation.name"] == "embeddings"
+    assert root.attributes["gen_ai.usage.input_tokens"] == 50 * (1 + 2)
+    assert root.attributes["gen_ai.usage.output_tokens"] == 0
+    assert "gen_ai.usage.cache_read.input_tokens" not in root.attributes
+    assert [span.name for span in collector.spans].count("infer") == MOST
 
 
 def test_no_text_of_clients_or_models_is_in_spans(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ _LONGEST = 200
 """Characters of a value: stop strings, biases and grammars can be as long as a body. Messages get five times that."""
 
 
+MOST = 32
+"""Generations of one request that are written about: a call for embeddings can have thousands."""
+
+
 class Journal:
     """Of one request. Every generation in it leaves one line, whatever becomes of it."""
 
@@ -38,15 +42,30 @@ class Journal:
         """``name``: TGI's for the span."""
         self.name = name
         self.runs: list[Run] = []
-        """All that the engine was given."""
+        """The first that the engine was given."""
         self.error: RequestError | None = None
+        self.input_tokens = 0
+        """Of all generations; choices of one prompt come in a row and share it."""
+        self.output_tokens = 0
+        self._prompt: list[int] = []
+
+    def began(self, run: "Run") -> None:
+        if run.generation.token_ids is not self._prompt:
+            self._prompt = run.generation.token_ids
+            self.input_tokens += len(self._prompt)
+        if len(self.runs) < MOST:
+            self.runs.append(run)
 
     def finished(self, run: "Run") -> None:
-        if log.isEnabledFor(logging.INFO):
+        self.output_tokens += run.tokens
+        if run in self.runs and log.isEnabledFor(logging.INFO):
             log.info("Success", extra={"span": Span(self.name, fields_of(run))})
 
     def dropped(self, run: "Run") -> None:
         """The client left, or another generation of its request failed."""
+        self.output_tokens += run.tokens
+        if run not in self.runs:
+            return
         span = Span(self.name, {"parameters": Debug(run.generation.parameters)})
         log.info("Dropped after %d tokens", run.tokens, extra={"span": span})
 

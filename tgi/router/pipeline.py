@@ -139,7 +139,7 @@ class Run:
         )
         if self._counts:
             service.metrics.validated(len(generation.token_ids), generation.max_new_tokens)
-        service.journal.runs.append(self)
+        service.journal.began(self)
         return self
 
     async def __aexit__(

@@ -108,7 +108,6 @@ class Tracer:
     def _attributes(self, journal: Journal, arrived: float) -> "dict[str, AttributeValue]":
         runs = journal.runs
         first, sampling = runs[0], runs[0].generation.sampling
-        prompts = {id(run.generation.token_ids): run for run in runs}.values()  # choices of one prompt share its list
         found: dict[str, AttributeValue] = {
             "gen_ai.operation.name": _OPERATIONS.get(journal.name, "text_completion"),
             "gen_ai.provider.name": "text-generation-inference",
@@ -116,14 +115,16 @@ class Tracer:
             "gen_ai.response.model": self._model,
             "gen_ai.request.max_tokens": first.generation.max_new_tokens,
             "gen_ai.response.finish_reasons": [_FINISH[run.finish] for run in runs if run.finish],
-            "gen_ai.usage.input_tokens": sum(len(run.generation.token_ids) for run in prompts),
-            "gen_ai.usage.cache_read.input_tokens": sum(run.cached for run in prompts),
-            "gen_ai.usage.output_tokens": sum(run.tokens for run in runs),
+            "gen_ai.usage.input_tokens": journal.input_tokens,
+            "gen_ai.usage.output_tokens": journal.output_tokens,
         }
         if not sampling.greedy:
             found["gen_ai.request.temperature"] = sampling.temperature
             found["gen_ai.request.top_p"] = sampling.top_p
             found["gen_ai.request.top_k"] = float(sampling.top_k)
+        prompts = {id(run.generation.token_ids): run for run in reversed(runs)}.values()  # the first choice of each
+        if sum(len(run.generation.token_ids) for run in prompts) == journal.input_tokens:  # all were written about
+            found["gen_ai.usage.cache_read.input_tokens"] = sum(run.cached for run in prompts)
         if spoke := [run.ticket.first_token for run in runs if run.ticket.first_token]:
             found["gen_ai.response.time_to_first_chunk"] = min(spoke) - arrived
         if first.finish is not None:
