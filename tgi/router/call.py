@@ -40,6 +40,12 @@ class ErrorStyle(NamedTuple):
     """The JSON type of a RequestError."""
     statuses: Mapping[int, int] = {}
     """The dialect's for TGI's, where they differ."""
+    plain: bool = False
+    """A body that can't be read is told of in plain text, a key that is missing in no words."""
+
+    def status_of(self, status: int) -> int:
+        """For TGI's."""
+        return self.statuses.get(status, status)
 
 
 class Call:

@@ -96,8 +96,6 @@ async def count_tokens(call: Call, service: Service, request: CountTokensRequest
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
-_STATUSES = {415: 400, 422: 400, 424: 500, 503: 529}
-
 _ERROR_TYPES: dict[int, ErrorType] = {
     401: "authentication_error",
     404: "not_found_error",
@@ -118,7 +116,7 @@ def _error(status: int, message: str, request_id: dict[str, str]) -> MessageErro
 
 
 async def _tell(call: Call, error: RequestError | Unreadable) -> None:
-    status = _STATUSES.get(error.status, error.status)
+    status = ERRORS.status_of(error.status)
     request_id = _new_request_id()
     await call.json(_error(status, error.message, request_id), request_id, status)
 
@@ -128,12 +126,12 @@ def _fail_with(service: Service, request_id: dict[str, str]) -> Callable[[Except
 
     def fail(error: Exception) -> bytes:
         judged = service.judge(error)
-        return named_event(_error(_STATUSES.get(judged.status, judged.status), judged.message, request_id))
+        return named_event(_error(ERRORS.status_of(judged.status), judged.message, request_id))
 
     return fail
 
 
-ERRORS = ErrorStyle(_tell, MessageError, _STATUSES)
+ERRORS = ErrorStyle(_tell, MessageError, {415: 400, 422: 400, 424: 500, 503: 529})
 
 
 # --- The answer ------------------------------------------------------------------------------------------------------

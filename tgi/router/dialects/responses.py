@@ -145,19 +145,17 @@ def _missing(id: str) -> RequestError:
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
-_STATUSES = {415: 400, 422: 400, 424: 500}
-
 _ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 async def _tell(call: Call, error: RequestError | Unreadable) -> None:
-    status = _STATUSES.get(error.status, error.status)
+    status = ERRORS.status_of(error.status)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     body = OpenAIErrorBody(message=error.message, type=kind, code=_ERROR_CODES.get(status))
     await call.json(OpenAIError(body), status=status)
 
 
-ERRORS = ErrorStyle(_tell, OpenAIError, _STATUSES)
+ERRORS = ErrorStyle(_tell, OpenAIError, {415: 400, 422: 400, 424: 500})
 
 
 # --- The answer ------------------------------------------------------------------------------------------------------
