@@ -96,7 +96,7 @@ def test_one_body_of_several(api: dict[str, Any]) -> None:
     bodies = operation["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
     assert [set(schema(api, body)["required"]) for body in bodies] == [{"inputs"}, {"messages"}, {"prompt"}]
     answers = operation["responses"]["200"]["content"]
-    assert [len(answers[kind]["schema"]["anyOf"]) for kind in ("application/json", "text/event-stream")] == [3, 3]
+    assert [len(answers[kind]["schema"]["anyOf"]) for kind in ("application/json", "text/event-stream")] == [3, 5]
     instance = schema(api, {"$ref": "#/components/schemas/VertexRequest"})["properties"]["instances"]["items"]
     assert [set(schema(api, body)["required"]) for body in instance["anyOf"]] == [{"inputs"}, {"messages"}]
 
@@ -116,6 +116,26 @@ def test_operations_are_told_apart_and_say_what_they_need(api: dict[str, Any]) -
             operation = api["paths"][row.path.replace(":path", "")][row.method.lower()]
             assert ("security" in operation) is row.protected
             assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) is (row.event is not None)
+
+
+def test_dialects_tell_their_own_errors_and_keys(api: dict[str, Any]) -> None:
+    def failures(path: str, method: str) -> dict[str, str]:
+        responses = api["paths"][path][method]["responses"]
+        refs = {status: answer["content"]["application/json"]["schema"] for status, answer in responses.items()}
+        return {status: ref["$ref"].rpartition("/")[2] for status, ref in refs.items() if status != "200"}
+
+    found = failures("/v1/messages", "post")
+    assert set(found.values()) == {"MessageError"}
+    assert {"400", "429", "500", "529"} <= set(found)
+    assert not {"415", "422", "424", "503"} & set(found)
+    found = failures("/v1/responses", "post")
+    assert set(found.values()) == {"OpenAIError"}
+    assert {"400", "404", "429", "500", "503"} <= set(found)
+    assert not {"415", "422", "424"} & set(found)
+    assert "404" in failures("/v1/responses/{response_id}", "delete")
+    security = api["paths"]["/v1/messages"]["post"]["security"]
+    assert security == [{}, {"api_key": []}, {"x-api-key": []}]
+    assert api["components"]["securitySchemes"]["x-api-key"] == {"type": "apiKey", "in": "header", "name": "x-api-key"}
 
 
 def test_page(router: Router) -> None:

@@ -122,9 +122,11 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
         prompt = await _prompt_of(service, request, tools)
-        # A token that ends the generation ends it in the grammar, too.
-        special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
-        grammar = await tools.enforced(special_ids, service.validator.compile) if tools else ""
+        grammar = ""
+        if tools is not None:
+            # A token that ends the generation ends it in the grammar, too.
+            special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
+            grammar = await tools.enforced(special_ids, service.validator.compile)
         generation = await service.validator.validate(prompt, parameters, greedy=is_greedy(request), grammar=grammar)
         runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 import tgi
-from tgi.core.errors import GENERATION, INCOMPLETE, NOT_FOUND, OVERLOADED, UNAVAILABLE, UNHEALTHY, VALIDATION, Kind
+from tgi.core.errors import GENERATION, INCOMPLETE, OVERLOADED, UNAUTHORIZED, UNAVAILABLE, VALIDATION
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
@@ -25,9 +25,18 @@ _PAGE = Path(__file__).with_name("docs.html")
 _FAILURES = (VALIDATION, GENERATION, OVERLOADED, INCOMPLETE, UNAVAILABLE)
 """What a generation can end with."""
 
+_UNREADABLE = {
+    400: "The body is no JSON",
+    408: "The body took too long to arrive",
+    413: "The body is too large",
+    415: "The body isn't declared as JSON",
+    422: "The body is JSON of another type, or asks for what can't be done",
+}
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
-async def document(call: Call, service: Service, _: None) -> None:
-    await call.answer(200, _document(), "application/json")
+
+async def tell(call: Call, service: Service, _: None) -> None:
+    await call.answer(200, document(), "application/json")
 
 
 async def page(call: Call, service: Service, _: None) -> None:
@@ -39,14 +48,15 @@ async def to_page(call: Call, service: Service, _: None) -> None:
 
 
 OWN_ROUTES = (
-    Row("GET", "/api-doc/openapi.json", document),
+    Row("GET", "/api-doc/openapi.json", tell),
     Row("GET", "/docs/", page),
     Row("GET", "/docs", to_page),
 )
 
 
 @functools.cache
-def _document() -> bytes:
+def document() -> bytes:
+    """The document as JSON."""
     rows = [row for row in ROUTES if row.summary is not None]
     types = [kind for row in rows for union in (row.body, row.answer, row.event) for kind in _kinds(union)]
     types += [row.errors.body for row in rows]
@@ -89,33 +99,30 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         kinds = _kinds(kind)
         return {"anyOf": [schema_of[one] for one in kinds]} if len(kinds) > 1 else schema_of[kind]
 
+    def response(description: str, content: dict[str, Any]) -> dict[str, Any]:
+        return {"description": description} | ({"content": content} if content else {})
+
     content = json(row.answer) if row.answer is not None else {}
     if row.event is not None:
         content["text/event-stream"] = {"schema": schema(row.event)}
     if row.path == "/metrics":
-        content["text/plain"] = {"schema": {"type": "string"}}
-    success: dict[str, Any] = {"description": "Success"} | ({"content": content} if content else {})
-    failures: tuple[Kind, ...] = ()
-    if row.path.startswith("/v1/responses"):
-        failures = (NOT_FOUND, VALIDATION) if row.body is None else (*_FAILURES, NOT_FOUND)
-    elif row.body is not None:
-        failures = _FAILURES
-    elif row.path.endswith(("/health", "/ready")):
-        failures = (UNHEALTHY,)
-    elif row.path.startswith("/v1/models/"):
-        failures = (NOT_FOUND,)
+        content |= _TEXT
+    responses = {200: response("Success", content)}
+    for kind in (*(_FAILURES if row.body is not None else ()), *row.failures):
+        status = row.errors.statuses.get(kind.status, kind.status)
+        responses[status] = response(kind.prefix, json(row.errors.body))
+    if row.body is not None:
+        for status, description in _UNREADABLE.items():
+            status = row.errors.statuses.get(status, status)
+            content = responses.get(status, {}).get("content", {}) | (_TEXT if row.errors.plain else {})
+            responses[status] = response(description, content or json(row.errors.body))
+    if row.protected:
+        responses[401] = response(UNAUTHORIZED.prefix, {} if row.errors.plain else json(row.errors.body))
     operation: dict[str, Any] = {
         "tags": ["Text Generation Inference"],
         "summary": row.summary,
         "operationId": row.handler.__name__,
-        "responses": {"200": success}
-        | {
-            str(row.errors.statuses.get(kind.status, kind.status)): {
-                "description": kind.prefix,
-                "content": json(row.errors.body),
-            }
-            for kind in failures
-        },
+        "responses": {str(status): responses[status] for status in sorted(responses)},
     }
     if names := _PARAMETER.findall(row.path):
         operation["parameters"] = [
@@ -130,4 +137,4 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(msgspec.json.format(_document(), indent=2).decode())
+    print(msgspec.json.format(document(), indent=2).decode())

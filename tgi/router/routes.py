@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 
 from tgi.core.config import Settings
+from tgi.core.errors import NOT_FOUND, UNHEALTHY, VALIDATION, Kind
 from tgi.router.call import Call, ErrorStyle
 from tgi.router.dialects import anthropic, chat, cloud, completions, embeddings, native, openai, responses
 from tgi.router.pipeline import Service
@@ -14,7 +15,7 @@ from tgi.router.wire.anthropic import (
     MessagesRequest,
     TokenCount,
 )
-from tgi.router.wire.base import OneOf
+from tgi.router.wire.base import ErrorResponse, OneOf
 from tgi.router.wire.cloud import (
     INVOCATION,
     InferRequest,
@@ -43,6 +44,7 @@ from tgi.router.wire.openai import (
     CompletionRequest,
     ModelInfo,
     ModelsInfo,
+    StreamError,
 )
 from tgi.router.wire.responses import DeletedResponse, Response, ResponseEvent, ResponsesRequest
 
@@ -64,6 +66,8 @@ class Row(NamedTuple):
     key_header: str | None = None
     """The key is taken from here, too, without a word before it."""
     errors: ErrorStyle = native.ERRORS
+    failures: tuple[Kind, ...] = ()
+    """How it can fail, beside what can happen to a route with a body and to one with a key."""
     span: str = ""
     """TGI's name for it in logs and traces, where the handler has another."""
 
@@ -73,6 +77,7 @@ class Row(NamedTuple):
 
 
 _VERTEX = "vertex_compatibility"
+_SICK = (UNHEALTHY,)
 _MODEL = "/v2/models/{model_name:path}/versions/{model_version}"
 
 ROUTES = (
@@ -83,7 +88,7 @@ ROUTES = (
         "Generate tokens if `stream == false` or a stream of tokens if `stream == true`",
         body=CompatGenerateRequest,
         answer=list[GenerateResponse],
-        event=StreamResponse,
+        event=OneOf((StreamResponse, ErrorResponse)),
         protected=True,
         span="compat_generate",
     ),
@@ -102,7 +107,7 @@ ROUTES = (
         native.generate_stream,
         "Generate a stream of tokens using Server-Sent Events",
         body=GenerateRequest,
-        event=StreamResponse,
+        event=OneOf((StreamResponse, ErrorResponse)),
         protected=True,
     ),
     Row(
@@ -112,7 +117,7 @@ ROUTES = (
         "Continue a conversation",
         body=ChatRequest,
         answer=ChatCompletion,
-        event=ChatCompletionChunk,
+        event=OneOf((ChatCompletionChunk, StreamError)),
         protected=True,
         span="chat_completions",
     ),
@@ -123,7 +128,7 @@ ROUTES = (
         "Continue one or several texts",
         body=CompletionRequest,
         answer=Completion,
-        event=CompletionChunk,
+        event=OneOf((CompletionChunk, StreamError)),
         protected=True,
     ),
     Row(
@@ -136,6 +141,7 @@ ROUTES = (
         event=ResponseEvent,
         protected=True,
         errors=responses.ERRORS,
+        failures=(NOT_FOUND,),
     ),
     Row(
         "GET",
@@ -145,6 +151,7 @@ ROUTES = (
         answer=Response,
         protected=True,
         errors=responses.ERRORS,
+        failures=(NOT_FOUND, VALIDATION),
     ),
     Row(
         "DELETE",
@@ -154,6 +161,7 @@ ROUTES = (
         answer=DeletedResponse,
         protected=True,
         errors=responses.ERRORS,
+        failures=(NOT_FOUND,),
     ),
     Row(
         "POST",
@@ -220,7 +228,7 @@ ROUTES = (
         body=INVOCATION,
         span="sagemaker_compatibility",
         answer=OneOf((list[GenerateResponse], ChatCompletion, Completion)),
-        event=OneOf((StreamResponse, ChatCompletionChunk, CompletionChunk)),
+        event=OneOf((StreamResponse, ErrorResponse, ChatCompletionChunk, CompletionChunk, StreamError)),
         protected=True,
     ),
     Row(
@@ -244,14 +252,21 @@ ROUTES = (
         span="kserve_model_infer",
     ),
     Row("GET", _MODEL, cloud.model_metadata, "KServe: metadata of the model", answer=Metadata),
-    Row("GET", f"{_MODEL}/ready", cloud.model_ready, "KServe: whether the model answers", answer=Live),
+    Row(
+        "GET",
+        f"{_MODEL}/ready",
+        cloud.model_ready,
+        "KServe: whether the model answers",
+        answer=Live,
+        failures=_SICK,
+    ),
     Row("GET", "/v2/health/live", cloud.live, "KServe: whether the server lives", answer=Live),
-    Row("GET", "/v2/health/ready", cloud.ready, "KServe: whether the engine answers", answer=Live),
+    Row("GET", "/v2/health/ready", cloud.ready, "KServe: whether the engine answers", answer=Live, failures=_SICK),
     Row("GET", "/v2", cloud.server_metadata, "KServe: metadata of the server", answer=Metadata),
     Row("GET", "/v1/models", openai.models, "The served model, as a list", answer=ModelsInfo),
-    Row("GET", "/v1/models/{id:path}", openai.model, "The served model", answer=ModelInfo),
+    Row("GET", "/v1/models/{id:path}", openai.model, "The served model", answer=ModelInfo, failures=(NOT_FOUND,)),
     Row("GET", "/info", native.info, "Text Generation Inference endpoint info", answer=Info),
-    Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error"),
+    Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error", failures=_SICK),
     Row("GET", "/metrics", native.metrics, "Prometheus metrics scrape endpoint"),
     Row("GET", "/", native.health),
     Row("GET", "/ping", native.health),

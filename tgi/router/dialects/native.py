@@ -35,7 +35,7 @@ async def _tell(call: Call, error: RequestError | Unreadable) -> None:
         await call.json(error.body, status=error.status)
 
 
-ERRORS = ErrorStyle(_tell, ErrorResponse)
+ERRORS = ErrorStyle(_tell, ErrorResponse, plain=True)
 """As TGI, on every route that has no style of its own."""
 
 
