@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -142,9 +143,7 @@ def build(settings: Settings) -> Service:
     return Service(
         settings=settings,
         tokenizer=tokenizer,
-        templates=ChatTemplates(
-            tokenizer.chat_templates, tokenizer.special_tokens, 4 * settings.limits.payload_limit
-        ),
+        templates=ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens, 4 * settings.limits.payload_limit),
         validator=Validator(settings.limits, tokenizer, watermark, grammars),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,
@@ -181,6 +180,15 @@ def configure(app: Starlette) -> uvicorn.Config:
         server_header=False,
         timeout_keep_alive=75,
     )
+
+
+class _Path(PathConvertor):
+    """Starlette's, for names with line breaks, too: they get the route's own error."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("path", _Path())
 
 
 class _Server(uvicorn.Server):

@@ -16,10 +16,8 @@ from tgi.router.wire.base import OneOf
 
 _COMPONENT = "#/components/schemas/{name}"
 
-_PARAMETER = re.compile(r"{(\w+)[}:]")
-_CONVERTOR = re.compile(r":\w+}")
-"""How Starlette is told that a parameter may hold slashes."""
-
+_NO_SLASH = {"pattern": "^[^/]+$"}
+_PARAMETER = re.compile(r"{(\w+)(:\w+)?}")
 _PAGE = Path(__file__).with_name("docs.html")
 
 _FAILURES = (VALIDATION, GENERATION, OVERLOADED, INCOMPLETE, UNAVAILABLE)
@@ -65,7 +63,7 @@ def document() -> bytes:
     key_headers = {row.key_header for row in rows}
     paths: dict[str, dict[str, Any]] = {}
     for row in rows:
-        paths.setdefault(_CONVERTOR.sub("}", row.path), {})[row.method.lower()] = _operation(row, schema_of)
+        paths.setdefault(_PARAMETER.sub(r"{\1}", row.path), {})[row.method.lower()] = _operation(row, schema_of)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
@@ -104,7 +102,7 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
 
     content = json(row.answer) if row.answer is not None else {}
     if row.event is not None:
-        content["text/event-stream"] = {"schema": schema(row.event)}
+        content["text/event-stream"] = {"schema": _event(schema(row.event))}
     if row.path == "/metrics":
         content |= _TEXT
     responses = {200: response("Success", content)}
@@ -124,9 +122,11 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "operationId": row.handler.__name__,
         "responses": {str(status): responses[status] for status in sorted(responses)},
     }
-    if names := _PARAMETER.findall(row.path):
+    if parameters := _PARAMETER.findall(row.path):
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            # Starlette's ``path`` takes slashes, too.
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"} | ({} if kind else _NO_SLASH)}
+            for name, kind in parameters
         ]
     if row.body is not None:
         operation["requestBody"] = {"content": json(row.body), "required": True}
@@ -134,6 +134,16 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         schemes = ["api_key"] if row.key_header is None else ["api_key", row.key_header]
         operation["security"] = [{}, *({scheme: []} for scheme in schemes)]
     return operation
+
+
+def _event(schema: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event, as OpenAPI 3.2 describes them: its data is JSON in a string, or the end of the stream."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    return {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}, "event": {"type": "string"}},
+        "required": ["data"],
+    }
 
 
 if __name__ == "__main__":
