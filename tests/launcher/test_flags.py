@@ -1,6 +1,5 @@
 """The table of settings: every row from the command line, from the environment, with a bad value, and refused."""
 
-import configparser
 import os
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tgi_names import TGI_NAMES
 from tgi.launcher import flags
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import FLAGS, PROGRAMS, VARIABLES, Command, Flag, Options, check, parse
@@ -156,9 +156,6 @@ SWITCHES = [flag for flag in FLAGS if flag.kind.switch]
 VALUED = [flag for flag in FLAGS if not flag.kind.switch]
 
 
-NAMES = Path(__file__).with_name("tgi_names.ini")
-
-
 def by_key(flag: Flag) -> str:
     return flag.key
 
@@ -190,16 +187,13 @@ def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
 
 def test_every_name_of_tgi_is_known() -> None:
     """Flags are rows of the table; variables are, or it is said why not."""
-    names = configparser.ConfigParser(allow_no_value=True, delimiters="=")
-    names.optionxform = str  # type: ignore[method-assign, assignment]  # how configparser is told to keep the case
-    names.read(NAMES)
     variables = {flag.env for flag in FLAGS} | {name for line in VARIABLES.values() for name in line.split()}
-    assert set(names["variables"]) <= variables
+    assert set(TGI_NAMES["variables"]) <= variables
     for command in PROGRAMS:
         flags = {flag.name for flag in FLAGS if command in flag.commands} | {"--help", "--version"}
         if command in ("serve", "download-weights"):
             flags |= {f"--no-{name[2:]}" for name in flags} | {"MODEL_ID"}
-        assert set(names[command]) <= flags, command
+        assert set(TGI_NAMES[command]) <= flags, command
 
 
 def test_defaults() -> None:
