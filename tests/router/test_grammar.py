@@ -359,9 +359,6 @@ def test_a_process_that_is_lost_is_started_again(grammars: Grammars):
     compile_by(grammars, Wish("regex", "first"))
     assert grammars._process is not None
     grammars._process.kill()
-    grammars._process.wait()
-    (lost,) = compile_by(grammars, Wish("regex", "second"))
-    assert isinstance(lost, Exception)
     (found,) = compile_by(grammars, Wish("regex", "second"))
     assert isinstance(found, str)
 

@@ -94,8 +94,8 @@ class Grammars:
         error = None
         try:
             request.matcher = self._compiler.compile(request)
-        except Exception as failure:
-            error = str(failure)
+        except BaseException as failure:  # a panic of llguidance's is no Exception
+            error = f"grammar: {failure}"
         self._prepared.put((request, error))
         self._wake()
 

@@ -5,6 +5,7 @@ tries grammars; loads neither llguidance nor a tokenizer.
 import asyncio
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections import OrderedDict
@@ -171,26 +172,30 @@ class Grammars:
             self._remembered -= len(oldest.text)
 
     def _try(self, wish: Wish) -> Verdict:
-        """Ask the process; one that has been lost is started again for the next wish."""
+        """Ask the process; if it has been lost, a new one."""
+        try:
+            return self._ask(wish)
+        except (OSError, struct.error):
+            self._end()
+            return self._ask(wish)
+
+    def _ask(self, wish: Wish) -> Verdict:
         if self._process is None:
             self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
-        try:
-            body = msgspec.msgpack.encode(wish)
-            stdin.write(FRAME.pack(len(body)) + body)
-            stdin.flush()
-            (length,) = FRAME.unpack(stdout.read(FRAME.size))
-            return msgspec.msgpack.decode(stdout.read(length), type=Verdict)
-        except Exception:
-            self._end()
-            raise
+        body = msgspec.msgpack.encode(wish)
+        stdin.write(FRAME.pack(len(body)) + body)
+        stdin.flush()
+        (length,) = FRAME.unpack(stdout.read(FRAME.size))
+        return msgspec.msgpack.decode(stdout.read(length), type=Verdict)
 
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            with process:
+                pass  # waits, and closes the pipes
 
 
 # --- What is wrong with a schema, and where --------------------------------------------------------------------------
