@@ -389,9 +389,12 @@ def test_a_continuation_has_no_generation_prompt() -> None:
     assert ours(source, [ASSISTANT], continue_final_message=True) == ASSISTANT["content"]
 
 
-def test_a_continued_text_is_right_trimmed() -> None:
-    text = ours(CHATML, [USER, {"role": "assistant", "content": "The answer is \n"}], continue_final_message=True)
-    assert text.endswith("The answer is")
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_a_continued_text_keeps_its_space_unless_the_template_takes_it(template: str) -> None:
+    messages: list[Message] = [USER, {"role": "assistant", "content": "The answer is \n"}]
+    text = ours(TEMPLATES[template], messages, continue_final_message=True)
+    assert text == theirs(TEMPLATES[template], messages, continue_final_message=True)
+    assert text.endswith("The answer is \n" if template == "chatml" else "The answer is")
 
 
 def test_a_continued_text_may_occur_elsewhere() -> None:
@@ -411,6 +414,7 @@ def test_continues_the_last_text_part() -> None:
         (CHATML, [], "the final message has no text to continue"),
         (QWEN, [USER, CALL], "the final message has no text to continue"),
         ("{{ messages[0].content }}", [USER, ASSISTANT], "the template drops the final message"),
+        ("{{ messages[0].content[2:] }}", [ASSISTANT], "the template drops the final message"),
     ],
 )
 def test_what_can_t_be_continued(source: str, messages: list[Message], error: str) -> None:

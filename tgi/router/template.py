@@ -21,9 +21,12 @@ Message = dict[str, Any]
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which clients send a message's reasoning. Templates read the first, gpt-oss's the second."""
 
-_OWN = {*ROLES, "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
-"""Variables that are not the request's to set."""
-
+_OWN = {
+    *ROLES,
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("caller", "kwargs", "loop", "self", "super", "varargs"),
+}
+"""Variables that a request can't set: what it says elsewhere, and Jinja's."""
 
 QUICK = 1 << 16
 """The budget of a render that holds up the event loop: about a millisecond."""
@@ -93,7 +96,7 @@ class ChatTemplate:
             reads = find_undeclared_variables(tree)
             self.takes_tools, self.takes_documents = "tools" in reads, "documents" in reads
             self.takes_calls = _names(tree, "tool_calls")
-            self.options = frozenset(reads - self._sandbox.globals.keys() - _OWN)
+            self.options = frozenset(reads - self._sandbox.globals.keys() - _OWN - _assigned(tree))
             self._reads_parts = _reads_parts(tree)
             self._asks_for_string = any(test.name == "string" for test in tree.find_all(nodes.Test))
             self._program = self._sandbox.build(tree)
@@ -209,6 +212,29 @@ def _continued(text: str, final: str, mark: str) -> str:
 
 def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def _assigned(tree: nodes.Node) -> set[str]:
+    """The template's own variables, which it assigns whether they have a value or not. Who assigns an option's default
+    looks at the option first."""
+    assigned: set[str] = set()
+
+    def names(node: nodes.Node) -> set[str]:
+        return {name.name for name in (node, *node.find_all(nodes.Name)) if isinstance(name, nodes.Name)}
+
+    def walk(node: nodes.Node, looked_at: set[str]) -> None:
+        match node:
+            case nodes.If():
+                looked_at = looked_at | names(node.test)
+            case nodes.Assign():
+                assigned.update(names(node.target) - names(node.node) - looked_at)
+            case nodes.AssignBlock():
+                assigned.update(names(node.target) - looked_at)
+        for child in node.iter_child_nodes():
+            walk(child, looked_at)
+
+    walk(tree, set())
+    return assigned
 
 
 def _names(tree: nodes.Template, key: str) -> bool:
