@@ -22,8 +22,8 @@ from tgi.core.grammar import GrammarError, check, load_tokenizer, start
 from tgi.core.messages import FRAME
 from tgi.router.grammar import Verdict, Wish
 
-SECONDS = 2
-"""Of processor time. Usual grammars take a thousandth of it."""
+SECONDS = 1
+"""Of processor time. Usual grammars take a few thousandths of it."""
 MEMORY = 1 << 28
 """Bytes that a grammar may add to the process."""
 STACK = 1 << 22
