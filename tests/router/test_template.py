@@ -1,5 +1,9 @@
+"""What a chat template is shown, what it may say, and what of a request it refuses. How the known families' templates
+render is in test_chat_families; what a template can't do is in test_sandbox."""
+
 import logging
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,224 +11,19 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tgi.core.errors import RequestError
-from tgi.router.template import ChatTemplate
+from tgi.router.template import MAX_OPTIONS, ChatTemplate, ChatTemplates, SlowTemplateError
 
-CHATML = """\
-{% for message in messages %}
-    {% if loop.first and message['role'] != 'system' %}
-        {{- '<|im_start|>system\\nBe kind.<|im_end|>\\n' -}}
-    {% endif %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
-{% endfor %}
-{% if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' -}}
-{% endif %}
-"""
-
-# White space that only trim_blocks and lstrip_blocks take away.
-LAX = """\
-{{ bos_token }}
-{% for message in messages %}
-    {% if message.role == "skip" %}
-        {% continue %}
-    {% endif %}
-  [{{ message.role }}] {{ message.content }}
-{% endfor %}
-{% if add_generation_prompt %}
-  [assistant]
-{% endif %}
-"""
-
-LLAMA3 = """\
-{{- bos_token }}
-{%- set date_string = strftime_now("%Y") if strftime_now is defined else "2024" %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" + system_message + "<|eot_id|>" }}
-{%- for message in messages %}
-    {%- if message.tool_calls is defined and message.tool_calls %}
-        {%- if not message.tool_calls|length == 1 %}
-            {{- raise_exception("This model only supports single tool-calls at once!") }}
-        {%- endif %}
-        {%- set call = message.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
-        {{- '{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + "}<|eot_id|>" }}
-    {%- elif message.role == "tool" %}
-        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" + (message.content | tojson) + "<|eot_id|>" }}
-    {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim }}
-        {{- '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-
-MISTRAL = """\
-{%- if messages[0]["role"] == "system" %}
-    {%- set system_message = messages[0]["content"] %}
-    {%- set loop_messages = messages[1:] %}
-{%- else %}
-    {%- set loop_messages = messages %}
-{%- endif %}
-{{- bos_token }}
-{%- set ns = namespace(count=0) %}
-{%- for message in loop_messages %}
-    {%- if (message["role"] == "user") != (ns.count % 2 == 0) %}
-        {{- raise_exception("conversation roles must alternate user and assistant roles") }}
-    {%- endif %}
-    {%- set ns.count = ns.count + 1 %}
-    {%- if message["role"] == "user" %}
-        {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message["content"] + "[/INST]" }}
-        {%- endif %}
-    {%- else %}
-        {% generation %}
-        {{- " " + message["content"] + eos_token }}
-        {%- endgeneration %}
-    {%- endif %}
-{%- endfor %}
-"""
-
-GEMMA = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first = messages[0]['content'] + '\\n\\n' -%}
-    {%- else -%}
-        {%- set first = messages[0]['content'][0]['text'] + '\\n\\n' -%}
-    {%- endif -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set first = "" -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{%- for message in turns -%}
-    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
-    {{ '<start_of_turn>' + role + '\\n' + (first if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- elif message['content'] is iterable -%}
-        {%- for item in message['content'] -%}
-            {%- if item['type'] == 'image' -%}
-                {{ '<start_of_image>' }}
-            {%- elif item['type'] == 'text' -%}
-                {{ item['text'] | trim }}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- else -%}
-        {{ raise_exception("Invalid content type") }}
-    {%- endif -%}
-    {{ '<end_of_turn>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{'<start_of_turn>model\\n'}}
-{%- endif -%}
-"""
-
-QWEN = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- "# Tools\\n<tools>" }}
-    {%- for tool in tools %}
-        {{- "\\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\\n</tools><|im_end|>\\n" }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(last_query=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if message.role == "user" and message.content is string %}
-        {%- set ns.last_query = index %}
-        {%- break %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- set content = message.content if message.content is string else '' %}
-    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>assistant' }}
-        {%- if message.reasoning_content is string and loop.index0 > ns.last_query %}
-            {{- '\\n<think>\\n' + message.reasoning_content.strip('\\n') + '\\n</think>\\n' }}
-        {%- endif %}
-        {%- if content %}{{ '\\n' + content.split('</think>')[-1].lstrip('\\n') }}{% endif %}
-        {%- for tool_call in message.tool_calls or [] %}
-            {{- '\\n<tool_call>\\n{"name": "' + tool_call.function.name + '", "arguments": ' }}
-            {{- tool_call.function.arguments | tojson(indent=1) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\\n<tool_response>' + content + '</tool_response><|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
-
-# Loops over the parts whatever they are, as SmolVLM's and Llama 4's relatives do.
-PARTS = """\
-{% for message in messages %}{{ message['role'] | capitalize }}:
-{%- for line in message['content'] %}
-{%- if line['type'] == 'text' %} {{ line['text'] }}{% else %}<image>{% endif %}
-{%- endfor %}<end_of_utterance>
-{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}
-"""
-
-TEMPLATES = {
-    "chatml": CHATML,
-    "lax": LAX,
-    "llama3": LLAMA3,
-    "mistral": MISTRAL,
-    "gemma": GEMMA,
-    "qwen": QWEN,
-    "parts": PARTS,
-}
-
+CHATML, LLAMA3, MISTRAL, QWEN, GEMMA, PARTS = (
+    (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    for name in ("chatml", "llama3", "mistral_v1", "qwen3", "gemma3", "smolvlm")
+)
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 Message = dict[str, Any]
 
-SYSTEM: Message = {"role": "system", "content": "You are <b>terse</b> & 'kind'."}
+SYSTEM: Message = {"role": "system", "content": "Be <b>terse</b>."}
 USER: Message = {"role": "user", "content": "  Hi — how are you?\n"}
 ASSISTANT: Message = {"role": "assistant", "content": "Fine, 你呢?"}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": 'It\'s <cold> & "wet", naïve',
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
-CALL: Message = {
-    "role": "assistant",
-    "content": None,
-    "reasoning": "I should look.",
-    "tool_calls": [
-        {"id": "0", "type": "function", "function": {"name": "weather", "arguments": {"city": "Malmö", "days": [1, 2]}}}
-    ],
-}
-RESULT: Message = {"role": "tool", "content": "7 °C", "tool_call_id": "0"}
 
 
 def theirs(source: str, messages: list[Message], **kwargs: Any) -> str:
@@ -232,9 +31,7 @@ def theirs(source: str, messages: list[Message], **kwargs: Any) -> str:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers' constructor has no types
-        tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "?": 2}, unk_token="?")),
-        bos_token="<s>",
-        eos_token="</s>",
+        tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "?": 2}, unk_token="?")), **SPECIAL_TOKENS
     )
     text = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **kwargs)
     assert isinstance(text, str)
@@ -245,60 +42,15 @@ def ours(source: str, messages: list[Message], **kwargs: Any) -> str:
     return ChatTemplate(source, SPECIAL_TOKENS).render(messages, **kwargs)
 
 
-def in_parts(message: Message) -> Message:
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-CONVERSATIONS = {
-    "user": [USER],
-    "system": [SYSTEM, USER],
-    "turns": [SYSTEM, USER, ASSISTANT, USER],
-    "named": [{**USER, "name": "Ada", "unknown": None}],
-}
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_renders_as_transformers(template: str, conversation: str, add_generation_prompt: bool) -> None:
-    source, messages = TEMPLATES[template], CONVERSATIONS[conversation]
-    # The one thing done beyond transformers: a string for a template that only knows parts.
-    for_them = [in_parts(message) for message in messages] if template == "parts" else messages
-    assert ours(source, messages, add_generation_prompt=add_generation_prompt) == theirs(
-        source, for_them, add_generation_prompt=add_generation_prompt
-    )
-
-
-@pytest.mark.parametrize("template", ["qwen", "llama3"])
-def test_tools_render_as_transformers(template: str) -> None:
-    messages = [SYSTEM, USER, CALL, RESULT]
-    expected = theirs(TEMPLATES[template], messages, tools=TOOLS, add_generation_prompt=True)
-    assert ours(TEMPLATES[template], messages, tools=TOOLS) == expected
-    assert "Malmö" in expected
-    assert template != "qwen" or "I should look." in expected
-
-
-def test_knows_which_templates_take_tools() -> None:
-    takers = {name for name, source in TEMPLATES.items() if ChatTemplate(source, {}).takes_tools}
-    assert takers == {"qwen"}
-
-
-def test_kwargs_reach_the_template() -> None:
-    text = ours(QWEN, [USER], options={"enable_thinking": False})
-    assert text == theirs(QWEN, [USER], add_generation_prompt=True, enable_thinking=False)
-    assert text != ours(QWEN, [USER])
-
-
 @pytest.mark.parametrize(
     "source",
     [
-        # what a template sees of a message: null keys are dropped, reasoning is there under every name
+        # null keys are dropped, reasoning is there under every name
         "{{ messages | tojson }}",
         # a string stays one for a template that knows both forms
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
         "{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}",
-        "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
-        "{{ documents }}{{ tools }}{{ nothing }}{{ none }}",
+        "{{ documents }}{{ tools }}{{ nothing }}{{ none }}{{ add_generation_prompt }}{{ bos_token }}{{ pad_token }}",
     ],
 )
 def test_shows_templates_what_transformers_shows(source: str) -> None:
@@ -317,22 +69,59 @@ def test_strftime_now_is_local_time() -> None:
     assert text in (before, datetime.now().strftime("%Y-%m-%d"))
 
 
+def test_the_caller_s_messages_stay_as_they_are() -> None:
+    message = {"role": "user", "content": "x", "name": None, "reasoning": "y"}
+    before = dict(message)
+    ours(PARTS, [message], continue_final_message=True)
+    assert message == before
+
+
+# Which template
+
+
+@pytest.mark.parametrize(
+    ("names", "tools", "documents", "chosen"),
+    [
+        ("default tool_use rag", False, False, "default"),
+        ("default tool_use rag", True, False, "tool_use"),
+        ("default tool_use rag", False, True, "rag"),
+        ("default tool_use rag", True, True, "tool_use"),
+        ("default", True, True, "default"),
+        ("default other", False, True, "default"),
+        ("tool_use", True, False, "tool_use"),
+    ],
+)
+def test_the_template_is_chosen_by_what_the_request_has(names: str, tools: bool, documents: bool, chosen: str) -> None:
+    templates = ChatTemplates({name: name for name in names.split()}, SPECIAL_TOKENS)
+    assert templates.choose(tools=tools, documents=documents).render([USER]) == chosen
+
+
+def test_documents_go_to_the_default_template_if_it_reads_them() -> None:
+    templates = ChatTemplates({"default": "{{ documents[0].text }}", "rag": "rag"}, SPECIAL_TOKENS)
+    assert templates.choose(documents=True).render([USER], documents=[{"text": "x"}]) == "x"
+
+
+@pytest.mark.parametrize("names", ["", "tool_use"])
+def test_without_a_default_template_plain_conversations_are_refused(names: str) -> None:
+    templates = ChatTemplates({name: name for name in names.split()}, SPECIAL_TOKENS)
+    with pytest.raises(RequestError, match="Template error: template not found"):
+        templates.choose().render([USER])
+
+
 # Content: strings and parts
 
 
-@pytest.mark.parametrize("template", ["gemma", "parts"])
-def test_parts_stay_parts_for_templates_that_read_them(template: str) -> None:
+@pytest.mark.parametrize("source", [GEMMA, PARTS])
+def test_parts_stay_parts_for_templates_that_read_them(source: str) -> None:
     image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
-    messages = [in_parts(SYSTEM), image]
-    expected = theirs(TEMPLATES[template], messages, add_generation_prompt=True)
-    assert ours(TEMPLATES[template], messages) == expected
+    expected = theirs(source, [image], add_generation_prompt=True)
+    assert ours(source, [image]) == expected
     assert "image>" in expected
 
 
-@pytest.mark.parametrize("template", ["chatml", "lax", "llama3", "mistral", "qwen"])
-def test_parts_are_joined_for_templates_that_read_strings(template: str) -> None:
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, QWEN])
+def test_parts_are_joined_for_templates_that_read_strings(source: str) -> None:
     parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
-    source = TEMPLATES[template]
     assert ours(source, [{"role": "user", "content": parts}]) == ours(source, [{"role": "user", "content": "one, two"}])
 
 
@@ -365,23 +154,73 @@ def test_tells_templates_that_read_parts(source: str, parts: bool) -> None:
     assert text.endswith("PARTS") == parts
 
 
-def test_the_caller_s_messages_stay_as_they_are() -> None:
-    message = {"role": "user", "content": "x", "name": None, "reasoning": "y"}
-    before = dict(message)
-    ours(PARTS, [message], continue_final_message=True)
-    assert message == before
+# Options and documents
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("{{ a }}{% if b is defined %}{{ c | default(1) }}{% endif %}", {"a", "b", "c"}),
+        # what has a default, however that is written
+        ("{% if a is not defined %}{% set a = 1 %}{% endif %}{{ a }}", {"a"}),
+        ("{% set a = a | default(1) %}{% set b = b if b is defined else 2 %}{{ a }}{{ b }}", {"a", "b"}),
+        ("{% if a is defined %}{% else %}{% set a %}x{% endset %}{% endif %}{{ a }}", {"a"}),
+        # what the template sets by itself, perhaps not always
+        ("{% set a = 1 %}{{ a }}", set()),
+        ("{% if messages %}{% set a = 1 %}{% endif %}{{ a }}{% if a is defined %}{% endif %}", set()),
+        ("{% for a in messages %}{% set b %}{{ a }}{% endset %}{{ b }}{% endfor %}", set()),
+        ("{% macro a(b) %}{{ b }}{{ varargs }}{{ caller() }}{% endmacro %}{{ a(1) }}", set()),
+        # what is said elsewhere, and what is Jinja's
+        ("{{ messages }}{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}{{ pad_token }}", set()),
+        ("{{ range(1) }}{{ namespace() }}{{ raise_exception }}{{ strftime_now }}{{ loop }}{{ self }}", set()),
+    ],
+)
+def test_options_are_what_a_template_reads_and_does_not_set(source: str, options: set[str]) -> None:
+    assert ChatTemplate(source, SPECIAL_TOKENS).options == options
+
+
+def test_options_reach_the_template() -> None:
+    text = ours(QWEN, [USER], options={"enable_thinking": False})
+    assert text == theirs(QWEN, [USER], add_generation_prompt=True, enable_thinking=False)
+    assert text != ours(QWEN, [USER])
+
+
+def refusal(source: str | None, **kwargs: Any) -> tuple[str, str]:
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate(source, SPECIAL_TOKENS).render(kwargs.pop("messages", [USER]), **kwargs)
+    assert caught.value.kind.status == 422
+    return caught.value.kind.type, caught.value.detail
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"options": {"b": 1}}, "`chat_template_kwargs` must not set `b`: the model's chat template has `a`, `z`"),
+        ({"options": {"messages": []}}, "`chat_template_kwargs` must not set `messages`: "),
+        ({"options": {"range": 1}}, "`chat_template_kwargs` must not set `range`: "),
+        ({"options": {"a": "x" * MAX_OPTIONS}}, "`chat_template_kwargs` must have at most 65536 characters"),
+        ({"options": {"a": nested(9999)}}, "`chat_template_kwargs` is nested too deeply"),
+        ({"documents": [{"text": "x"}]}, "`documents` is not supported: the model's chat template doesn't read them"),
+    ],
+)
+def test_what_the_template_does_not_read_is_refused_by_name(kwargs: dict[str, Any], error: str) -> None:
+    kind, detail = refusal("{{ z }}{{ a }}{{ range }}", **kwargs)
+    assert kind == "validation"
+    assert detail.startswith(error)
+
+
+def test_documents_are_objects() -> None:
+    assert refusal("{{ documents }}", documents=["x"]) == ("validation", "`documents` must be a list of objects")
 
 
 # Continuation
-
-
-@pytest.mark.parametrize("template", ["chatml", "lax", "llama3", "mistral", "gemma", "qwen", "parts"])
-def test_continues_as_transformers(template: str) -> None:
-    messages = [USER, ASSISTANT]
-    for_them = [in_parts(message) for message in messages] if template == "parts" else messages
-    expected = theirs(TEMPLATES[template], for_them, continue_final_message=True)
-    assert ours(TEMPLATES[template], messages, continue_final_message=True) == expected
-    assert expected.endswith(ASSISTANT["content"])
 
 
 def test_a_continuation_has_no_generation_prompt() -> None:
@@ -389,12 +228,12 @@ def test_a_continuation_has_no_generation_prompt() -> None:
     assert ours(source, [ASSISTANT], continue_final_message=True) == ASSISTANT["content"]
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama3"])
-def test_a_continued_text_keeps_its_space_unless_the_template_takes_it(template: str) -> None:
+@pytest.mark.parametrize(("source", "end"), [(CHATML, "The answer is \n"), (LLAMA3, "The answer is")])
+def test_a_continued_text_keeps_its_space_unless_the_template_takes_it(source: str, end: str) -> None:
     messages: list[Message] = [USER, {"role": "assistant", "content": "The answer is \n"}]
-    text = ours(TEMPLATES[template], messages, continue_final_message=True)
-    assert text == theirs(TEMPLATES[template], messages, continue_final_message=True)
-    assert text.endswith("The answer is \n" if template == "chatml" else "The answer is")
+    text = ours(source, messages, continue_final_message=True)
+    assert text == theirs(source, messages, continue_final_message=True)
+    assert text.endswith(end)
 
 
 def test_a_continued_text_may_occur_elsewhere() -> None:
@@ -405,55 +244,68 @@ def test_a_continued_text_may_occur_elsewhere() -> None:
 def test_continues_the_last_text_part() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}, {"type": "image"}]
     text = ours(PARTS, [{"role": "assistant", "content": parts}], continue_final_message=True)
-    assert text == "Assistant: one two"
+    assert text == "<|im_start|>Assistant: onetwo"
 
 
 @pytest.mark.parametrize(
     ("source", "messages", "error"),
     [
         (CHATML, [], "the final message has no text to continue"),
-        (QWEN, [USER, CALL], "the final message has no text to continue"),
+        (QWEN, [USER, {"role": "assistant", "tool_calls": []}], "the final message has no text to continue"),
         ("{{ messages[0].content }}", [USER, ASSISTANT], "the template drops the final message"),
         ("{{ messages[0].content[2:] }}", [ASSISTANT], "the template drops the final message"),
     ],
 )
 def test_what_can_t_be_continued(source: str, messages: list[Message], error: str) -> None:
-    with pytest.raises(RequestError, match=error):
-        ours(source, messages, continue_final_message=True)
+    kind, detail = refusal(source, messages=messages, continue_final_message=True)
+    assert kind == "template_error"
+    assert detail.startswith(error)
 
 
 # Errors
 
 
-def refusal(source: str | None, messages: list[Message]) -> str:
-    with pytest.raises(RequestError) as caught:
-        ChatTemplate(source, SPECIAL_TOKENS).render(messages)
-    assert caught.value.body["error_type"] == "template_error"
-    return caught.value.body["error"]
-
-
-def test_no_template() -> None:
-    assert refusal(None, [USER]) == "Template error: template not found"
-
-
 def test_the_template_s_own_words() -> None:
-    assert (
-        refusal(MISTRAL, [USER, USER]) == "Template error: conversation roles must alternate user and assistant roles"
-    )
+    error = ("template_error", "Only user and assistant, in turns, are supported!")
+    assert refusal(MISTRAL, messages=[USER, USER]) == error
 
 
-def test_a_template_that_fails_on_this_input() -> None:
-    assert "no element 0" in refusal("{{ messages[0]['role'].x }}", [])
-    assert "concatenate" in refusal(CHATML, [{"role": "user", "content": 7}])
-    assert refusal("{{ 1 / 0 }}", [USER]) == "Template error: division by zero"
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (None, "template not found"),
+        ("{{ messages[1]['role'].x }}", "list object has no element 1"),
+        ("{{ 'a' + 7 }}", 'can only concatenate str (not "int") to str'),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth exceeded"),
+        ("{{ 'a' * 10 ** 10 }}", "it takes too long, or grows too large, for this conversation"),
+        ("{{ [0] * 10 ** 10 }}", "it takes too long, or grows too large, for this conversation"),
+    ],
+)
+def test_a_template_that_fails_on_this_input(source: str | None, words: str) -> None:
+    kind, detail = refusal(source)
+    assert kind == "template_error"
+    assert detail.startswith(words)
 
 
-def test_a_template_that_does_not_compile_is_logged_and_refuses(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ " + "(" * 9999 + ")" * 9999 + " }}", "{% for a in b %}" * 30 + "{% endfor %}" * 30]
+)
+def test_a_template_that_does_not_compile_is_logged_and_refuses(source: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        template = ChatTemplate("{% for %}", {})
+        template = ChatTemplate(source, {})
     assert "doesn't compile" in caplog.text
-    with pytest.raises(RequestError, match="Template error: the model's chat template doesn't compile"):
+    with pytest.raises(RequestError, match="Template error: the model's chat template doesn't compile: "):
         template.render([USER])
+
+
+def test_who_has_no_time_is_told_when_a_template_takes_some() -> None:
+    template = ChatTemplate("{% for i in range(messages[0].content | int) %}{% endfor %}done", {})
+    assert template.render([{"role": "user", "content": "10"}], quickly=True) == "done"
+    long = [{"role": "user", "content": "9999"}]
+    assert template.render(long) == "done"
+    with pytest.raises(SlowTemplateError):
+        template.render(long, quickly=True)
 
 
 @pytest.mark.parametrize(
@@ -465,12 +317,10 @@ def test_a_template_that_does_not_compile_is_logged_and_refuses(caplog: pytest.L
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ raise_exception.__globals__.datetime }}",
         "{% set ns = namespace() %}{% set ns.__html__ = 1 %}",
-        "{{ namespace(__class__=1) }}",
-        "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% include '/etc/passwd' %}",
     ],
 )
 def test_the_sandbox_holds(source: str) -> None:
     message = dict(USER)
-    refusal(source, [message])
+    refusal(source, messages=[message])
     assert message == USER
