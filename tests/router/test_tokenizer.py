@@ -180,6 +180,32 @@ def test_named_chat_templates(tmp_path: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("rag")
     assert list(Tokenizer.load(folder).chat_templates) == ["default", "tool_use", "rag"]
+    # A file that is a whole template of its own makes those of the config obsolete, as in transformers.
+    (folder / "chat_template.jinja").write_text("new")
+    assert Tokenizer.load(folder).chat_templates == {"default": "new", "rag": "rag"}
+    write(tmp_path, tokenizer_config={"chat_template": {"default": "a", "b": "c"}})
+    (folder / "chat_template.jinja").unlink()
+    assert Tokenizer.load(folder).chat_templates == {"default": "a", "b": "c", "rag": "rag"}
+
+
+@pytest.mark.parametrize("jinja", [True, False])
+@pytest.mark.parametrize("additional", [True, False])
+@pytest.mark.parametrize(
+    "config", ["config", [{"name": "default", "template": "c"}, {"name": "tool_use", "template": "t"}]]
+)
+def test_chat_templates_are_found_as_transformers_finds_them(
+    tmp_path: Path, config: object, additional: bool, jinja: bool
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write(tmp_path, tokenizer_config={"chat_template": config})
+    if jinja:
+        (folder / "chat_template.jinja").write_text("jinja")
+    if additional and jinja:  # without a default beside them, transformers would lose the config's
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder)).chat_template
+    assert Tokenizer.load(folder).chat_templates == (theirs if isinstance(theirs, dict) else {"default": theirs})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ class Tokenizer:
     model_max_length: int | None
     chat_templates: dict[str, str]
     """Name → Jinja source, "default" first. An operator's own tokenizer config has the last word, then
-    chat_template.jinja and additional_chat_templates/, then chat_template.json, then tokenizer_config.json."""
+    chat_template.jinja, then chat_template.json, then tokenizer_config.json; additional_chat_templates/ adds to what is
+    in the folder."""
 
     def __init__(self, backend: tokenizers.Tokenizer, files: _Files) -> None:
         # A tokenizer.json can carry its training set-up; requests are cut by validation, with a word to the client.
@@ -217,10 +218,10 @@ class _Files:
         found = _named(self._config.get("chat_template"), self._config_path)
         if self._own_path is None or not found:
             legacy = self._folder / "chat_template.json"
-            found |= _named(self._read(legacy).get("chat_template"), legacy)
+            found = _named(self._read(legacy).get("chat_template"), legacy) or found
             jinja = self._folder / "chat_template.jinja"
             if jinja.is_file():
-                found["default"] = _text(jinja)
+                found = {"default": _text(jinja)}
             for path in sorted((self._folder / "additional_chat_templates").glob("*.jinja")):
                 found[path.stem] = _text(path)
         return dict(sorted(found.items(), key=lambda item: item[0] != "default"))
@@ -237,11 +238,13 @@ class _Files:
 def _named(value: object, path: Path) -> dict[str, str]:
     """``chat_template`` is one source or several with names."""
     try:
-        templates = msgspec.convert(value, str | list[_NamedTemplate] | None)
+        templates = msgspec.convert(value, str | list[_NamedTemplate] | dict[str, str] | None)
     except msgspec.ValidationError as error:
         raise StartupError(f"{path}: chat_template must be a string or a list of name and template") from error
     if isinstance(templates, str):
         return {"default": templates}
+    if isinstance(templates, dict):
+        return templates
     return {item.name: item.template for item in templates or []}
 
 
