@@ -198,7 +198,7 @@ def test_cors_for_everybody(router: Router) -> None:
     response = router.http.options("/generate", headers=asked)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "*"
-    assert response.headers["access-control-allow-methods"] == "GET, POST"
+    assert response.headers["access-control-allow-methods"] == "GET, POST, DELETE"
     allowed = response.headers["access-control-allow-headers"].lower()
     assert "content-type" in allowed
     assert "authorization" in allowed

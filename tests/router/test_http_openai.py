@@ -228,7 +228,7 @@ def test_top_p_of_one_is_off(router: Router) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"stream_options": {"include_obfuscation": True}}, "`include_obfuscation` is not supported"),
+    ({"stream_options": {"include_obfuscation": True}}, "`stream_options.include_obfuscation` is not supported"),
     ({"adapter_id": "x"}, "`adapter_id` is not supported"),
     ({"logit_bias": [1.0]}, "`logit_bias` as a list is not supported: send an object of token ids and biases"),
     ({"logit_bias": {"100000": 1}}, "`logit_bias` names token 100000, which the model doesn't have"),

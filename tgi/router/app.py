@@ -122,8 +122,8 @@ def create(service: Service) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=service.settings.cors_allow_origin or ["*"],
-                allow_methods=["GET", "POST"],
-                allow_headers=["content-type", "authorization"],
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],  # clients send the key, versions and statistics, each under names of its own
             )
         ],
         exception_handlers={404: _not_found},

@@ -5,7 +5,7 @@ into its own events or its own answer. Knows no event and no answer of any diale
 """
 
 import functools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,30 +14,15 @@ import msgspec
 
 from tgi.router.grammar import grammar_of
 from tgi.router.pipeline import Piece, Run, Service, interleave
+from tgi.router.template import SlowTemplateError
 from tgi.router.tools import CallDelta as CallDelta
 from tgi.router.tools import ReplyParser, Tools, spelled, tools_of
-from tgi.router.validate import invalid, refuse
+from tgi.router.validate import INLINE_CHARACTERS, invalid, refuse
 from tgi.router.wire.native import FinishReason as NativeFinishReason
 from tgi.router.wire.native import GenerateParameters
 from tgi.router.wire.openai import ChatRequest, FinishReason, ImagePart, Message, OpenAIRequest
 
 FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "adapter_id": (None,),
-}
-_CHAT_NEUTRAL = _NEUTRAL | {
-    "best_of": (None, 1),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "chat_template": (None,),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "store": (None, False),
-    "verbosity": (None, "medium"),
-    "web_search_options": (None,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +99,9 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     choices = 1 if request.n is None else request.n
     service.metrics.arrived()
     tools = tools_of(request)
-    _refuse(request)
+    refuse(request)
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise invalid("`max_tokens` and `max_completion_tokens` must not both be set")
     service.validator.check_choices(request.n)
     service.metrics.arrived(choices - 1)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
@@ -158,6 +145,7 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
                 message["content"] = _with_text(message["content"], told)
                 break
         size += len(tools.text)
+    size += sum(len(str(document)) for document in request.documents or [])
     options = request.chat_template_kwargs or {}
     if request.reasoning_effort is not None:
         if "reasoning_effort" not in template.options:
@@ -172,7 +160,14 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
         documents=request.documents or None,
         options=options,
     )
-    return await service.validator.apart(render, size)
+    prompt = None
+    if size <= INLINE_CHARACTERS:
+        with suppress(SlowTemplateError):
+            prompt = render(quickly=True)
+    if prompt is None:
+        prompt = await service.validator.beside(render)
+    # Where nobody asks for the continuation by its name it is TGI's, which ends without white space.
+    return prompt.rstrip() if goes_on and request.continue_final_message is None else prompt
 
 
 def is_greedy(request: OpenAIRequest) -> bool:
@@ -214,19 +209,6 @@ def to_parameters(
         cache_salt=request.cache_salt,
         grammar=grammar_of(request),
     )
-
-
-def refuse_unsupported(request: OpenAIRequest, neutral: Mapping[str, tuple[object, ...]] = _NEUTRAL) -> None:
-    """What no route of OpenAI's can be asked for."""
-    refuse(request, neutral)
-    if request.stream_options is not None:
-        refuse(request.stream_options, {"include_obfuscation": (None, False)})
-
-
-def _refuse(request: ChatRequest) -> None:
-    refuse_unsupported(request, _CHAT_NEUTRAL)
-    if request.max_tokens is not None and request.max_completion_tokens is not None:
-        raise invalid("`max_tokens` and `max_completion_tokens` must not both be set")
 
 
 def _as_template_reads(message: Message, takes_calls: bool) -> dict[str, Any]:

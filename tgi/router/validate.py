@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +17,7 @@ from tgi.core.errors import TOOL, VALIDATION, RequestError
 from tgi.core.messages import Sampling
 from tgi.router.grammar import UNSUPPORTED, Grammars, Wish, wish_of
 from tgi.router.tokenizer import Tokenizer
+from tgi.router.wire.base import Refusing
 from tgi.router.wire.native import GenerateParameters
 
 INLINE_CHARACTERS = 4096
@@ -30,23 +31,22 @@ MAX_CACHE_SALT = 256
 
 Result = TypeVar("Result")
 
-_NATIVE_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "adapter_id": (None,),
-}
-
 
 def invalid(detail: str) -> RequestError:
     return RequestError(VALIDATION, detail)
 
 
-def refuse(request: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]], where: str = "") -> None:
+def refuse(request: Refusing, where: str = "") -> None:
     """Refuse by name what this version doesn't do: fields that ask for anything but the values that change nothing.
 
-    ``where`` in the request they are, with a dot behind it.
+    ``where`` in the whole request this one is, with a dot behind it. What it holds is judged, too, but for lists.
     """
-    for name, values in neutral.items():
+    for name, values in request.neutral.items():
         if getattr(request, name) not in values:
             raise invalid(f"`{where}{name}` is not supported")
+    for name in request.__struct_fields__:
+        if isinstance(value := getattr(request, name), Refusing):
+            refuse(value, f"{where}{name}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +216,10 @@ class Validator:
 
     async def apart(self, work: Callable[[], Result], size: int) -> Result:
         """Do ``work`` on ``size`` characters: at once if that is quick, otherwise beside the event loop."""
-        if size <= INLINE_CHARACTERS:
-            return work()
+        return work() if size <= INLINE_CHARACTERS else await self.beside(work)
+
+    async def beside(self, work: Callable[[], Result]) -> Result:
+        """Do ``work`` beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     async def _tokenize(self, work: Callable[..., Result], text: str, add_special_tokens: bool) -> Result:
@@ -231,7 +233,7 @@ class Validator:
         return await self.apart(decode, 4 * len(token_ids))
 
     def _check(self, prompt: str | Sequence[int], p: GenerateParameters, generates: bool) -> None:
-        refuse(p, _NATIVE_NEUTRAL)
+        refuse(p)
         limits, best_of = self._limits, p.best_of or 1
         asks_sampling = p.do_sample or any(
             v is not None for v in (p.temperature, p.top_k, p.top_p, p.typical_p, p.min_p)

@@ -38,7 +38,6 @@ from tgi.router.wire.anthropic import (
     Text,
     TextBlock,
     TextDelta,
-    Thinking,
     ThinkingBlock,
     TokenCount,
     ToolDefinition,
@@ -60,19 +59,6 @@ from tgi.router.wire.openai import (
     Tool,
     ToolCall,
 )
-
-_COUNT_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "thinking": (None, Thinking(type="disabled")),
-    "speed": (None, "standard"),
-    "mcp_servers": (None, []),
-    "context_management": (None,),
-}
-_NEUTRAL = _COUNT_NEUTRAL | {"container": (None,), "diagnostics": (None,), "inference_geo": (None,)}
-_TOOL_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "input_examples": (None, []),
-    "defer_loading": (None, False),
-    "allowed_callers": (None, ["direct"]),
-}
 
 
 async def messages(call: Call, service: Service, request: MessagesRequest) -> None:
@@ -206,7 +192,6 @@ async def _events(service: Service, conversation: Conversation) -> AsyncGenerato
 
 
 def _conversation(request: MessagesRequest) -> ChatRequest:
-    refuse(request, _NEUTRAL)
     return msgspec.structs.replace(
         _chat(request),
         max_tokens=request.max_tokens,
@@ -219,7 +204,7 @@ def _conversation(request: MessagesRequest) -> ChatRequest:
 
 def _chat(request: CountTokensRequest) -> ChatRequest:
     """What the model is shown, and which tools and form bind its answer."""
-    refuse(request, _COUNT_NEUTRAL)
+    refuse(request)
     if not request.messages:
         raise invalid("`messages` must not be empty")
     messages: list[Message] = []
@@ -302,7 +287,7 @@ def _tool(tool: ToolDefinition) -> Tool:
         raise invalid(f"tools of type `{tool.type}` are not supported")
     if tool.input_schema is None:
         raise invalid(f"tool `{tool.name}` needs an `input_schema`")
-    refuse(tool, _TOOL_NEUTRAL, "tools.")
+    refuse(tool, "tools.")
     return Tool(
         function=Function(
             name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
@@ -326,7 +311,6 @@ def _tool_choice(request: CountTokensRequest) -> str | NamedTool | None:
 def _response_format(output: OutputConfig | None) -> Grammar | None:
     if output is None:
         return None
-    refuse(output, {"effort": (None,)}, "output_config.")
     if output.format is None:
         return None
     return JsonSchemaGrammar(json_schema=NamedSchema(name="output", schema=output.format.schema))

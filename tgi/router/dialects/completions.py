@@ -9,11 +9,11 @@ from msgspec.structs import replace
 from tgi.core.errors import BATCH_SIZE, SUFFIX, RequestError
 from tgi.router import headers
 from tgi.router.call import Call, event
-from tgi.router.conversation import FINISH, is_greedy, refuse_unsupported, to_parameters
+from tgi.router.conversation import FINISH, is_greedy, to_parameters
 from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_continuous_usage, wants_usage
 from tgi.router.pipeline import Answer, Piece, Run, Service, collect, interleave
 from tgi.router.stream import Detokenizer
-from tgi.router.validate import Generation, invalid
+from tgi.router.validate import Generation, invalid, refuse
 from tgi.router.wire.native import FinishReason
 from tgi.router.wire.openai import Completion, CompletionChoice, CompletionChunk, CompletionLogprobs, CompletionRequest
 
@@ -29,7 +29,7 @@ async def completions(call: Call, service: Service, request: CompletionRequest) 
         raise RequestError(SUFFIX)
     if len(prompts) > most:
         raise RequestError(BATCH_SIZE, str(most))
-    refuse_unsupported(request)
+    refuse(request)
     service.validator.check_choices(request.n, request.best_of)
     candidates = request.best_of or request.n or 1
     if request.stream and candidates > (request.n or 1):

@@ -79,27 +79,6 @@ from tgi.router.wire.responses import (
 
 _LOGPROBS = "message.output_text.logprobs"
 
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "truncation": (None, "disabled"),
-    "service_tier": (None, "auto", "default"),
-    "background": (None, False),
-    "background_options": (None,),
-    "conversation": (None,),
-    "prompt": (None,),
-    "prompt_cache_retention": (None, "in_memory"),
-    "prompt_cache_options": (None,),
-    "max_tool_calls": (None,),
-    "context_management": (None, []),
-    "moderation": (None,),
-    "access_programs": (None,),
-    "image": (None,),
-}
-_NEUTRAL_WITHIN: dict[str, dict[str, tuple[object, ...]]] = {
-    "reasoning": {"effort": (None, "none"), "summary": (None,), "generate_summary": (None,)},
-    "text": {"verbosity": (None, "medium")},
-    "stream_options": {"include_obfuscation": (None, False)},
-}
-
 
 async def responses(call: Call, service: Service, request: ResponsesRequest) -> None:
     context = _context(service, request)
@@ -317,10 +296,7 @@ def _context(service: Service, request: ResponsesRequest) -> list[InputItem]:
 def _chat(request: ResponsesRequest, context: list[InputItem]) -> ChatRequest:
     if not context:
         raise invalid("`input` must not be empty")
-    refuse(request, _NEUTRAL)
-    for name, neutral in _NEUTRAL_WITHIN.items():
-        if (within := getattr(request, name)) is not None:
-            refuse(within, neutral, f"{name}.")
+    refuse(request)
     for value in request.include or []:
         if value != _LOGPROBS:
             raise invalid(f"`include` of `{value}` is not supported")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from tgi.router.wire.base import U32
+from tgi.router.wire.base import U32, Refusing
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,9 @@ class InputMessage(Struct, frozen=True, kw_only=True):
     content: str | list[Block]
 
 
-class ToolDefinition(Struct, frozen=True, kw_only=True):
+class ToolDefinition(Refusing, frozen=True, kw_only=True):
+    neutral = {"input_examples": (None, []), "defer_loading": (None, False), "allowed_callers": (None, ["direct"])}
+
     name: str
     type: str | None = None
     """Another than ``custom`` is a tool that Anthropic defines or runs."""
@@ -98,7 +100,9 @@ class OutputFormat(Struct, frozen=True, kw_only=True, tag_field="type", tag="jso
     schema: dict[str, Any]
 
 
-class OutputConfig(Struct, frozen=True, kw_only=True):
+class OutputConfig(Refusing, frozen=True, kw_only=True):
+    neutral = {"effort": (None,)}
+
     effort: str | None = None
     format: OutputFormat | None = None
 
@@ -107,7 +111,14 @@ class RequestMetadata(Struct, frozen=True, kw_only=True):
     user_id: str | None = None
 
 
-class CountTokensRequest(Struct, frozen=True, kw_only=True):
+class CountTokensRequest(Refusing, frozen=True, kw_only=True):
+    neutral = {
+        "thinking": (None, Thinking(type="disabled")),
+        "speed": (None, "standard"),
+        "mcp_servers": (None, []),
+        "context_management": (None,),
+    }
+
     model: str
     """Any name is accepted: one model is served."""
     messages: list[InputMessage]
@@ -123,6 +134,8 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
 
 
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
+    neutral = CountTokensRequest.neutral | {"container": (None,), "diagnostics": (None,), "inference_geo": (None,)}
+
     max_tokens: Annotated[int, Meta(ge=1, le=2**32 - 1)]
     stop_sequences: list[str] | None = None
     temperature: Share | None = None

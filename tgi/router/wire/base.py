@@ -1,7 +1,8 @@
 """Strict decoding of JSON bodies, and the numbers and the error that all routes share."""
 
 import re
-from typing import Annotated, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta, Raw, Struct
@@ -28,6 +29,13 @@ class Unreadable(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
+
+
+class Refusing(Struct, frozen=True, kw_only=True):
+    """A part of a request with fields that this version refuses by name: see ``validate.refuse``."""
+
+    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    """Field → the values that ask for nothing, which are accepted."""
 
 
 class OneOf(NamedTuple):

@@ -4,12 +4,14 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from tgi.router.wire.base import F32, I32, U32, U63, U64
+from tgi.router.wire.base import F32, I32, U32, U63, U64, Refusing
 from tgi.router.wire.grammar import Grammar
 
 
-class GenerateParameters(Struct, frozen=True, kw_only=True):
+class GenerateParameters(Refusing, frozen=True, kw_only=True):
     """How to generate. Fields of null take the model's way."""
+
+    neutral = {"adapter_id": (None,)}
 
     best_of: U63 | None = None
     """Generate this many sequences and return the one with the highest mean logprob."""

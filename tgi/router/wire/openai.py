@@ -4,13 +4,15 @@ from typing import Any, Literal, cast
 
 from msgspec import UNSET, Struct, UnsetType
 
-from tgi.router.wire.base import F32, I32, I64, U32
+from tgi.router.wire.base import F32, I32, I64, U32, Refusing
 from tgi.router.wire.grammar import Grammar, ResponseFormat
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
 
-class StreamOptions(Struct, frozen=True, kw_only=True):
+class StreamOptions(Refusing, frozen=True, kw_only=True):
+    neutral = {"include_obfuscation": (None, False)}
+
     include_usage: bool | None = None
     """One more chunk at the end, with the usage and no choices."""
     continuous_usage_stats: bool | None = None
@@ -18,8 +20,10 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class OpenAIRequest(Struct, frozen=True, kw_only=True):
+class OpenAIRequest(Refusing, frozen=True, kw_only=True):
     """What chat and text completions have in common."""
+
+    neutral = {"adapter_id": (None,)}
 
     model: str | None = None
     """Any name is accepted: one model is served."""
@@ -149,6 +153,19 @@ class Message(Struct, frozen=True, kw_only=True):
 
 
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    neutral = OpenAIRequest.neutral | {
+        "best_of": (None, 1),
+        "functions": (None, []),
+        "function_call": (None, "none"),
+        "chat_template": (None,),
+        "audio": (None,),
+        "modalities": (None, ["text"]),
+        "moderation": (None,),
+        "store": (None, False),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
+    }
+
     messages: list[Message]
     max_completion_tokens: U32 | None = None
     logprobs: bool | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from tgi.router.wire.base import F32, I32, I64, U32
+from tgi.router.wire.base import F32, I32, I64, U32, Refusing
 from tgi.router.wire.openai import Logprob
 
 # --- Requests --------------------------------------------------------------------------------------------------------
@@ -98,22 +98,28 @@ class TextFormat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     strict: bool | None = None
 
 
-class TextConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TextConfig(Refusing, frozen=True, kw_only=True, omit_defaults=True):
+    neutral = {"verbosity": (None, "medium")}
+
     format: TextFormat | None = None
     verbosity: str | None = None
 
 
-class Reasoning(Struct, frozen=True, kw_only=True):
+class Reasoning(Refusing, frozen=True, kw_only=True):
+    neutral = {"effort": (None, "none"), "summary": (None,), "generate_summary": (None,)}
+
     effort: str | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
 
-class ResponseStreamOptions(Struct, frozen=True, kw_only=True):
+class ResponseStreamOptions(Refusing, frozen=True, kw_only=True):
+    neutral = {"include_obfuscation": (None, False)}
+
     include_obfuscation: bool | None = None
 
 
-class Extensions(Struct, frozen=True, kw_only=True):
+class Extensions(Refusing, frozen=True, kw_only=True):
     """What chat completions take, too, and OpenAI's responses don't."""
 
     top_k: I32 | None = None
@@ -135,6 +141,22 @@ class Extensions(Struct, frozen=True, kw_only=True):
 
 
 class ResponsesRequest(Extensions, frozen=True, kw_only=True):
+    neutral = {
+        "truncation": (None, "disabled"),
+        "service_tier": (None, "auto", "default"),
+        "background": (None, False),
+        "background_options": (None,),
+        "conversation": (None,),
+        "prompt": (None,),
+        "prompt_cache_retention": (None, "in_memory"),
+        "prompt_cache_options": (None,),
+        "max_tool_calls": (None,),
+        "context_management": (None, []),
+        "moderation": (None,),
+        "access_programs": (None,),
+        "image": (None,),
+    }
+
     model: str | None = None
     """Any name is accepted: one model is served."""
     input: str | list[InputItem]
