@@ -64,6 +64,63 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def unigram_first() -> Tokenizer:
+    """SentencePiece unigram as newer conversions have it: a space is put only before the text's very beginning."""
+    return _metaspace("first")
+
+
+def unigram_never() -> Tokenizer:
+    """SentencePiece unigram without the space before the text."""
+    return _metaspace("never")
+
+
+def unigram_bytes() -> Tokenizer:
+    """Gemma's and T5's cousins: SentencePiece unigram with byte fallback, decoded as Llama 2 is."""
+    model = json.loads(unigram().to_str())["model"]
+    known = [(token, score) for token, score in model["vocab"] if token not in SPECIALS]
+    vocab = [*((token, 0.0) for token in SPECIALS), *((byte, -99.0) for byte in BYTES), *known]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(SPECIALS)
+    return tokenizer
+
+
+def byte_level_prefix() -> Tokenizer:
+    """RoBERTa, GPT-2 as some use it: byte-level BPE that puts a space before the text."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def byte_level_added() -> Tokenizer:
+    """Byte-level BPE with added tokens of every kind: those that take the spaces beside them along, those that are
+    whole words only, those in the middle of words, those that look like bytes."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens(
+        [
+            AddedToken("<left>", lstrip=True),
+            AddedToken("<right>", rstrip=True),
+            AddedToken("mat", single_word=True),
+            AddedToken("rown"),
+            AddedToken("é"),
+            AddedToken("  "),
+            AddedToken("<0x41>"),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken("<|both|>", lstrip=True, rstrip=True), AddedToken("ö!")])
+    return tokenizer
+
+
+def word_piece_cleanup() -> Tokenizer:
+    """BERT's family as published: no space before punctuation."""
+    tokenizer = word_piece()
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    return tokenizer
+
+
 def word_piece() -> Tokenizer:
     """BERT's family."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -96,7 +153,22 @@ def words() -> Tokenizer:
 
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
-    build.__name__: build for build in (byte_level, llama, gemma, unigram, word_piece, word_suffix, words)
+    build.__name__: build
+    for build in (
+        byte_level,
+        byte_level_prefix,
+        byte_level_added,
+        llama,
+        gemma,
+        unigram,
+        unigram_first,
+        unigram_never,
+        unigram_bytes,
+        word_piece,
+        word_piece_cleanup,
+        word_suffix,
+        words,
+    )
 }
 
 
@@ -112,6 +184,13 @@ def write(folder: Path, kind: str = "byte_level", **files: object) -> Path:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def _metaspace(prepend: str) -> Tokenizer:
+    tokenizer = unigram()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    return tokenizer
 
 
 def _sentencepiece() -> Tokenizer:

@@ -5,8 +5,52 @@ The text of a generation is by definition what these classes yield, so that a st
 
 import codecs
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tgi.router.tokenizer import Tokenizer
+from tgi.router.validate import Generation
+
+
+class Growth(NamedTuple):
+    """What one token does to the answer."""
+
+    token: str
+    """What the token says behind those before it; characters that it only begins come with the token that ends them."""
+    text: str
+    """What the answer grows by: less, while a stop string may be under way, or more, when it turns out to be none."""
+    stop: str | None
+    """The stop string that has ended the answer."""
+
+
+class Transcript:
+    """The text of one generation, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
+        self._generation = generation
+        self._detokenizer = Detokenizer(
+            tokenizer, generation.token_ids, skip_special_tokens=generation.skip_special_tokens
+        )
+        self._stops = Stops(generation.stop, keep=generation.keep_stop)
+        self._tokens = 0
+
+    def push(self, token_id: int, *, last: bool) -> Growth:
+        """``last``: the generation ends with this token. Not to be called after that, nor after a stop string.
+
+        A token that the generation stops at is a stop string of its own: its text stays only with ``keep_stop``. No
+        stop string ends an answer within its first ``min_tokens`` tokens, as no such token does.
+        """
+        generation = self._generation
+        self._tokens += 1
+        hidden = last and not generation.keep_stop and token_id in generation.stop_token_ids
+        said = "" if hidden else self._detokenizer.push(token_id)
+        may_end = self._tokens > generation.sampling.min_tokens
+        text, stop = self._stops.push(said, may_end=may_end)
+        if last and stop is None:
+            rest = self._detokenizer.flush()
+            more, stop = self._stops.push(rest, may_end=may_end)
+            said += rest
+            text += more if stop is not None else more + self._stops.flush()
+        return Growth(said, text, stop)
 
 
 class Detokenizer:
@@ -57,13 +101,17 @@ class Stops:
         self._start = ""
         """The longest end of the text so far that a stop string may begin with; with ``keep`` it has been emitted."""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is now safe to emit, and the stop string that ended it, if any. Not to be called after that."""
+    def push(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
+        """The text that is now safe to emit, and the stop string that ended it, if any. Not to be called after that.
+
+        Without ``may_end`` stop strings that are complete in this text don't count; those that begin in it do.
+        """
         if not self._stops:
             return text, None
-        seen = self._start + text
-        emitted = len(self._start) if self._keep else 0
-        matches = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := seen.find(stop)) >= 0]
+        old, seen = len(self._start), self._start + text
+        emitted = old if self._keep else 0
+        found = ((seen.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops) if may_end else ()
+        matches = [(at + len(stop), -len(stop), stop) for at, stop in found if at >= 0]
         if matches:
             end, _, stop = min(matches)
             self._start = ""
