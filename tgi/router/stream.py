@@ -26,12 +26,13 @@ class Transcript:
     """The text of one generation, token by token."""
 
     def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
-        self._generation = generation
         self._detokenizer = Detokenizer(
             tokenizer, generation.token_ids, skip_special_tokens=generation.skip_special_tokens
         )
         self._stops = Stops(generation.stop, keep=generation.keep_stop)
-        self._tokens = 0
+        self._hidden_ends = frozenset(() if generation.keep_stop else generation.stop_token_ids)
+        self._early = generation.sampling.min_tokens
+        """How many tokens are yet to come before a stop string may be complete."""
 
     def push(self, token_id: int, *, last: bool) -> Growth:
         """``last``: the generation ends with this token. Not to be called after that, nor after a stop string.
@@ -39,11 +40,10 @@ class Transcript:
         A token that the generation stops at is a stop string of its own: its text stays only with ``keep_stop``. No
         stop string ends an answer within its first ``min_tokens`` tokens, as no such token does.
         """
-        generation = self._generation
-        self._tokens += 1
-        hidden = last and not generation.keep_stop and token_id in generation.stop_token_ids
+        may_end = self._early <= 0
+        self._early -= 1
+        hidden = last and token_id in self._hidden_ends
         said = "" if hidden else self._detokenizer.push(token_id)
-        may_end = self._tokens > generation.sampling.min_tokens
         text, stop = self._stops.push(said, may_end=may_end)
         if last and stop is None:
             rest = self._detokenizer.flush()
@@ -96,7 +96,9 @@ class Stops:
     def __init__(self, stops: Sequence[str], *, keep: bool) -> None:
         if not all(stops):
             raise ValueError("a stop string can't be empty")
-        self._stops = tuple(stops)
+        # Of several that are complete at once the longest is asked first.
+        self._stops = [_Stop(stop) for stop in sorted(stops, key=len, reverse=True)]
+        self._beginnings = frozenset(stop[0] for stop in stops)
         self._keep = keep
         self._start = ""
         """The longest end of the text so far that a stop string may begin with; with ``keep`` it has been emitted."""
@@ -106,30 +108,48 @@ class Stops:
 
         Without ``may_end`` stop strings that are complete in this text don't count; those that begin in it do.
         """
-        if not self._stops:
+        if not self._start and self._beginnings.isdisjoint(text):
             return text, None
-        old, seen = len(self._start), self._start + text
-        emitted = old if self._keep else 0
-        found = ((seen.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops) if may_end else ()
-        matches = [(at + len(stop), -len(stop), stop) for at, stop in found if at >= 0]
-        if matches:
-            end, _, stop = min(matches)
-            self._start = ""
-            return seen[emitted : end if self._keep else end - len(stop)], stop
-        self._start = self._open_end(seen)
-        return seen[emitted : None if self._keep else len(seen) - len(self._start)], None
+        seen, emitted = self._start + text, len(self._start) if self._keep else 0
+        for end, char in enumerate(text, len(self._start) + 1):
+            complete = [stop.text for stop in self._stops if stop.follow(char)]
+            if complete and may_end:
+                self._start = ""
+                return seen[emitted : end if self._keep else end - len(complete[0])], complete[0]
+        begin = len(seen) - max(stop.length for stop in self._stops)
+        self._start = seen[begin:]
+        return seen[emitted : None if self._keep else begin], None
 
     def flush(self) -> str:
         """The text still held when the generation ends without a stop string."""
         held, self._start = self._start, ""
         return "" if self._keep else held
 
-    def _open_end(self, text: str) -> str:
-        begin = len(text)
-        for stop in self._stops:
-            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-            while at >= 0 and not stop.startswith(text[at:]):
-                at = text.find(stop[0], at + 1)
-            if at >= 0:
-                begin = min(begin, at)
-        return text[begin:]
+
+class _Stop:
+    """How much of one stop string the text ends with; in constant time for a character, whatever the two are.
+
+    D. E. Knuth, J. H. Morris, V. R. Pratt: Fast pattern matching in strings (1977).
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.length = 0
+        """The longest part of ``text`` from its beginning, but not all of it, that the text so far ends with."""
+        self._shorter: list[int] = []
+        """Length - 1 → the next shorter one that the text so far ends with, too; as far as it was needed yet."""
+
+    def follow(self, char: str) -> bool:
+        """Whether the whole string is complete with this character."""
+        self.length = self._longer(self.length, char)
+        if self.length > len(self._shorter):
+            self._shorter.append(self._longer(self._shorter[-1], char) if self._shorter else 0)
+        if self.length < len(self.text):
+            return False
+        self.length = self._shorter[-1]
+        return True
+
+    def _longer(self, length: int, char: str) -> int:
+        while length and self.text[length] != char:
+            length = self._shorter[length - 1]
+        return length + (self.text[length] == char)
