@@ -1,5 +1,5 @@
-"""Templates of the known families, written anew in ``templates/``: the control tokens and the habits of Jinja that those
-have, rendered as transformers renders them."""
+"""Templates of the known families, written anew in ``templates/``: the control tokens and the habits of Jinja that
+those have, rendered as transformers renders them."""
 
 import copy
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from tgi.core.errors import RequestError
-from tgi.router.template import ChatTemplate, ChatTemplates
+from tgi.router.rendering import choose
+from tgi.router.template import ChatTemplate
 
 FOLDER = Path(__file__).parent / "templates"
 SOURCES = {path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in FOLDER.glob("*.jinja")}
@@ -144,7 +145,7 @@ class Noon(datetime):
 @pytest.fixture(autouse=True)
 def _noon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Noon)
-    monkeypatch.setattr("tgi.router.sandbox.datetime", Noon)
+    monkeypatch.setattr("tgi.router.template.datetime", Noon)
     yield
 
 
@@ -165,8 +166,10 @@ def sources(family: str) -> dict[str, str]:
 
 
 @cache
-def templates(family: str) -> ChatTemplates:
-    return ChatTemplates(sources(family), SPECIAL_TOKENS)
+def templates(family: str) -> dict[str, ChatTemplate]:
+    return {"default": ChatTemplate(None, {})} | {
+        name: ChatTemplate(source, SPECIAL_TOKENS) for name, source in sources(family).items()
+    }
 
 
 def theirs(oracle: Any, family: str, messages: list[Message], **kwargs: Any) -> tuple[str, str]:
@@ -180,7 +183,7 @@ def theirs(oracle: Any, family: str, messages: list[Message], **kwargs: Any) -> 
 
 
 def ours(family: str, messages: list[Message], options: dict[str, Any], **kwargs: Any) -> tuple[str, str]:
-    template = templates(family).choose(tools=bool(kwargs["tools"]), documents=bool(kwargs["documents"]))
+    template = choose(templates(family), tools=bool(kwargs["tools"]), documents=bool(kwargs["documents"]))
     before = copy.deepcopy(messages)
     try:
         return "text", template.render(messages, options=options, **kwargs)
@@ -232,7 +235,7 @@ def test_renders_as_transformers(family: str, conversation: str, oracle: Any) ->
     for_them = as_read(family, messages)
     for variant in variants(family, messages):
         options = variant.pop("options")
-        chosen = templates(family).choose(tools=bool(variant["tools"]), documents=bool(variant["documents"]))
+        chosen = choose(templates(family), tools=bool(variant["tools"]), documents=bool(variant["documents"]))
         options = {name: value for name, value in options.items() if name in chosen.options}
         kind, text = ours(family, messages, options, **variant)
         if for_them is None:

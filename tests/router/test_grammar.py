@@ -412,8 +412,8 @@ def test_verdicts_are_forgotten_by_their_size(grammars: Grammars, monkeypatch: p
 
 def test_a_process_that_is_lost_is_started_again(grammars: Grammars):
     compile_by(grammars, Wish("regex", "first"))
-    assert grammars._process is not None
-    grammars._process.kill()
+    assert grammars._worker._process is not None
+    grammars._worker._process.kill()
     (found,) = compile_by(grammars, Wish("regex", "second"))
     assert isinstance(found, str)
 

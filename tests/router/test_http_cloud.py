@@ -168,7 +168,11 @@ def test_vertex_tells_what_the_engine_and_the_permits_say(router: Router) -> Non
     assert error(response) == (424, "generation", "Request failed during generation: Server error: boom")
     router.says("a b</s>")
     two_each = [{"inputs": "x", "parameters": {"best_of": 2, "do_sample": True}}] * 5
-    assert error(router.http.post("/vertex", json={"instances": two_each})) == (429, "overloaded", "Model is overloaded")
+    assert error(router.http.post("/vertex", json={"instances": two_each})) == (
+        429,
+        "overloaded",
+        "Model is overloaded",
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from tgi.router.grammar import Grammars
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics
 from tgi.router.pipeline import Permits, Service
-from tgi.router.template import ChatTemplates
+from tgi.router.rendering import Templates
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.tracing import Tracer
 from tgi.router.validate import Validator
@@ -108,10 +108,12 @@ def create(service: Service) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine = asyncio.create_task(service.client.run())
         engine.add_done_callback(_report_end)
+        service.templates.start()
         yield
         engine.cancel()
         await asyncio.wait([engine])
         service.validator.close()
+        service.templates.close()
         if service.tracer is not None:
             service.tracer.close()
 
@@ -143,7 +145,12 @@ def build(settings: Settings) -> Service:
     return Service(
         settings=settings,
         tokenizer=tokenizer,
-        templates=ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens, 4 * settings.limits.payload_limit),
+        templates=Templates(
+            tokenizer.chat_templates,
+            tokenizer.special_tokens,
+            largest=4 * settings.limits.payload_limit,
+            count=settings.limits.validation_workers,
+        ),
         validator=Validator(settings.limits, tokenizer, watermark, grammars),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,

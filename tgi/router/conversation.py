@@ -4,7 +4,6 @@ A dialect translates its request into a ChatRequest, which is the router's own t
 into its own events or its own answer. Knows no event and no answer of any dialect.
 """
 
-import functools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ import msgspec
 
 from tgi.router.grammar import grammar_of
 from tgi.router.pipeline import Piece, Run, Service, interleave
-from tgi.router.template import SlowTemplateError
 from tgi.router.tools import CallDelta as CallDelta
 from tgi.router.tools import ReplyParser, Tools, spelled, tools_of
-from tgi.router.validate import INLINE_CHARACTERS, invalid, refuse
+from tgi.router.validate import invalid, refuse
 from tgi.router.wire.native import FinishReason as NativeFinishReason
 from tgi.router.wire.native import GenerateParameters
 from tgi.router.wire.openai import ChatRequest, FinishReason, ImagePart, Message, OpenAIRequest
@@ -128,7 +126,7 @@ async def prompt_of(service: Service, request: ChatRequest) -> str:
 
 
 async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None) -> str:
-    template = service.templates.choose(tools=tools is not None, documents=bool(request.documents))
+    template = await service.templates.choose(tools=tools is not None, documents=bool(request.documents))
     last = request.messages[-1] if request.messages else None
     goes_on = request.continue_final_message
     if goes_on and request.add_generation_prompt:
@@ -136,36 +134,26 @@ async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None
     if goes_on is None and not request.add_generation_prompt:
         goes_on = last is not None and last.role == "assistant" and last.content is not None and not last.tool_calls
     messages = [_as_template_reads(message, template.takes_calls) for message in request.messages]
-    # A message costs a template about as much as some tens of characters cost the tokenizer.
-    size = sum(64 + len(message.content or "") for message in request.messages)
     if tools is not None:
         told = tools.instructions(request.tool_prompt, shown=template.takes_tools)
         for message in reversed(messages):
             if message["role"] != "assistant" and message["content"] is not None:
                 message["content"] = _with_text(message["content"], told)
                 break
-        size += len(tools.text)
-    size += sum(len(str(document)) for document in request.documents or [])
     options = request.chat_template_kwargs or {}
     if request.reasoning_effort is not None:
         if "reasoning_effort" not in template.options:
             raise invalid("`reasoning_effort` is not supported: the model's chat template doesn't read it")
         options = {"reasoning_effort": request.reasoning_effort} | options
-    render = functools.partial(
-        template.render,
-        messages,
+    prompt = await service.templates.render(
+        template,
+        messages=messages,
         tools=tools.definitions if tools and template.takes_tools else None,
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
         continue_final_message=goes_on or False,
         documents=request.documents or None,
         options=options,
     )
-    prompt = None
-    if size <= INLINE_CHARACTERS:
-        with suppress(SlowTemplateError):
-            prompt = render(quickly=True)
-    if prompt is None:
-        prompt = await service.validator.beside(render)
     # Where nobody asks for the continuation by its name it is TGI's, which ends without white space.
     return prompt.rstrip() if goes_on and request.continue_final_message is None else prompt
 

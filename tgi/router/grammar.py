@@ -5,9 +5,6 @@ tries grammars; loads neither llguidance nor a tokenizer.
 import asyncio
 import json
 import re
-import struct
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +15,6 @@ import msgspec
 from msgspec import UNSET
 
 from tgi.core.errors import VALIDATION, RequestError
-from tgi.core.messages import FRAME
 from tgi.router.wire.grammar import (
     ChoiceGrammar,
     FreeGrammar,
@@ -30,6 +26,7 @@ from tgi.router.wire.grammar import (
     TextFormat,
 )
 from tgi.router.wire.openai import OpenAIRequest
+from tgi.router.worker import Worker
 
 LONGEST = 1 << 18
 """Characters of a grammar."""
@@ -138,9 +135,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Path, end_ids: Collection[int]) -> None:
         """``tokenizer``: a tokenizer.json; ``end_ids``: the model's end tokens."""
-        self._command = [sys.executable, "-m", "tgi.router.trial", str(tokenizer), *map(str, sorted(end_ids))]
+        self._worker = Worker("tgi.router.trial", str(tokenizer), *map(str, sorted(end_ids)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._process: subprocess.Popen[bytes] | None = None
         self._verdicts: OrderedDict[Wish, Verdict] = OrderedDict()
         """Least recently used first."""
         self._remembered = 0
@@ -161,7 +157,7 @@ class Grammars:
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-        self._end()
+        self._worker.end()
 
     def _remember(self, wish: Wish, verdict: Verdict) -> None:
         if wish not in self._verdicts:
@@ -172,30 +168,7 @@ class Grammars:
             self._remembered -= len(oldest.text)
 
     def _try(self, wish: Wish) -> Verdict:
-        """Ask the process; if it has been lost, a new one."""
-        try:
-            return self._ask(wish)
-        except (OSError, struct.error):
-            self._end()
-            return self._ask(wish)
-
-    def _ask(self, wish: Wish) -> Verdict:
-        if self._process is None:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        body = msgspec.msgpack.encode(wish)
-        stdin.write(FRAME.pack(len(body)) + body)
-        stdin.flush()
-        (length,) = FRAME.unpack(stdout.read(FRAME.size))
-        return msgspec.msgpack.decode(stdout.read(length), type=Verdict)
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with process:
-                pass  # waits, and closes the pipes
+        return msgspec.msgpack.decode(self._worker.ask(msgspec.msgpack.encode(wish)), type=Verdict)
 
 
 # --- What is wrong with a schema, and where --------------------------------------------------------------------------

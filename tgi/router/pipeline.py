@@ -17,9 +17,9 @@ from tgi.core.messages import Pooling, PromptToken
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics, Times
+from tgi.router.rendering import Templates
 from tgi.router.store import ResponseStore
-from tgi.router.stream import Detokenizer, Stops
-from tgi.router.template import ChatTemplates
+from tgi.router.stream import Transcript
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.tracing import Tracer
 from tgi.router.validate import Generation, Validator
@@ -56,7 +56,7 @@ class Service:
 
     settings: Settings
     tokenizer: Tokenizer
-    templates: ChatTemplates
+    templates: Templates
     validator: Validator
     client: EngineClient
     metrics: Metrics
@@ -88,7 +88,7 @@ class Piece:
     """Its text is what it adds behind the tokens before it; a special token's is its name."""
     top: list[Token]
     text: str
-    """What the answer grows by: nothing for a special token, or while a stop string may be under way."""
+    """What the answer grows by: nothing for a hidden token, or while a stop string may be under way."""
     finish: FinishReason | None
 
 
@@ -153,8 +153,7 @@ class Run:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """Pieces until the generation is finished. Raises RequestError where the engine fails it."""
         tokenizer, metrics, generation = self._service.tokenizer, self._service.metrics, self.generation
-        detokenizer = Detokenizer(tokenizer, generation.token_ids, skip_special_tokens=generation.skip_special_tokens)
-        stops = Stops(generation.stop, keep=generation.keep_stop)
+        transcript = Transcript(tokenizer, generation)
         async for delta in self._ticket:
             self.cached = max(self.cached, delta.cached)
             self.prompt += delta.prompt
@@ -163,16 +162,9 @@ class Run:
             for at, token in enumerate(delta.tokens, 1):
                 self.tokens += 1
                 last = delta.finish is not None and at == len(delta.tokens)
-                ended_by_it = last and token.id in generation.stop_token_ids
-                text = "" if ended_by_it and not generation.keep_stop else detokenizer.push(token.id)
-                too_early = self.tokens < generation.sampling.min_tokens
-                grown, stop = (text, None) if too_early else stops.push(text)
-                if stop is None and last:
+                text, grown, stop = transcript.push(token.id, last=last)
+                if last:
                     self.finish = delta.finish
-                    rest = detokenizer.flush()
-                    more, stop = stops.push(rest)
-                    text += rest
-                    grown += more if stop is not None else more + stops.flush()
                 if stop is not None:
                     self.finish, self.stop = "stop_sequence", stop
                 self._text.append(grown)

@@ -1,20 +1,29 @@
-"""Chat templates, rendered as transformers renders them. Knows Jinja and messages as dicts; knows no wire format."""
+"""Chat templates, rendered as transformers renders them, and the process that does it for a router.
+
+Knows Jinja and messages as dicts; knows no wire format.
+"""
 
 import json
-import logging
 import secrets
 from collections.abc import Mapping
-from types import CodeType
+from datetime import datetime
 from typing import Any
 
-from jinja2 import nodes
+import jinja2
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from tgi.core.errors import TEMPLATE, VALIDATION, RequestError
-from tgi.router.sandbox import ExhaustedError, Sandbox
-from tgi.router.tokenizer import ROLES
+from tgi.router.rendering import EXHAUSTED, ROLES, Template
+from tgi.router.worker import bound, serve
 
-log = logging.getLogger(__name__)
+MEMORY = 1 << 28
+"""Bytes that a render may add to the process."""
 
 Message = dict[str, Any]
 
@@ -28,45 +37,17 @@ _OWN = {
 }
 """Variables that a request can't set: what it says elsewhere, and Jinja's."""
 
-QUICK = 1 << 16
-"""The budget of a render that holds up the event loop: about a millisecond."""
-
 MAX_OPTIONS = 1 << 16
 """Characters of JSON."""
 
 DEFAULT_LARGEST = 1 << 23
 
 
-class SlowTemplateError(Exception):
-    """A render that should be quick isn't. Elsewhere it may take its time."""
-
-
-class ChatTemplates:
-    """A model's chat templates by name. One that has none has one that refuses every conversation."""
-
-    def __init__(
-        self, sources: Mapping[str, str], special_tokens: Mapping[str, str], largest: int = DEFAULT_LARGEST
-    ) -> None:
-        """``special_tokens``: "bos_token", "eos_token", … → text, which templates read under these names.
-        ``largest``: characters of a prompt."""
-        named = {name: ChatTemplate(source, special_tokens, largest) for name, source in sources.items()}
-        self._default = named.get("default") or ChatTemplate(None, special_tokens)
-        self._tool_use = named.get("tool_use", self._default)
-        self._rag = named.get("rag", self._default)
-
-    def choose(self, *, tools: bool = False, documents: bool = False) -> "ChatTemplate":
-        """As transformers chooses: "tool_use" for a conversation with tools, or else "default". For documents that
-        "default" doesn't read it is "rag", which transformers must be told."""
-        if tools:
-            return self._tool_use
-        return self._rag if documents and not self._default.takes_documents else self._default
-
-
 class ChatTemplate:
     """One chat template; one that is missing or doesn't compile answers every render with an error.
 
-    What it does as transformers does: the Jinja dialect (see ``sandbox``), the variables, keys whose value is null left
-    out, reasoning under every name.
+    What it does as transformers does: the Jinja dialect (see ``_environment``), the variables, keys whose value is null
+    left out, reasoning under every name.
 
     ``content`` reaches the template as a string or as a list of parts, as the client sent it, unless the template can't
     read that: parts are joined (with nothing between them) for a template that reads no parts, and a string becomes
@@ -82,27 +63,32 @@ class ChatTemplate:
     options: frozenset[str] = frozenset()
     """The variables that a request may set."""
 
+    error: str | None = "template not found"
+    """Why it refuses every conversation."""
+
     def __init__(self, source: str | None, special_tokens: Mapping[str, str], largest: int = DEFAULT_LARGEST) -> None:
+        """``special_tokens``: "bos_token", "eos_token", … → text, which it reads under these names. ``largest``:
+        characters of a prompt."""
         # Left undefined where the model has none: None would be printed as "None".
         self._tokens = dict(special_tokens)
-        self._sandbox = Sandbox(largest)
-        self._error = "template not found"
-        self._program: CodeType | None = None
+        self._largest = largest
+        self._template: jinja2.Template | None = None
         self._reads_parts = self._asks_for_string = False
         if source is None:
             return
         try:
-            tree = self._sandbox.read(source)
+            environment = _environment()
+            tree = environment.parse(source)
             reads = find_undeclared_variables(tree)
             self.takes_tools, self.takes_documents = "tools" in reads, "documents" in reads
             self.takes_calls = _names(tree, "tool_calls")
-            self.options = frozenset(reads - self._sandbox.globals.keys() - _OWN - _assigned(tree))
+            self.options = frozenset(reads - environment.globals.keys() - _OWN - _assigned(tree))
             self._reads_parts = _reads_parts(tree)
             self._asks_for_string = any(test.name == "string" for test in tree.find_all(nodes.Test))
-            self._program = self._sandbox.build(tree)
+            self._template = environment.from_string(tree)
+            self.error = None
         except Exception as error:  # Python's compiler has its own limits, and its own errors for them
-            self._error = f"the model's chat template doesn't compile: {_words(error)}"
-            log.warning("%s; chat requests will be refused", self._error)
+            self.error = f"the model's chat template doesn't compile: {_words(error)}"
 
     def render(
         self,
@@ -113,17 +99,15 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        quickly: bool = False,
     ) -> str:
         """The prompt for these messages.
 
         ``continue_final_message``: the prompt ends with the text of the last message for the model to go on; no
         generation prompt is added. ``options``: values for some of ``options``, plain JSON. Raises RequestError:
         TEMPLATE with the template's own words where it refuses the conversation, VALIDATION for what it doesn't read.
-        With ``quickly`` it raises SlowTemplateError rather than take long.
         """
-        if self._program is None:
-            raise RequestError(TEMPLATE, self._error)
+        if self._template is None:
+            raise RequestError(TEMPLATE, self.error or "")
         if documents and not self.takes_documents:
             raise RequestError(VALIDATION, "`documents` is not supported: the model's chat template doesn't read them")
         if not all(isinstance(document, dict) for document in documents or []):
@@ -143,13 +127,13 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            text = self._sandbox.run(self._program, variables, budget=QUICK if quickly else None)
-        except ExhaustedError:
-            if quickly:
-                raise SlowTemplateError from None
-            raise RequestError(TEMPLATE, "it takes too long, or grows too large, for this conversation") from None
+            text = self._template.render(variables)
+        except MemoryError:
+            raise RequestError(TEMPLATE, EXHAUSTED) from None
         except Exception as error:  # the template is somebody else's program, and only this request is its input
             raise RequestError(TEMPLATE, _words(error)) from error
+        if len(text) > self._largest:
+            raise RequestError(TEMPLATE, EXHAUSTED)
         return _continued(text, final, mark) if continue_final_message else text
 
     def _check(self, options: Mapping[str, Any]) -> None:
@@ -276,3 +260,98 @@ def _reads_parts(tree: nodes.Template) -> bool:
     return any(is_content(loop.iter) for loop in tree.find_all(nodes.For)) or any(
         is_part_text(node) for node in tree.find_all((nodes.Getattr, nodes.Getitem))
     )
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the model's own words for training; a prompt takes the body as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares a plain set)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Namespace(Namespace):
+    """``namespace()`` without names that begin with an underscore: Python looks some of those up on its own."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args  # ``self`` is a legal name in a namespace
+        Namespace.__init__(self)
+        for name, value in dict(*rest, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a template can't set {name!r} on a namespace")
+        super().__setitem__(name, value)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The dialect of transformers' ``apply_chat_template``: a sandbox in which nothing that it is given can change,
+    tag lines that leave no white space behind, ``break`` and ``continue``, JSON without HTML escapes."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
+        optimized=False,  # it would compute what is constant at once, for as long as that takes
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": _strftime_now,
+        "namespace": _Namespace,
+        "dict": _dict,
+    }
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    # Not the type itself: its unbound methods (``dict.update(message, …)``) would change what the sandbox protects.
+    return dict(*args, **kwargs)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def main() -> None:
+    """The process: ``python -m tgi.router.template``. What is asked first are the sources; the rest are renders."""
+    templates: dict[str, ChatTemplate] = {}
+
+    def answer(question: bytes) -> bytes:
+        asked = json.loads(question)
+        if not templates:
+            sources = {"default": None, **asked.pop("sources")}
+            templates.update({name: ChatTemplate(source, **asked) for name, source in sources.items()})
+            return json.dumps([_described(*named) for named in templates.items()]).encode()
+        try:
+            return json.dumps({"text": templates[asked.pop("template")].render(**asked)}).encode()
+        except RequestError as error:
+            return json.dumps({"type": error.kind.type, "detail": error.detail}).encode()
+
+    bound(MEMORY)
+    serve(answer)
+
+
+def _described(name: str, template: ChatTemplate) -> Template:
+    options = sorted(template.options)
+    return Template(name, template.takes_tools, template.takes_calls, template.takes_documents, options, template.error)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,12 +14,10 @@ import msgspec
 import tokenizers
 
 from tgi.core.errors import StartupError
+from tgi.router.rendering import ROLES
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece spells a single byte that no token covers."""
-
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Of special tokens, by which chat templates know them."""
 
 UNBOUNDED = 10**9
 """Files say "no limit" with a ``model_max_length`` of 1e30."""

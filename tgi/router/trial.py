@@ -1,26 +1,22 @@
 """The process in which a router tries grammars: each in a fork of its own that may take little time, memory and stack,
 so that no grammar, whatever it does to llguidance, harms the router or the engine.
 
-Reads wishes from its standard input and writes verdicts to its standard output, in frames as ``core.messages`` has
-them, until the input ends. Knows llguidance; knows no request.
+Is asked wishes and answers verdicts, as ``worker`` has it. Knows llguidance; knows no request.
 """
 
 import os
 import random
-import resource
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 import llguidance
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from tgi.core.grammar import GrammarError, check, load_tokenizer, start
-from tgi.core.messages import FRAME
 from tgi.router.grammar import Verdict, Wish
+from tgi.router.worker import bound, serve
 
 SECONDS = 1
 """Of processor time. Usual grammars take a few thousandths of it."""
@@ -32,22 +28,6 @@ STEPS = 4
 """Tokens that are tried: grammars that are too complex mostly show it at once."""
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
-
-
-def read(stream: BinaryIO) -> bytes | None:
-    """The body of the next frame; None at the end."""
-    head = stream.read(FRAME.size)
-    if len(head) < FRAME.size:
-        return None
-    (length,) = FRAME.unpack(head)
-    body = stream.read(length)
-    return body if len(body) == length else None
-
-
-def write(stream: BinaryIO, message: msgspec.Struct) -> None:
-    body = msgspec.msgpack.encode(message)
-    stream.write(FRAME.pack(len(body)) + body)
-    stream.flush()
 
 
 def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
@@ -82,7 +62,8 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     child = os.fork()
     if not child:
         try:
-            _bound()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it dies without a word
+            bound(MEMORY, cpu=SECONDS, stack=STACK)
             with os.fdopen(sink, "wb") as stream:
                 stream.write(msgspec.msgpack.encode(judge(tokenizer, wish)))
             os._exit(0)
@@ -97,20 +78,6 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     return msgspec.msgpack.decode(answer, type=Verdict)
 
 
-def _bound() -> None:
-    """For the rest of this process, which will say nothing when it dies of it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    pages = int(Path("/proc/self/statm").read_text().split()[5])
-    memory = pages * resource.getpagesize() + MEMORY
-    for kind, most in (
-        (resource.RLIMIT_CPU, SECONDS),
-        (resource.RLIMIT_DATA, memory),
-        (resource.RLIMIT_STACK, STACK),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
-
-
 def main(tokenizer_path: str, *end_ids: str) -> None:
     """The process: ``python -m tgi.router.trial TOKENIZER_JSON [END_TOKEN_ID …]``."""
     error, tokenizer = "", None
@@ -118,11 +85,13 @@ def main(tokenizer_path: str, *end_ids: str) -> None:
         tokenizer = load_tokenizer(Path(tokenizer_path), None, [int(id) for id in end_ids])
     except (GrammarError, OSError, ValueError) as failure:
         error = str(failure)
-    while (body := read(sys.stdin.buffer)) is not None:
-        wish = msgspec.msgpack.decode(body, type=Wish)
-        write(sys.stdout.buffer, Verdict(error=error) if tokenizer is None else _apart(tokenizer, wish))
+
+    def answer(question: bytes) -> bytes:
+        wish = msgspec.msgpack.decode(question, type=Wish)
+        return msgspec.msgpack.encode(Verdict(error=error) if tokenizer is None else _apart(tokenizer, wish))
+
+    serve(answer)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the router, whose end ends this one
     main(*sys.argv[1:])
