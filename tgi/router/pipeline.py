@@ -85,7 +85,7 @@ class Piece:
     """One generated token, and what it adds to the answer."""
 
     token: Token
-    """Its text is what it adds behind the tokens before it; a special token's is its name."""
+    """Its text is what it adds behind the tokens before it; a hidden special token's is its name."""
     top: list[Token]
     text: str
     """What the answer grows by: nothing for a hidden token, or while a stop string may be under way."""
@@ -172,7 +172,9 @@ class Run:
                     self._ticket.cancel()
                     self._record()
                 special = token.id in tokenizer.special_ids
-                shown = tokenizer.piece(token.id) if special else grown if generation.keep_stop else text
+                shown = grown if generation.keep_stop else text
+                if special and not shown:
+                    shown = tokenizer.piece(token.id)
                 top = self._service.tokens(token.top)
                 yield Piece(Token(token.id, shown, token.logprob, special), top, grown, self.finish)
                 if self.finish is not None:

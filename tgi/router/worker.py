@@ -16,7 +16,6 @@ from typing import IO
 
 from tgi.core.messages import FRAME
 
-
 FIRST_SECONDS = 60.0
 """For what a new process is asked first: it has to start, too, on a machine that loads a model."""
 
