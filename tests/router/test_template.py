@@ -56,6 +56,12 @@ def ours(source: str, messages: list[Message], **kwargs: Any) -> str:
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}"
         "{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}",
         "{{ documents }}{{ tools }}{{ nothing }}{{ none }}{{ add_generation_prompt }}{{ bos_token }}{{ pad_token }}",
+        # what is there besides Jinja's own
+        "{{ dict(a=1) }}{{ dict.fromkeys('ab', 1) }}{{ namespace(a=1).a }}{{ raise_exception is callable }}",
+        "{{ messages | tojson(true, 2, (',', ': '), true) }}{{ '<ü>' | tojson }}{{ [1.0, none] | tojson(indent='-') }}",
+        "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}{% endfor %}",
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+        "  {% if true %}\n    x\n  {% endif %}\n{#- note -#}  y {%- if true -%} z {% endif +%}\n w \n",
     ],
 )
 def test_shows_templates_what_transformers_shows(source: str) -> None:

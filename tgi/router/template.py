@@ -301,7 +301,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "raise_exception": _raise,
         "strftime_now": _strftime_now,
         "namespace": _Namespace,
-        "dict": _dict,
+        "dict": _Dict(),
     }
     return environment
 
@@ -316,9 +316,14 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    # Not the type itself: its unbound methods (``dict.update(message, …)``) would change what the sandbox protects.
-    return dict(*args, **kwargs)
+class _Dict:
+    """``dict`` without its unbound methods: ``dict.update(message, …)`` would change what the sandbox protects."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 def _raise(message: str) -> None:
