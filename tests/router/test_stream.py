@@ -28,7 +28,7 @@ EXACT = sorted(KINDS.keys() - {"word_suffix"})
 
 @pytest.mark.parametrize("kind", EXACT)
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_stream_equals_whole(kind: str, data: st.DataObject, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
     skip = data.draw(st.booleans())
     tokenizer = tokenizers_by_kind[kind]
@@ -43,6 +43,7 @@ def test_stream_equals_whole(kind: str, data: st.DataObject, tokenizers_by_kind:
 
 @pytest.mark.parametrize("kind", EXACT)
 @given(data=st.data())
+@settings(max_examples=40)
 def test_stream_equals_whole_where_no_text_precedes_it(
     kind: str, data: st.DataObject, tokenizers_by_kind: dict[str, Tokenizer]
 ) -> None:
@@ -58,6 +59,7 @@ def test_stream_equals_whole_where_no_text_precedes_it(
 
 @pytest.mark.parametrize("kind", EXACT)
 @given(data=st.data())
+@settings(max_examples=40)
 def test_no_piece_has_a_part_of_a_character(
     kind: str, data: st.DataObject, tokenizers_by_kind: dict[str, Tokenizer]
 ) -> None:
