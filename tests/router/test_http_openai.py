@@ -463,3 +463,20 @@ def test_a_long_conversation(tmp_path: Path) -> None:
         router.says("a</s>")
         answer = router.chat(messages=[{"role": "user", "content": "x"}] * 200).json()
         assert answer["usage"]["prompt_tokens"] == count(router, "<user>x;" * 200 + "<assistant>")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+def test_openai_s_library_finds_errors_where_it_looks(router: Router, path: str) -> None:
+    """It shows its user the message of an error object, and nothing of TGI's error, which is a string."""
+    theirs = {"user-agent": "AsyncOpenAI/Python 3.54.0"}
+    for body in (
+        {"messages": 5, "prompt": 5, "input": 5},
+        {"messages": [], "prompt": "x", "input": "x", "priority": 0.5},
+    ):
+        error = router.http.post(path, json=body, headers=theirs)
+        assert error.status_code == 422
+        assert error.json()["error"]["type"] == "invalid_request_error"
+        assert error.json()["error"]["message"] == router.http.post(path, json=body).text
+    refused = {"messages": [{"role": "user", "content": "x"}], "prompt": "", "input": ""}
+    told = router.http.post(path, json={**refused, "top_p": 7}, headers=theirs).json()["error"]["message"]
+    assert told == router.http.post(path, json={**refused, "top_p": 7}).json()["error"]

@@ -56,8 +56,9 @@ OWN_ROUTES = (
 def document() -> bytes:
     """The document as JSON."""
     rows = [row for row in ROUTES if row.summary is not None]
-    types = [kind for row in rows for union in (row.body, row.answer, row.event) for kind in _kinds(union)]
-    types += [row.errors.body for row in rows]
+    types = [
+        kind for row in rows for union in (row.body, row.answer, row.event, row.errors.body) for kind in _kinds(union)
+    ]
     schemas, components = msgspec.json.schema_components(types, ref_template=_COMPONENT)
     schema_of = dict(zip(types, schemas, strict=True))
     key_headers = {row.key_header for row in rows}
@@ -113,9 +114,12 @@ def _operation(row: Row, schema_of: dict[Any, Any]) -> dict[str, Any]:
         for status, description in _UNREADABLE.items():
             status = row.errors.statuses.get(status, status)
             content = responses.get(status, {}).get("content", {}) | (_TEXT if row.errors.plain else {})
-            responses[status] = response(description, content or json(row.errors.body))
+            if not row.errors.plain or isinstance(row.errors.body, OneOf):  # to some clients, if not to all
+                content |= json(row.errors.body)
+            responses[status] = response(description, content)
     if row.protected:
-        responses[401] = response(UNAUTHORIZED.prefix, {} if row.errors.plain else json(row.errors.body))
+        content = {} if row.errors.plain else json(row.errors.body)
+        responses[401] = response(UNAUTHORIZED.prefix, content)
     operation: dict[str, Any] = {
         "tags": ["Text Generation Inference"],
         "summary": row.summary,

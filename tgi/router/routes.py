@@ -119,6 +119,7 @@ ROUTES = (
         answer=ChatCompletion,
         event=OneOf((ChatCompletionChunk, StreamError)),
         protected=True,
+        errors=openai.ERRORS,
         span="chat_completions",
     ),
     Row(
@@ -130,6 +131,7 @@ ROUTES = (
         answer=Completion,
         event=OneOf((CompletionChunk, StreamError)),
         protected=True,
+        errors=openai.ERRORS,
     ),
     Row(
         "POST",
@@ -201,6 +203,7 @@ ROUTES = (
         body=EmbeddingsRequest,
         answer=Embeddings[Embedding],
         protected=True,
+        errors=openai.ERRORS,
     ),
     Row(
         "POST",
@@ -264,7 +267,15 @@ ROUTES = (
     Row("GET", "/v2/health/ready", cloud.ready, "KServe: whether the engine answers", answer=Live, failures=_SICK),
     Row("GET", "/v2", cloud.server_metadata, "KServe: metadata of the server", answer=Metadata),
     Row("GET", "/v1/models", openai.models, "The served model, as a list", answer=ModelsInfo),
-    Row("GET", "/v1/models/{id:path}", openai.model, "The served model", answer=ModelInfo, failures=(NOT_FOUND,)),
+    Row(
+        "GET",
+        "/v1/models/{id:path}",
+        openai.model,
+        "The served model",
+        answer=ModelInfo,
+        errors=openai.ERRORS,
+        failures=(NOT_FOUND,),
+    ),
     Row("GET", "/info", native.info, "Text Generation Inference endpoint info", answer=Info),
     Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error", failures=_SICK),
     Row("GET", "/metrics", native.metrics, "Prometheus metrics scrape endpoint"),

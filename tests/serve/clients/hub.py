@@ -60,7 +60,9 @@ for bad in ({"top_p": 2.0}, {"max_new_tokens": 10**6}):
     else:
         raise AssertionError(f"{bad} was accepted")
 
-if hasattr(client, "get_endpoint_info"):
-    assert client.get_endpoint_info()["max_input_tokens"] > 0
-if hasattr(client, "health_check"):
-    assert client.health_check()
+# These two want to be told which provider it is, as if there were others behind a URL.
+hosted = InferenceClient(provider="hf-inference")
+if hasattr(hosted, "get_endpoint_info"):
+    assert hosted.get_endpoint_info(model=url)["max_input_tokens"] > 0
+if hasattr(hosted, "health_check"):
+    assert hosted.health_check(model=url)

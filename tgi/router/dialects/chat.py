@@ -7,7 +7,15 @@ from msgspec import UNSET
 from tgi.router import headers
 from tgi.router.call import Call, event
 from tgi.router.conversation import CallDelta, Conversation, Reply, Said, converse, prompt_of
-from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_continuous_usage, wants_usage
+from tgi.router.dialects.openai import (
+    DONE,
+    fail_with,
+    identity,
+    is_openais,
+    usage_of,
+    wants_continuous_usage,
+    wants_usage,
+)
 from tgi.router.pipeline import Piece, Service
 from tgi.router.wire.native import ChatTokenizeResponse, SimpleToken, Token
 from tgi.router.wire.openai import (
@@ -41,7 +49,7 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
         if request.stream:
             fields = headers.of_stream(compute_type, [runs[0].generation.text])
             # text-generation reads no delta without a role; OpenAI's Python library strings all roles together.
-            every_role = b"openai/python" not in call.header(b"user-agent").lower()
+            every_role = not is_openais(call)
             await call.stream(_events(service, request, conversation, every_role), fields, fail_with(service))
         else:
             replies = await conversation.replies()

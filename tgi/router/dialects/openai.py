@@ -8,11 +8,15 @@ from typing import Any
 
 import tgi
 from tgi.core.errors import NOT_FOUND, RequestError
-from tgi.router.call import Call, event
+from tgi.router.call import Call, ErrorStyle, event
+from tgi.router.dialects import native
 from tgi.router.pipeline import Run, Service
+from tgi.router.wire.base import ErrorResponse, OneOf, Unreadable
 from tgi.router.wire.openai import (
     ModelInfo,
     ModelsInfo,
+    OpenAIError,
+    OpenAIErrorBody,
     OpenAIRequest,
     PromptTokensDetails,
     StreamError,
@@ -22,6 +26,30 @@ from tgi.router.wire.openai import (
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
+
+
+def is_openais(call: Call) -> bool:
+    """Whether OpenAI's own library calls, which can't read TGI's words where they differ from OpenAI's."""
+    return b"openai/" in call.header(b"user-agent").lower()
+
+
+def error_of(status: int, message: str) -> OpenAIError:
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return OpenAIError(OpenAIErrorBody(message=message, type=kind, code=_ERROR_CODES.get(status)))
+
+
+_ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+
+
+async def _tell(call: Call, error: RequestError | Unreadable) -> None:
+    if is_openais(call):
+        await call.json(error_of(error.status, error.message), status=error.status)
+    else:
+        await native.ERRORS.answer(call, error)
+
+
+ERRORS = ErrorStyle(_tell, OneOf((ErrorResponse, OpenAIError)), plain=True)
+"""TGI's, but for OpenAI's library: it shows its user only the message that it finds in OpenAI's place."""
 
 
 async def models(call: Call, service: Service, _: None) -> None:

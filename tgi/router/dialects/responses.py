@@ -14,6 +14,7 @@ from tgi.router import headers
 from tgi.router.call import Call, ErrorStyle, named_event
 from tgi.router.conversation import Conversation, converse
 from tgi.router.dialects.chat import logprobs_of
+from tgi.router.dialects.openai import error_of
 from tgi.router.pipeline import Piece, Run, Service
 from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, whole
 from tgi.router.store import Stored
@@ -29,6 +30,7 @@ from tgi.router.wire.openai import (
     Logprob,
     Message,
     NamedTool,
+    OpenAIError,
     TextPart,
     Tool,
     ToolCall,
@@ -54,8 +56,6 @@ from tgi.router.wire.responses import (
     InputText,
     InputTokensDetails,
     ItemStatus,
-    OpenAIError,
-    OpenAIErrorBody,
     OutputItem,
     OutputItemAdded,
     OutputItemDone,
@@ -124,14 +124,10 @@ def _missing(id: str) -> RequestError:
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
 
-_ERROR_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-
 
 async def _tell(call: Call, error: RequestError | Unreadable) -> None:
     status = ERRORS.status_of(error.status)
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    body = OpenAIErrorBody(message=error.message, type=kind, code=_ERROR_CODES.get(status))
-    await call.json(OpenAIError(body), status=status)
+    await call.json(error_of(status, error.message), status=status)
 
 
 ERRORS = ErrorStyle(_tell, OpenAIError, {415: 400, 422: 400, 424: 500})

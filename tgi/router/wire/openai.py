@@ -359,6 +359,19 @@ class CompletionChunk(Struct, frozen=True, kw_only=True, tag_field="object", tag
     usage: Usage | UnsetType | None = UNSET
 
 
+class OpenAIErrorBody(Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenAIError(Struct, frozen=True):
+    """How OpenAI tells of errors."""
+
+    error: OpenAIErrorBody
+
+
 class StreamErrorBody(Struct, frozen=True):
     message: str
     http_status_code: int

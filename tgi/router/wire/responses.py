@@ -392,17 +392,3 @@ ResponseEvent = (
     | Failed
     | ErrorEvent
 )
-
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
-
-
-class OpenAIErrorBody(Struct, frozen=True, kw_only=True):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class OpenAIError(Struct, frozen=True):
-    error: OpenAIErrorBody
