@@ -1,6 +1,7 @@
 """The clouds' routes: SageMaker, Vertex AI and KServe, over HTTP, against what the routes behind them say."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -190,15 +191,16 @@ def test_vertex_names_the_instance_that_is_wrong(router: Router, body: dict[str,
     assert response.text.startswith(TYPE_ERROR + text)
 
 
-def test_one_wrong_instance_ends_the_others(router: Router) -> None:
+def test_one_wrong_instance_ends_the_others(tmp_path: Path) -> None:
     def reply(submit: Submit) -> list[int] | str:
         return "boom" if submit.max_new_tokens == 7 else submit.token_ids * 100
 
-    router.reply = reply
-    instances = [{"inputs": "hello", "parameters": {"max_new_tokens": count}} for count in (150, 7)]
-    assert router.http.post("/vertex", json={"instances": instances}).status_code == 424
-    (long,) = {submit.id for submit in router.engine.submits[-2:] if submit.max_new_tokens == 150}
-    until(lambda: long in router.engine.cancels)
+    with Router(settings(tmp_path), delay=0.02) as router:  # the long one would be ready before it could be ended
+        router.reply = reply
+        instances = [{"inputs": "hello", "parameters": {"max_new_tokens": count}} for count in (150, 7)]
+        assert router.http.post("/vertex", json={"instances": instances}).status_code == 424
+        (long,) = {submit.id for submit in router.engine.submits if submit.max_new_tokens == 150}
+        until(lambda: long in router.engine.cancels)
 
 
 # --- The routes that Vertex AI names -------------------------------------------------------------------------------
