@@ -133,6 +133,11 @@ class Validator:
         if best_of is not None and best_of < (n or 1):
             raise invalid(f"`best_of` must be >= `n`. Given: {best_of} and {n}")
 
+    def check_truncate(self, truncate: int | None) -> None:
+        most = self._limits.max_input_tokens
+        if truncate is not None and not 0 < truncate <= most:
+            raise invalid(f"`truncate` must be strictly positive and less than {most}. Given: {truncate}")
+
     async def validate(
         self,
         prompt: str | Sequence[int],
@@ -281,10 +286,7 @@ class Validator:
             raise invalid("`inputs` cannot be empty")
         if not isinstance(prompt, str):
             self._check_ids("prompt", prompt)
-        if p.truncate is not None and not 0 < p.truncate <= limits.max_input_tokens:
-            raise invalid(
-                f"`truncate` must be strictly positive and less than {limits.max_input_tokens}. Given: {p.truncate}"
-            )
+        self.check_truncate(p.truncate)
 
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:

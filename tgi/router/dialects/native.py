@@ -61,8 +61,12 @@ async def generate_stream(call: Call, service: Service, request: GenerateRequest
 
 
 async def tokenize(call: Call, service: Service, request: GenerateRequest) -> None:
-    spans = await service.validator.spans(request.inputs, add_special_tokens=request.parameters.add_special_tokens)
-    await call.json([SimpleToken(*span) for span in spans])
+    """The tokens that the model would see."""
+    parameters = request.parameters
+    service.validator.check_truncate(parameters.truncate)
+    spans = await service.validator.spans(request.inputs, add_special_tokens=parameters.add_special_tokens)
+    seen = spans if parameters.truncate is None else spans[-parameters.truncate :]
+    await call.json([SimpleToken(*span) for span in seen])
 
 
 async def health(call: Call, service: Service, _: None) -> None:

@@ -31,6 +31,7 @@ from tgi.router.wire.openai import (
     Message,
     NamedTool,
     OpenAIError,
+    Sampled,
     TextPart,
     Tool,
     ToolCall,
@@ -43,7 +44,6 @@ from tgi.router.wire.responses import (
     DeletedResponse,
     ErrorEvent,
     Event,
-    Extensions,
     Failed,
     FunctionCallArgumentsDelta,
     FunctionCallArgumentsDone,
@@ -297,7 +297,8 @@ def _chat(request: ResponsesRequest, context: list[InputItem]) -> ChatRequest:
         if value != _LOGPROBS:
             raise invalid(f"`include` of `{value}` is not supported")
     return ChatRequest(
-        **{name: getattr(request, name) for name in Extensions.__struct_fields__},
+        **{name: getattr(request, name) for name in Sampled.__struct_fields__},
+        chat_template_kwargs=request.chat_template_kwargs,
         model=request.model,
         messages=_messages(request.instructions, context),
         add_generation_prompt=True,  # an answer never goes on with the last item

@@ -20,17 +20,9 @@ class StreamOptions(Refusing, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class OpenAIRequest(Refusing, frozen=True, kw_only=True):
-    """What chat and text completions have in common."""
+class Sampled(Refusing, frozen=True, kw_only=True):
+    """How tokens are chosen: what chat and text completions take, responses take, too, though OpenAI's don't."""
 
-    neutral = {"adapter_id": (None,)}
-
-    model: str | None = None
-    """Any name is accepted: one model is served."""
-    max_tokens: U32 | None = None
-    temperature: F32 | None = None
-    """0 is greedy; null samples at 1."""
-    top_p: F32 | None = None
     top_k: I32 | None = None
     min_p: F32 | None = None
     repetition_penalty: F32 | None = None
@@ -44,13 +36,26 @@ class OpenAIRequest(Refusing, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: U32 | None = None
     skip_special_tokens: bool | None = None
+    priority: I32 | None = None
+    cache_salt: str | None = None
+
+
+class OpenAIRequest(Sampled, frozen=True, kw_only=True):
+    """What chat and text completions have in common."""
+
+    neutral = {"adapter_id": (None,)}
+
+    model: str | None = None
+    """Any name is accepted: one model is served."""
+    max_tokens: U32 | None = None
+    temperature: F32 | None = None
+    """0 is greedy; null samples at 1."""
+    top_p: F32 | None = None
     add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: U32 | None = None
     best_of: U32 | None = None
-    priority: I32 | None = None
-    cache_salt: str | None = None
     response_format: ResponseFormat | None = None
     watermark: bool | None = None
     grammar: Grammar | None = None

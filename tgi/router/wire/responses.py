@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from tgi.router.wire.base import F32, I32, I64, U32, Refusing
-from tgi.router.wire.openai import Logprob
+from tgi.router.wire.base import F32, U32, Refusing
+from tgi.router.wire.openai import Logprob, Sampled
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
@@ -119,28 +119,7 @@ class ResponseStreamOptions(Refusing, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class Extensions(Refusing, frozen=True, kw_only=True):
-    """What chat completions take, too, and OpenAI's responses don't."""
-
-    top_k: I32 | None = None
-    min_p: F32 | None = None
-    repetition_penalty: F32 | None = None
-    frequency_penalty: F32 | None = None
-    presence_penalty: F32 | None = None
-    logit_bias: dict[int, F32] | None = None
-    seed: I64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[U32] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    min_tokens: U32 | None = None
-    skip_special_tokens: bool | None = None
-    priority: I32 | None = None
-    cache_salt: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class ResponsesRequest(Extensions, frozen=True, kw_only=True):
+class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     neutral = {
         "truncation": (None, "disabled"),
         "service_tier": (None, "auto", "default"),
@@ -157,6 +136,8 @@ class ResponsesRequest(Extensions, frozen=True, kw_only=True):
         "image": (None,),
     }
 
+    chat_template_kwargs: dict[str, Any] | None = None
+    """As in chat completions."""
     model: str | None = None
     """Any name is accepted: one model is served."""
     input: str | list[InputItem]
