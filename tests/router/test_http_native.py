@@ -60,6 +60,20 @@ def test_length_and_seed(router: Router) -> None:
     assert details["seed"] == 2**64 - 1
 
 
+def test_as_many_tokens_as_were_asked_for(tmp_path: Path) -> None:
+    """TGI's chunks of 1024: each began with a new tokenization, and the last was always full."""
+    limits = replace(LIMITS, max_total_tokens=4000, max_batch_total_tokens=4000)
+    with Router(settings(tmp_path, limits), per_step=50) as router:
+        details = router.generate(max_new_tokens=1500, details=True).json()["details"]
+        assert (details["finish_reason"], details["generated_tokens"]) == ("length", 1500)
+        (the,) = router.says("the")
+        router.reply = lambda submit: [the] * 1023 + [2] + [the] * 1000
+        answer = router.generate(max_new_tokens=1500, details=True).json()
+        assert answer["generated_text"] == "the" * 1023
+        assert (answer["details"]["finish_reason"], answer["details"]["generated_tokens"]) == ("eos_token", 1024)
+        assert [submit.max_new_tokens for submit in router.engine.submits] == [1500, 1500]
+
+
 def test_prefill_holds_the_prompt_with_null_for_its_first_token(router: Router) -> None:
     router.says("a</s>")
     details = router.generate("the dog", decoder_input_details=True).json()["details"]
@@ -86,6 +100,25 @@ def test_best_of_returns_the_likelier_first_and_the_others_behind_it(router: Rou
     assert list(other) == ["generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens"]
     assert other["generated_text"] == "the lazy dog jumps"
     assert other["seed"] != answer["details"]["seed"]
+
+
+def test_no_best_of_is_one_but_not_in_streams(router: Router) -> None:
+    """As TGI."""
+    router.says("a</s>")
+    assert router.generate(best_of=0, details=True).json()["details"]["generated_tokens"] == 2
+    body = {"inputs": "x", "parameters": {"best_of": 0}}
+    (error,) = events(router.http.post("/generate_stream", json=body).content)
+    assert error["error"] == "Input validation error: `best_of` != 1 is not supported when streaming tokens"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/tokenize"])
+def test_images_in_a_prompt_are_text(router: Router, path: str) -> None:
+    router.says("a</s>")
+    inputs = "![](http://127.0.0.1:1/a.png) cat ![](data:image/png;base64,AAAA)"
+    response = router.http.post(path, json={"inputs": inputs})
+    ids = router.service.tokenizer.encode(inputs, add_special_tokens=True)
+    seen = [token["id"] for token in response.json()] if path == "/tokenize" else router.engine.submits[-1].token_ids
+    assert seen == ids
 
 
 @pytest.mark.parametrize(
@@ -169,11 +202,24 @@ def test_an_incomplete_character_at_the_end_loses_nothing(router: Router) -> Non
 
 def test_tokenize_counts_bytes(router: Router) -> None:
     text = "größe 你好 cat"
-    tokens = router.http.post("/tokenize", json={"inputs": text, "parameters": {"truncate": 1}}).json()
+    tokens = router.http.post("/tokenize", json={"inputs": text}).json()
     assert list(tokens[0]) == ["id", "text", "start", "stop"]
     assert [token["id"] for token in tokens] == router.service.tokenizer.encode(text, add_special_tokens=True)
     for token in tokens:
         assert text.encode()[token["start"] : token["stop"]].decode() == token["text"]
+
+
+def test_tokenize_truncates_as_generate_does(router: Router) -> None:
+    router.says("a</s>")
+    inputs, parameters = "the quick brown fox", {"truncate": 2, "add_special_tokens": False}
+    tokens = router.http.post("/tokenize", json={"inputs": inputs, "parameters": parameters}).json()
+    assert router.generate(inputs, **parameters).status_code == 200
+    assert [token["id"] for token in tokens] == router.engine.submits[-1].token_ids
+    assert "".join(token["text"] for token in tokens) == " brown fox"
+    for wrong in (0, LIMITS.max_input_tokens + 1):
+        response = router.http.post("/tokenize", json={"inputs": "a", "parameters": {"truncate": wrong}})
+        assert response.json() == router.generate("a", truncate=wrong).json()
+        assert response.status_code == 422
 
 
 def test_info(router: Router) -> None:
