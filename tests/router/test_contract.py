@@ -3,6 +3,7 @@ field of a request, seen to change what the engine is asked for or what the clie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import tokenizers
 from msgspec.structs import replace
 
+import tgi
 from tests import small_tokenizers
 from tests.router import serving
 from tests.router.serving import LIMITS, Router, events, settings
+from tgi.core import errors
 from tgi.core.messages import Submit
 from tgi.router.dialects import native
 from tgi.router.routes import ROUTES
@@ -258,6 +261,13 @@ def test_a_tokenizer_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert error["error_type"] == "validation"
         response = router.http.post("/tokenize", json={"inputs": "hello"})
         assert response.json()["error"].startswith("Input validation error: tokenizer error ")
+
+
+def test_every_kind_of_error_is_raised_somewhere() -> None:
+    """TGI's table has some that nothing raises."""
+    kinds = {name for name, value in vars(errors).items() if isinstance(value, errors.Kind)}
+    sources = "".join(path.read_text() for path in Path(tgi.__file__).parent.rglob("*.py"))
+    assert kinds == kinds & set(re.findall(r"RequestError\((\w+)", sources))
 
 
 # --- Bodies that are no request --------------------------------------------------------------------------------------

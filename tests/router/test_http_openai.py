@@ -119,6 +119,13 @@ def test_the_role_is_on_each_delta_but_for_those_who_add_them_up(router: Router)
             assert all("tool_calls" in delta for delta in deltas)
 
 
+def test_an_error_in_a_stream_has_its_true_status(router: Router) -> None:
+    router.reply = lambda submit: "no such luck"
+    *_, error, done = events(router.chat(stream=True).content)
+    message = "Request failed during generation: Server error: no such luck"
+    assert (error, done) == ({"error": {"message": message, "http_status_code": 424}}, "[DONE]")
+
+
 WITHOUT_EFFECT: list[dict[str, Any]] = [
     {"stream_options": None},
     {"stream_options": {"include_usage": None, "include_obfuscation": False}},
@@ -211,6 +218,14 @@ def test_every_field_reaches_the_engine(router: Router) -> None:
         assert sampling.seed == 9
         assert submit.stop_token_ids == []
         assert submit.max_new_tokens == 1
+
+
+@pytest.mark.parametrize("penalty", [0, 1, -1])
+def test_a_presence_penalty_is_no_repetition_penalty(router: Router, penalty: int) -> None:
+    router.says("a</s>")
+    assert router.chat(presence_penalty=penalty).status_code == 200
+    sampling = router.engine.submits[-1].sampling
+    assert (sampling.presence_penalty, sampling.repetition_penalty) == (penalty, 1)
 
 
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.0, "top_p": 0.5, "top_k": 3}, {"top_p": 0}])

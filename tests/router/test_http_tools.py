@@ -87,10 +87,14 @@ def test_a_call(router: Router) -> None:
 
 
 def test_one_run(router: Router) -> None:
-    router.says("a cat</s>")
-    before = len(router.engine.submits)
-    assert router.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] == "a cat"
-    assert len(router.engine.submits) == before + 1
+    """TGI asks a second time when no tool helps, and whenever the list is empty."""
+    ids = router.says("a cat</s>")
+    for tools in (TOOLS, []):
+        before = len(router.engine.submits)
+        answer = router.chat(tools=tools, logprobs=True).json()
+        assert answer["choices"][0]["message"]["content"] == "a cat"
+        assert answer["usage"]["completion_tokens"] == len(answer["choices"][0]["logprobs"]["content"]) == len(ids)
+        assert len(router.engine.submits) == before + 1
 
 
 def test_arguments_stream_as_they_come(router: Router) -> None:

@@ -22,7 +22,6 @@ GENERATION = Kind("generation", 424, "Request failed during generation: ", "gene
 OVERLOADED = Kind("overloaded", 429, "Model is overloaded", "overloaded")
 VALIDATION = Kind("validation", 422, "Input validation error: ", "validation")
 INCOMPLETE = Kind("incomplete_generation", 500, "Incomplete generation", "incomplete")
-INCOMPLETE_STREAM = Kind("incomplete_generation_stream", 500, "Incomplete generation stream", "incomplete")
 TEMPLATE = Kind("template_error", 422, "Template error: ", "template")
 TOOL = Kind("tool_error", 422, "Tool error: ", "validation")
 UNHEALTHY = Kind("healthcheck", 503, "unhealthy")
