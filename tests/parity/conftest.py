@@ -52,11 +52,11 @@ class FullAttention:
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def load(folder: Path, device: str = "cpu", **options: object) -> Model:
+def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: object) -> Model:
     """Our model of a folder of safetensors files."""
     weights = sorted(str(path) for path in folder.glob("*.safetensors"))
     files = ModelFiles(model_id="tiny", folder=str(folder), weights=weights)
-    return load_model(files, torch.float32, torch.device(device), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
+    return load_model(files, dtype, torch.device(device), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
 
 
 def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:

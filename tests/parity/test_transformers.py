@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import load, logits, reference, reference_logits, tokens
+from tests.parity.conftest import FullAttention, load, logits, reference, reference_logits, tokens
 from tests.tiny import FAMILIES, write_model
 
 HALF = 8
@@ -120,6 +120,14 @@ def test_the_operators_scaling_overrides_the_config(tmp_path: Path, name: str):
     theirs = reference_logits(reference(scaled), prompt)
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - logits(load(plain), prompt)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_float32_whatever_the_weights_are(tmp_path: Path, dtype: torch.dtype):
+    """Penalties, warpers and log-probabilities are made of them."""
+    model = load(write_model(tmp_path, "llama"), dtype=dtype)
+    assert model.forward(tokens(9), torch.arange(9), FullAttention(model.specs, [9])).dtype == dtype
+    assert logits(model, tokens(9)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)

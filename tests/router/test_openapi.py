@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.router.serving import Router, settings
 from tests.tgi_names import TGI_NAMES
 from tgi.router.routes import ROUTES
+from tgi.router.wire.native import GenerateParameters
+from tgi.router.wire.openai import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,15 @@ def test_routes(api: dict[str, Any]) -> None:
 )
 def test_request_fields(api: dict[str, Any], name: str) -> None:
     assert set(TGI_NAMES[name]) <= set(schema(api, {"$ref": f"#/components/schemas/{name}"})["properties"])
+
+
+@pytest.mark.parametrize("kind", [GenerateParameters, ChatRequest, CompletionRequest])
+def test_defaults_are_those_that_are_taken(api: dict[str, Any], kind: Any) -> None:
+    """TGI's says of ``details`` that it is true by default."""
+    properties = schema(api, {"$ref": f"#/components/schemas/{kind.__name__}"})["properties"]
+    taken = msgspec.to_builtins(msgspec.convert({"messages": [], "prompt": "x"}, kind))
+    told = {name: told["default"] for name, told in properties.items() if "default" in told}
+    assert told == {name: value for name, value in taken.items() if name not in ("messages", "prompt")}
 
 
 def test_every_reference_leads_somewhere(api: dict[str, Any]) -> None:
