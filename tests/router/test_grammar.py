@@ -352,12 +352,19 @@ def chain(length: int) -> dict[str, Any]:
     return {"$ref": "#/$defs/d0", "$defs": links | {f"d{length}": {"type": "integer"}}}
 
 
+WIDE = json.dumps({"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(2000)}})
+"""More at once than llguidance follows, from the first brace on."""
+
+
 @pytest.mark.parametrize(
     ("wish", "detail"),
     [
         (schema(chain(3000)), "too much time or memory"),  # overflows the stack
         (schema({"type": "integer", "multipleOf": 9_999_991}), "too much time or memory"),  # as many states
         (Wish("regex", "a" * LONGEST), "too long"),  # each step of the engine would take a tenth of a second
+        # Some ways lead out of a grammar at once, others to where it harms.
+        (Wish("grammar", f'start: "a" | "b" %json {WIDE}'), "max is 2000"),
+        (Wish("grammar", f'start: "b" | "a" %json {WIDE}'), "max is 2000"),
     ],
 )
 def test_grammars_that_would_harm_are_refused_and_others_go_on(grammars: Grammars, wish: Wish, detail: str):

@@ -24,8 +24,10 @@ MEMORY = 1 << 28
 """Bytes that a grammar may add to the process."""
 STACK = 1 << 22
 """Bytes; less than the engine's threads have."""
+WALKS = 4
+"""Ways that are tried: one may lead out of the grammar at once, as ``{}`` does."""
 STEPS = 4
-"""Tokens that are tried: grammars that are too complex mostly show it at once."""
+"""Tokens of each: grammars that are too complex mostly show it at once."""
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
@@ -34,15 +36,16 @@ def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     """Compile a grammar, and look whether tokens can follow it."""
     try:
         grammar = llguidance.grammar_from(wish.format, wish.text)
-        _walk(start(tokenizer, grammar))
+        fresh = start(tokenizer, grammar)
+        for seed in range(WALKS):
+            _walk(fresh.deep_copy(), random.Random(seed))
     except (GrammarError, ValueError) as error:
         return Verdict(error=" ".join(str(error).split()))
     return Verdict(grammar)
 
 
-def _walk(matcher: LLMatcher) -> None:
-    """Follow some tokens, the same ones every time. Raises GrammarError where that leads nowhere."""
-    chance = random.Random(0)
+def _walk(matcher: LLMatcher, chance: random.Random) -> None:
+    """Follow some tokens, the same ones for the same ``chance``. Raises GrammarError where that leads nowhere."""
     begin = time.process_time()
     for _ in range(STEPS):
         mask = matcher.compute_bitmask()
