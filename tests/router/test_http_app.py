@@ -156,6 +156,34 @@ def test_integers_are_floats_and_unknown_fields_are_nobodys_business(router: Rou
     assert router.http.post("/generate", json=body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "key"),
+    [
+        ("/generate", '{"inputs": "a", "inputs": "b"}', "inputs"),
+        ("/generate", '{"inputs": "a", "parameters": {"seed": 1, "top_k": 3, "s\\u0065ed": 1}}', "seed"),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a", "role": "system"}]}', "role"),
+        ("/v1/completions", '{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}', "5"),
+        ("/v1/completions", '{"prompt": "a", "prompt": "b", "guided_json": {}}', "prompt"),
+        ("/invocations", '{"inputs": "a", "stream": false, "stream": true}', "stream"),
+        ("/vertex", '{"instances": [{"inputs": "a", "inputs": "b"}]}', "inputs"),
+    ],
+)
+def test_a_key_that_comes_twice(router: Router, path: str, body: str, key: str) -> None:
+    before = len(router.engine.submits)
+    response = router.http.post(path, content=body.encode(), headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    assert response.text == f"Failed to deserialize the JSON body into the target type: duplicate field `{key}`"
+    assert len(router.engine.submits) == before
+
+
+def test_what_nobody_reads_must_be_json_and_nothing_else(router: Router) -> None:
+    headers = {"content-type": "application/json"}
+    number, text = b"1" + b"0" * 5000, b'"\xff"'
+    for unread, status in ((number, 200), (b"-0.1e400", 200), (text, 400), (b"[" * 40_000 + b"]" * 40_000, 400)):
+        response = router.http.post("/generate", content=b'{"inputs": "a", "x": %b}' % unread, headers=headers)
+        assert response.status_code == status
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_payload_limit(router: Router, chunked: bool) -> None:
     body = b'{"inputs":"' + b"x" * LIMITS.payload_limit + b'"}'

@@ -38,7 +38,7 @@ from tgi.router.rendering import Templates
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.tracing import Tracer
 from tgi.router.validate import Validator
-from tgi.router.wire.base import OneOf, Unreadable, decode, decode_one
+from tgi.router.wire.base import OneOf, Unreadable, check_keys, decode, decode_one
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ class Endpoint:
         if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
             raise Unreadable(415, "Expected request with `Content-Type: application/json`")
         body = await call.body(self._service.settings.limits.payload_limit)
-        return decode_one(body, row.body) if isinstance(row.body, OneOf) else decode(body, row.body)
+        request = decode_one(body, row.body) if isinstance(row.body, OneOf) else decode(body, row.body)
+        check_keys(body)
+        return request
 
 
 def create(service: Service) -> Starlette:

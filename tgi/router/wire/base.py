@@ -1,6 +1,8 @@
 """Strict decoding of JSON bodies, and the numbers and the error that all routes share."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -59,7 +61,7 @@ def decode(body: bytes, kind: type[Body], at: str = "") -> Body:
             text, path = match[1], ".".join(filter(None, (at, match[2])))
         raise _mistyped(f"{path}: {text}" if path else text) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unreadable(400, f"Failed to parse the request body as JSON: {error}") from error
+        raise _malformed(error) from error
 
 
 def decode_one(body: bytes, union: OneOf, at: str = "") -> Any:
@@ -74,6 +76,34 @@ def decode_one(body: bytes, union: OneOf, at: str = "") -> Any:
                 wrong = wrong or error
     untold = f"data did not match any variant of untagged enum {union.name}"
     raise wrong or _mistyped(f"{at}: {untold}" if at else untold)
+
+
+def check_keys(body: bytes) -> None:
+    """Refuse JSON with an object that has a key twice: of the two, parsers take one or the other. As ``decode``."""
+    try:
+        _KEYS.decode(body.decode())
+    except _TwiceError as error:
+        raise _mistyped(f"duplicate field `{error}`") from None
+    except (ValueError, RecursionError) as error:
+        raise _malformed(error) from error
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice."""
+
+
+def _distinct(members: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in members}) < len(members):
+        ((key, _),) = Counter(key for key, _ in members).most_common(1)
+        raise _TwiceError(key)
+
+
+_KEYS = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=str, parse_float=str)
+"""Looks at keys alone. Takes as long as msgspec."""
+
+
+def _malformed(error: Exception) -> Unreadable:
+    return Unreadable(400, f"Failed to parse the request body as JSON: {error}")
 
 
 def _mistyped(text: str) -> Unreadable:
