@@ -121,7 +121,7 @@ def test_required_is_calls() -> None:
     assert accepts(tools, f"{PARIS}\n{UTC}")
     assert accepts(tools, "\n".join([UTC] * MOST_CALLS))
     assert not accepts(tools, "\n".join([UTC] * (MOST_CALLS + 1)))
-    for wrong in ("", "Hello", f" {PARIS}", f"{PARIS}\n", f"{PARIS} {UTC}", PARIS[:-1], PARIS + "}"):
+    for wrong in ("", "{}", "Hello", f" {PARIS}", f"{PARIS}\n", f"{PARIS} {UTC}", PARIS[:-1], PARIS + "}"):
         assert not accepts(tools, wrong)
 
 
