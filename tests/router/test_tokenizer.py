@@ -1,6 +1,10 @@
 import json
 import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.small_tokenizers import KINDS, serialized, write
 from tgi.core.errors import StartupError
-from tgi.router.tokenizer import BYTE_ALPHABET, Tokenizer
+from tgi.router.tokenizer import BYTE_ALPHABET, SHORT, Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -28,13 +32,35 @@ def test_byte_alphabet_is_the_library_s() -> None:
 def test_encodes_and_decodes_as_the_library(tmp_path: Path, kind: str) -> None:
     tokenizer = Tokenizer.load(write(tmp_path, kind))
     backend = tokenizers.Tokenizer.from_str(serialized(kind))
-    for text in ("the cat sat", " two  spaces", "</s>x<s>", "héllo 你好"):
+    for text in ("the cat sat", " two  spaces", "</s>x<s>", "héllo 你好", "a long 你好 " * SHORT):
         for special in (True, False):
             ids = tokenizer.encode(text, add_special_tokens=special)
             assert ids == backend.encode(text, add_special_tokens=special).ids
             assert tokenizer.decode(ids, skip_special_tokens=special) == backend.decode(
                 ids, skip_special_tokens=special
             )
+
+
+@pytest.mark.parametrize("work", [Tokenizer.encode, Tokenizer.spans])
+def test_long_texts_hold_up_no_other_thread(tmp_path: Path, work: Callable[..., Any]) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, "byte_level"))
+    begun, heard = Event(), Event()
+
+    def begin() -> bool:
+        begun.set()
+        work(tokenizer, "cat " * 100_000, add_special_tokens=False)
+        return heard.is_set()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # a thread that doesn't let others run isn't interrupted
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(begin)
+            begun.wait()
+            heard.set()
+            assert future.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:

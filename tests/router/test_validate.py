@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from tests import small_tokenizers
 from tests.router.serving import LIMITS
 from tgi.core.errors import RequestError
-from tgi.router.tokenizer import Tokenizer
-from tgi.router.validate import INLINE_CHARACTERS, Generation, Validator
+from tgi.router.tokenizer import SHORT, Tokenizer
+from tgi.router.validate import Generation, Validator
 from tgi.router.wire.grammar import JsonGrammar, RegexGrammar
 from tgi.router.wire.native import GenerateParameters
 
@@ -254,7 +254,7 @@ def test_a_tokenizer_that_fails(tmp_path: Path) -> None:
 
 
 def test_long_and_short_texts_get_the_same_tokens(validator: Validator, tokenizer: Tokenizer) -> None:
-    text = "cat " * INLINE_CHARACTERS
+    text = "cat " * SHORT
     assert asyncio.run(validator.encode(text, add_special_tokens=True)) == tokenizer.encode(
         text, add_special_tokens=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from tgi.router.rendering import ROLES
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece spells a single byte that no token covers."""
+
+SHORT = 4096
+"""Characters of texts that take no time worth mentioning."""
 
 UNBOUNDED = 10**9
 """Files say "no limit" with a ``model_max_length`` of 1e30."""
@@ -35,7 +38,8 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
-    """A model's tokenizer. Threads may share it; ``encode`` and ``spans`` work without the interpreter lock."""
+    """A model's tokenizer. Threads may share it; ``encode`` and ``spans`` work on longer texts than SHORT without the
+    interpreter lock."""
 
     special_ids: frozenset[int]
     """Tokens that steer the model and are no text."""
@@ -96,14 +100,14 @@ class Tokenizer:
         return cls(backend, _Files(folder, tokenizer_config_path))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode(text, self._backend.encode_batch_fast, add_special_tokens).ids
 
     def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
         """Each token as (id, the piece of ``text`` it covers, start, stop), counted in UTF-8 bytes.
 
         Special tokens that were added cover nothing; tokens that share a character cover all of it.
         """
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encode(text, self._backend.encode_batch, add_special_tokens)
         # The library counts characters here.
         at = list(accumulate((len(char.encode()) for char in text), initial=0))
         return [
@@ -131,6 +135,16 @@ class Tokenizer:
         if (data := self._bytes.get(token_id)) is None:
             data = self._bytes[token_id] = self._measure([self._anchor], token_id)
         return data
+
+    def _encode(
+        self, text: str, batch: Callable[..., list[tokenizers.Encoding]], add_special_tokens: bool
+    ) -> tokenizers.Encoding:
+        """``batch`` is how the library encodes several texts. Only there does it let go of the interpreter lock, and it
+        does so in threads of its own, where a short text would wait for long ones."""
+        if len(text) <= SHORT:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = batch([text], add_special_tokens=add_special_tokens)
+        return encoding
 
     def _measure(self, context: list[int], token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)

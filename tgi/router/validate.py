@@ -16,12 +16,9 @@ from tgi.core.config import Limits
 from tgi.core.errors import TOOL, VALIDATION, RequestError
 from tgi.core.messages import Sampling
 from tgi.router.grammar import UNSUPPORTED, Grammars, Wish, wish_of
-from tgi.router.tokenizer import Tokenizer
+from tgi.router.tokenizer import SHORT, Tokenizer
 from tgi.router.wire.base import Refusing
 from tgi.router.wire.native import GenerateParameters
-
-INLINE_CHARACTERS = 4096
-"""Longer texts are worked on beside the event loop: they would hold up every stream for milliseconds."""
 
 MAX_STOP_TOKEN_IDS = 64
 """Models have a handful; each one is a look-up for each token."""
@@ -220,8 +217,9 @@ class Validator:
         return await self._tokenize(self._tokenizer.spans, text, add_special_tokens)
 
     async def apart(self, work: Callable[[], Result], size: int) -> Result:
-        """Do ``work`` on ``size`` characters: at once if that is quick, otherwise beside the event loop."""
-        return work() if size <= INLINE_CHARACTERS else await self.beside(work)
+        """Do ``work`` on ``size`` characters: at once if they are short, otherwise beside the event loop, of which it
+        would hold up every stream."""
+        return work() if size <= SHORT else await self.beside(work)
 
     async def beside(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` beside the event loop."""
