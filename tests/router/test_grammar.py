@@ -21,6 +21,7 @@ from tgi.router.wire.base import Unreadable, decode
 from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, RegexGrammar
 from tgi.router.wire.native import GenerateParameters
 from tgi.router.wire.openai import OpenAIRequest
+from tgi.router.worker import LostError
 
 END = 2
 TOKENIZER = LLTokenizer(small_tokenizers.serialized("byte_level"), eos_token=[END])
@@ -422,6 +423,17 @@ def test_a_process_that_is_lost_is_started_again(grammars: Grammars):
     assert grammars._worker._process is not None
     grammars._worker._process.kill()
     (found,) = compile_by(grammars, Wish("regex", "second"))
+    assert isinstance(found, str)
+
+
+def test_a_process_that_is_lost_again_refuses_that_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch):
+    def lose(question: bytes) -> bytes:
+        raise LostError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grammars._worker, "ask", lose)
+        assert "too much time or memory" in refusal(grammars, Wish("regex", "third"))
+    (found,) = compile_by(grammars, Wish("regex", "third"))
     assert isinstance(found, str)
 
 

@@ -42,6 +42,13 @@ def start(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 def check(matcher: LLMatcher) -> None:
     """Raise GrammarError if the matcher has failed."""
-    if matcher.is_error():
-        error = matcher.get_error().replace("<non-verbose/>", "").replace("NoExtensionBias", "no text satisfies it")
-        raise GrammarError(" ".join(error.split()))
+    if (error := failure(matcher)) is not None:
+        raise GrammarError(error)
+
+
+def failure(matcher: LLMatcher) -> str | None:
+    """How the matcher has failed, in one line, if it has."""
+    if not matcher.is_error():
+        return None
+    error = matcher.get_error().replace("<non-verbose/>", "").replace("NoExtensionBias", "no text satisfies it")
+    return " ".join(error.split())

@@ -46,9 +46,12 @@ class Request:
         """Let the grammar, if there is one, see the next token. Returns what has gone wrong with it."""
         if self.matcher is None:
             return None
+        from tgi.core.grammar import failure
+
         if token is not None:
             self.matcher.consume_token(token.id)
-        return f"grammar: {self.matcher.get_error()}" if self.matcher.is_error() else None
+        error = failure(self.matcher)
+        return None if error is None else f"grammar: {error}"
 
     def finish_reason(self) -> FinishReason | None:
         """Why the request ends with the tokens it has, if it does. An end token in the last place counts as one."""

@@ -26,7 +26,7 @@ from tgi.router.wire.grammar import (
     TextFormat,
 )
 from tgi.router.wire.openai import OpenAIRequest
-from tgi.router.worker import Worker
+from tgi.router.worker import LostError, Worker
 
 LONGEST = 1 << 18
 """Characters of a grammar."""
@@ -34,6 +34,7 @@ LONGEST = 1 << 18
 REMEMBERED = 1 << 22
 """Characters of the grammars whose verdict is kept."""
 
+EXHAUSTED = "it takes too much time or memory"
 UNSUPPORTED = "grammar is not supported"
 INVALID = "grammar is not valid: "
 UNENFORCEABLE = "cannot compile regex from schema: "
@@ -168,7 +169,11 @@ class Grammars:
             self._remembered -= len(oldest.text)
 
     def _try(self, wish: Wish) -> Verdict:
-        return msgspec.msgpack.decode(self._worker.ask(msgspec.msgpack.encode(wish)), type=Verdict)
+        try:
+            answer = self._worker.ask(msgspec.msgpack.encode(wish))
+        except LostError:  # for the second time; that is no verdict to remember
+            raise _invalid(INVALID + EXHAUSTED) from None
+        return msgspec.msgpack.decode(answer, type=Verdict)
 
 
 # --- What is wrong with a schema, and where --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
 from tgi.core.grammar import GrammarError, check, load_tokenizer, start
-from tgi.router.grammar import Verdict, Wish
+from tgi.router.grammar import EXHAUSTED, Verdict, Wish
 from tgi.router.worker import bound, serve
 
 SECONDS = 1
@@ -77,7 +77,7 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
         answer = stream.read()
     _, status = os.waitpid(child, 0)
     if status != 0:
-        return Verdict(error="it takes too much time or memory")
+        return Verdict(error=EXHAUSTED)
     return msgspec.msgpack.decode(answer, type=Verdict)
 
 
