@@ -47,8 +47,9 @@ def test_no_key_no_answer(locked: Router, path: str, value: str | None) -> None:
 
 
 @pytest.mark.parametrize("path", PROTECTED)
-def test_with_the_key_the_body_is_read(locked: Router, path: str) -> None:
-    headers = {b"authorization": "Bearer Käse-1".encode(), b"content-type": b"application/json"}
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_with_the_key_the_body_is_read(locked: Router, path: str, scheme: str) -> None:
+    headers = {b"authorization": f"{scheme} Käse-1".encode(), b"content-type": b"application/json"}
     assert locked.http.post(path, content=b"{", headers=headers).status_code == 400
 
 

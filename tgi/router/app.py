@@ -73,9 +73,11 @@ class Endpoint:
     def _may(self, call: Call, row: routes.Row) -> bool:
         if self._key is None:
             return True
-        bearer = hmac.compare_digest(call.header(b"authorization"), b"Bearer " + self._key)
-        header = row.key_header
-        return bearer or (header is not None and hmac.compare_digest(call.header(header.encode()), self._key))
+        scheme, _, token = call.header(b"authorization").partition(b" ")
+        given = [token] if scheme.lower() == b"bearer" else []
+        if row.key_header is not None:
+            given.append(call.header(row.key_header.encode()))
+        return any(hmac.compare_digest(key, self._key) for key in given)
 
     async def _serve(self, call: Call, row: routes.Row, service: Service) -> None:
         try:
