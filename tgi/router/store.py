@@ -28,6 +28,8 @@ class ResponseStore:
 
     def put(self, id: str, stored: Stored) -> None:
         """``id`` is new. What is larger than the store isn't kept."""
+        if _size(stored) > self._max_bytes:
+            return
         self._stored[id] = stored
         self._bytes += _size(stored)
         while len(self._stored) > self._max_responses or self._bytes > self._max_bytes:
