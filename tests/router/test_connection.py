@@ -63,6 +63,27 @@ def test_half_closed_clients_are_gone(tmp_path: Path) -> None:
             assert answer(client) == b""
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the kernel doesn't tell")
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_clients_that_sent_requests_ahead_and_left_are_gone(tmp_path: Path, ahead: int) -> None:
+    with Router(settings(tmp_path), delay=0.05) as router:
+        with router.send_raw("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 150}}) as client:
+            client.sendall(b"GET /info HTTP/1.1\r\nhost: x\r\n\r\n" * ahead)
+            until(lambda: router.service.client.open == 1)
+        until(lambda: router.service.client.open == 0, 5)
+        assert len(router.engine.cancels) == 1
+
+
+def test_requests_sent_ahead_are_answered_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "GLANCE", 0.01)
+    with Router(settings(tmp_path), delay=0.02) as router:
+        router.says("a</s>")
+        with router.send_raw("/generate", {"inputs": "x"}) as client:
+            client.sendall(b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n" * 3)
+            client.sendall(b"GET /ping HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert answer(client).count(b"HTTP/1.1 200 OK") == 5
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such limit")
 def test_a_client_that_never_reads_loses_its_place(tmp_path: Path) -> None:
     limits = replace(LIMITS, max_concurrent_requests=1, max_total_tokens=200_000)

@@ -3,8 +3,9 @@
 import asyncio
 import re
 import socket
+from collections import deque
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 LONGEST_HEAD = 1 << 18
 """Bytes of request line and headers: more would only fill the memory. Give or take one read of the socket."""
@@ -14,6 +15,12 @@ HEAD_PATIENCE = 60.0
 
 READER_PATIENCE = 120.0
 """Seconds that a client may read nothing of what it was sent, or acknowledge nothing: it holds a place of others."""
+
+GLANCE = 0.5
+"""Seconds between looks whether the client is still there, while requests wait behind the one that is answered."""
+
+_ESTABLISHED = 1
+"""Of Linux's tcp_states.h: both ends may send."""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -34,7 +41,11 @@ def watch_readers(listener: socket.socket, patience: float = READER_PATIENCE) ->
 
 class Connection(HttpToolsProtocol):
     """Bounds a request's head in size and time, and doesn't hear offers to upgrade: Java's clients offer HTTP/2 at
-    first, and httptools, once it has heard that, drops the body."""
+    first, and httptools, once it has heard that, drops the body.
+
+    Notices that the client leaves also where requests have been sent ahead of answers: uvicorn then stops reading, and
+    would tell only the last request.
+    """
 
     patience = HEAD_PATIENCE
 
@@ -42,14 +53,19 @@ class Connection(HttpToolsProtocol):
     _head = 0
     """Bytes of the head so far."""
     _timer: asyncio.TimerHandle | None = None
+    _glancing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base class
         super().connection_made(transport)
+        self._unanswered = deque[RequestResponseCycle]()
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        for cycle in self._unanswered:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body:
@@ -70,10 +86,24 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._in_body = False, True
         self._stop_waiting()
         super().on_headers_complete()
+        while self._unanswered and self._unanswered[0].response_complete:
+            self._unanswered.popleft()
+        self._unanswered.append(self.cycle)
+        if self.pipeline and self._glancing is None:
+            self._glance()
 
     def on_message_complete(self) -> None:
         self._in_body = False
         super().on_message_complete()
+
+    def _glance(self) -> None:
+        self._glancing = None
+        if not self.pipeline or self.transport.is_closing():
+            return
+        if _is_there(self.transport.get_extra_info("socket")):
+            self._glancing = self.loop.call_later(GLANCE, self._glance)
+        else:
+            self.transport.abort()
 
     def _await_head(self) -> None:
         self._stop_waiting()
@@ -88,3 +118,10 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self.transport.write(_LATE)
         self.transport.close()
+
+
+def _is_there(client: socket.socket) -> bool:
+    if not hasattr(socket, "TCP_INFO"):
+        return True
+    state, *_ = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state == _ESTABLISHED
