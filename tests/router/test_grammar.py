@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
+import msgspec
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
@@ -130,6 +131,31 @@ def test_choices_are_taken_as_they_are():
     spelling = compiled(native({"type": "choice", "value": options}))
     assert all(accepts(spelling, option) for option in options)
     assert not any(accepts(spelling, text) for text in ("b", "1", "aa", "a "))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "answer"),
+    [
+        ({"type": "json", "value": POINT}, '{"x": 1}'),
+        ({"type": "regex", "value": r"a/b|c\n"}, "a/b"),
+        ({"type": "choice", "value": ["a/b", '"']}, '"'),
+        ({"type": "grammar", "value": 'start: "(" start ")" | "x"'}, "((x))"),
+        ({"type": "grammar", "value": 'root ::= "x" y\ny ::= "z"'}, "xz"),
+    ],
+)
+def test_a_frame_around_an_answer(grammar: dict[str, Any], answer: str):
+    frame = 'start: THOUGHT "</think>" @answer\nTHOUGHT: /[a-z ]*/'
+    verdict = judge(TOKENIZER, msgspec.structs.replace(wish_of(native(grammar)), frame=frame))
+    assert not verdict.error
+    for thought in ("", "so be it"):
+        assert accepts(verdict.grammar, f"{thought}</think>{answer}")
+        for text in (answer, thought, f"{thought}</think>", f"{thought}</think>{answer}!", f"8</think>{answer}"):
+            assert not accepts(verdict.grammar, text)
+
+
+def test_what_is_wrong_in_a_frame(grammars: Grammars):
+    assert "unclosed group" in refusal(grammars, Wish("regex", "(a", 'start: "<" @answer'))
+    assert "unknown grammar @nobody" in refusal(grammars, Wish("regex", "a", "start: @nobody"))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ class Wish(msgspec.Struct, frozen=True, array_like=True):
 
     format: Literal["json_schema", "regex", "choice", "grammar", "llguidance"]
     text: str
+    frame: str = ""
+    """Lark in which ``@answer`` stands for what is wished; without it, that is all."""
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True):

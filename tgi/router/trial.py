@@ -4,6 +4,7 @@ so that no grammar, whatever it does to llguidance, harms the router or the engi
 Is asked wishes and answers verdicts, as ``worker`` has it. Knows llguidance; knows no request.
 """
 
+import json
 import os
 import random
 import sys
@@ -35,13 +36,29 @@ WALK = 0.1
 def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     """Compile a grammar, and look whether tokens can follow it."""
     try:
-        grammar = llguidance.grammar_from(wish.format, wish.text)
+        grammar = composed(wish)
         fresh = start(tokenizer, grammar)
         for seed in range(WALKS):
             _walk(fresh.deep_copy(), random.Random(seed))
     except (GrammarError, ValueError) as error:
         return Verdict(error=" ".join(str(error).split()))
     return Verdict(grammar)
+
+
+def composed(wish: Wish) -> str:
+    """The grammar as llguidance reads it, in JSON. Raises ValueError for what is no grammar."""
+    match wish.format:
+        case "json_schema":
+            part = f'"json_schema": {wish.text}'
+        case "regex":
+            (spelled,) = msgspec.json.decode(llguidance.grammar_from("regex", wish.text))["grammars"]
+            part = f'"lark_grammar": {json.dumps(spelled["lark_grammar"])}'
+        case "choice" | "grammar":
+            part = f'"lark_grammar": {json.dumps(llguidance.grammar_from(wish.format, wish.text))}'
+        case "llguidance":
+            part = f'"lark_grammar": {json.dumps(wish.text)}'
+    frame = f'{{"name": "frame", "lark_grammar": {json.dumps(wish.frame)}}}, ' if wish.frame else ""
+    return f'{{"grammars": [{frame}{{"name": "answer", {part}}}]}}'
 
 
 def _walk(matcher: LLMatcher, chance: random.Random) -> None:
