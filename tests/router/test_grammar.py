@@ -153,6 +153,18 @@ def test_a_frame_around_an_answer(grammar: dict[str, Any], answer: str):
             assert not accepts(verdict.grammar, text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'start: "a" b\nb: "c"',
+        '{"grammars": [{"lark_grammar": "start: \\"a\\" @b"}, {"name": "b", "lark_grammar": "start: \\"c\\""}]}',
+    ],
+)
+def test_a_frame_around_a_grammar_of_our_own(text: str):
+    verdict = judge(TOKENIZER, Wish("llguidance", text, 'start: "<" @answer ">"'))
+    assert accepts(verdict.grammar, "<ac>") and not accepts(verdict.grammar, "ac")
+
+
 def test_what_is_wrong_in_a_frame(grammars: Grammars):
     assert "unclosed group" in refusal(grammars, Wish("regex", "(a", 'start: "<" @answer'))
     assert "unknown grammar @nobody" in refusal(grammars, Wish("regex", "a", "start: @nobody"))

@@ -4,7 +4,6 @@ so that no grammar, whatever it does to llguidance, harms the router or the engi
 Is asked wishes and answers verdicts, as ``worker`` has it. Knows llguidance; knows no request.
 """
 
-import json
 import os
 import random
 import sys
@@ -45,20 +44,33 @@ def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     return Verdict(grammar)
 
 
+class Part(msgspec.Struct):
+    """One of the grammars that make up one; the first is where a text begins."""
+
+    name: str | None = None
+    lark_grammar: str | None = None
+    json_schema: msgspec.Raw | None = None
+
+
+class Parts(msgspec.Struct):
+    grammars: list[Part]
+
+
 def composed(wish: Wish) -> str:
-    """The grammar as llguidance reads it, in JSON. Raises ValueError for what is no grammar."""
-    match wish.format:
-        case "json_schema":
-            part = f'"json_schema": {wish.text}'
-        case "regex":
-            (spelled,) = msgspec.json.decode(llguidance.grammar_from("regex", wish.text))["grammars"]
-            part = f'"lark_grammar": {json.dumps(spelled["lark_grammar"])}'
-        case "choice" | "grammar":
-            part = f'"lark_grammar": {json.dumps(llguidance.grammar_from(wish.format, wish.text))}'
-        case "llguidance":
-            part = f'"lark_grammar": {json.dumps(wish.text)}'
-    frame = f'{{"name": "frame", "lark_grammar": {json.dumps(wish.frame)}}}, ' if wish.frame else ""
-    return f'{{"grammars": [{frame}{{"name": "answer", {part}}}]}}'
+    """The grammar as llguidance reads it. Raises ValueError for what is no grammar."""
+    text = wish.text if wish.format == "json_schema" else llguidance.grammar_from(wish.format, wish.text)
+    if wish.format == "llguidance" and not wish.frame:
+        return text
+    if wish.format == "json_schema":
+        parts = [Part(json_schema=msgspec.Raw(text.encode()))]
+    elif wish.format in ("choice", "grammar") or not text.startswith("{"):
+        parts = [Part(lark_grammar=text)]
+    else:
+        parts = msgspec.json.decode(text, type=Parts).grammars
+    if wish.frame:
+        parts[0].name = "answer"
+        parts.insert(0, Part("frame", wish.frame))
+    return msgspec.json.encode(Parts(parts)).decode()
 
 
 def _walk(matcher: LLMatcher, chance: random.Random) -> None:
