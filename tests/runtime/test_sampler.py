@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tgi.core import watermark
 from tgi.core.messages import Sampling, Submit, Token
 from tgi.core.plan import Work
 from tgi.runtime import sampler
@@ -182,16 +183,34 @@ def test_a_watermark_favours_the_green_list_of_the_last_token(
 
 
 def test_a_watermark_shows_in_greedy_and_sampled_text(logits: torch.Tensor):
-    green = set(sampler._green(1, VOCABULARY, 0.25).tolist())
+    green = set(watermark.green(1, VOCABULARY, 0.25).nonzero()[0].tolist())
     assert len(green) == VOCABULARY // 4
     flat = logits / 10
     for greedy in (True, False):
         shares = []
-        for watermark in (None, (0.25, 4.0)):
-            works = [work(Sampling(greedy=greedy, seed=seed, watermark=watermark), [1]) for seed in range(400)]
+        for marked in (None, (0.25, 4.0)):
+            works = [work(Sampling(greedy=greedy, seed=seed, watermark=marked), [1]) for seed in range(400)]
             tokens = drawn(flat[torch.arange(400) % 8], *works)
             shares.append(sum(token.id in green for token in tokens) / 400)
         assert shares[0] < 0.5 and shares[1] > 0.9
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_watermark_is_found_by_its_test(logits: torch.Tensor, greedy: bool):
+    for marked in (None, (0.25, 4.0)):
+        ids = [1]
+        for position in range(100):
+            row = logits[position % 8, None].roll(position) / 10
+            (token,) = drawn(row, work(Sampling(greedy=greedy, seed=5, watermark=marked), [1], ids[1:]))
+            ids.append(token.id)
+        assert (watermark.detect(ids, VOCABULARY, 0.25).z > 8) == (marked is not None)
+
+
+def test_a_watermark_of_all_or_nothing_changes_no_draw(logits: torch.Tensor):
+    plain = drawn(logits, *[work(Sampling(greedy=False, seed=seed), [1]) for seed in range(8)])
+    for gamma in (0.0, 1.0):
+        works = [work(Sampling(greedy=False, seed=seed, watermark=(gamma, 2.0)), [1]) for seed in range(8)]
+        assert [token.id for token in drawn(logits, *works)] == [token.id for token in plain]
 
 
 def test_draws_follow_the_distribution():

@@ -13,6 +13,7 @@ import torch
 
 from tgi.core.messages import Sampling, Token
 from tgi.core.plan import Work
+from tgi.core.watermark import green
 
 NOT_A_NUMBER = "the model's output is not a number"
 
@@ -26,8 +27,6 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _BUCKET = 256
 """The draw first chooses a bucket of this many tokens, then the token in it."""
-_WATERMARK_PRIME = 15485863
-"""The millionth prime, as in the published code."""
 
 
 def sample(logits: torch.Tensor, works: Sequence[Work], allowed: Sequence[Any] = ()) -> list[Token | str]:
@@ -104,7 +103,7 @@ def _change(row: torch.Tensor, work: Work) -> None:
     sampling = work.submit.sampling
     if sampling.watermark is not None:
         gamma, delta = sampling.watermark
-        row[_green(work.tokens[-1], len(row), gamma).to(row.device)] += delta
+        row.add_(torch.from_numpy(green(work.tokens[-1], len(row), gamma)).to(row.device), alpha=delta)
     if _penalizes(sampling):
         _History.of(work, row.device).apply(row, sampling)
     if _may_not_stop(work):
@@ -124,12 +123,6 @@ def _may_not_stop(work: Work) -> bool:
     """Whether ``min_tokens`` still keeps the stop tokens away: a matter of the position alone."""
     submit = work.submit
     return len(work.tokens) - submit.prompt_length < submit.sampling.min_tokens and bool(submit.stop_token_ids)
-
-
-def _green(previous: int, vocabulary: int, gamma: float) -> torch.Tensor:
-    """Ids that a watermark (Kirchenbauer et al. 2023) favours behind the token ``previous``; the same on any device."""
-    generator = torch.Generator().manual_seed(_WATERMARK_PRIME * previous)
-    return torch.randperm(vocabulary, generator=generator)[: int(gamma * vocabulary)]
 
 
 def _penalizes(s: Sampling) -> bool:
