@@ -66,6 +66,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     grammars: bool = True
     """Whether requests may say what their answers must spell."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls; "auto" sees it by the chat template."""
+    reasoning_parser: str = "auto"
+    """How it writes reasoning; "none" leaves that in the text."""
     api_key: str | None = None
     cors_allow_origin: list[str] = []
     tokenizer_config_path: str | None = None

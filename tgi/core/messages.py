@@ -16,6 +16,16 @@ FinishReason = Literal["length", "eos_token"]
 """Why the engine stopped. Stop strings are found by the router, which sees text."""
 
 
+class Thinking(msgspec.Struct, array_like=True, frozen=True):
+    """How long a reply may reason."""
+
+    budget: int
+    """Generated tokens after which reasoning that goes on is closed."""
+    opens: str
+    """A reply that doesn't begin with this doesn't reason; "": it begins within its reasoning."""
+    closes: str
+
+
 class Sampling(msgspec.Struct, array_like=True, frozen=True):
     """How the next token is chosen. Defaults are neutral; neutral values cost nothing."""
 
@@ -40,6 +50,7 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True):
     """What the tokens must spell, as llguidance reads it; "" for anything."""
     end_token_ids: list[int] = []
     """The model's own end tokens, which a grammar allows where it may end; sent only with one."""
+    thinking: Thinking | None = None
     top_n_tokens: int = 0
     """Also of each prompt token, where ``prompt_logprobs`` asks for those."""
 

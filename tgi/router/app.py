@@ -30,6 +30,7 @@ from tgi.router import openapi, routes
 from tgi.router.call import Call
 from tgi.router.client import EngineClient
 from tgi.router.connection import Connection, watch_readers
+from tgi.router.formats import format_of
 from tgi.router.grammar import Grammars
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics
@@ -146,6 +147,12 @@ def build(settings: Settings) -> Service:
     metrics = Metrics(settings.limits)
     grammars = Grammars(folder / "tokenizer.json", tokenizer.eos_ids) if settings.grammars else None
     watermark = settings.watermark_gamma, settings.watermark_delta
+    formats = {
+        name: format_of(source, tokenizer.added, settings.tool_call_parser, settings.reasoning_parser).spelled_with(
+            {text: id for text, id in tokenizer.added.items() if id in tokenizer.special_ids}
+        )
+        for name, source in {"default": "", **tokenizer.chat_templates}.items()
+    }
     return Service(
         settings=settings,
         tokenizer=tokenizer,
@@ -155,6 +162,7 @@ def build(settings: Settings) -> Service:
             largest=4 * settings.limits.payload_limit,
             count=settings.limits.validation_workers,
         ),
+        formats=formats,
         validator=Validator(settings.limits, tokenizer, watermark, grammars),
         client=EngineClient(settings.socket, metrics),
         metrics=metrics,

@@ -4,21 +4,20 @@ A dialect translates its request into a ChatRequest, which is the router's own t
 into its own events or its own answer. Knows no event and no answer of any dialect.
 """
 
+import dataclasses
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-
-from tgi.router.grammar import grammar_of
+from tgi.core.messages import Thinking
 from tgi.router.pipeline import Piece, Run, Service, interleave
-from tgi.router.tools import CallDelta as CallDelta
-from tgi.router.tools import ReplyParser, Tools, spelled, tools_of
-from tgi.router.validate import invalid, refuse
+from tgi.router.prompt import Prompt, is_greedy, prompt_of, to_parameters
+from tgi.router.reply import CallDelta, ReplyParser
+from tgi.router.tools import ReplyGrammar, Tools, tools_of
+from tgi.router.validate import Generation, invalid, refuse
 from tgi.router.wire.native import FinishReason as NativeFinishReason
 from tgi.router.wire.native import GenerateParameters
-from tgi.router.wire.openai import ChatRequest, FinishReason, ImagePart, Message, OpenAIRequest
+from tgi.router.wire.openai import ChatRequest, FinishReason
 
 FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 
@@ -29,6 +28,7 @@ class Said:
 
     choice: int
     piece: Piece
+    reasoning: str
     text: str
     calls: list[CallDelta]
     finish: FinishReason | None
@@ -48,6 +48,7 @@ class Reply:
     """One whole answer."""
 
     run: Run
+    reasoning: str = ""
     text: str = ""
     calls: list[Call] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
@@ -60,27 +61,35 @@ class Conversation:
     A whole answer is the sum of what is said, so that streams and whole answers agree.
     """
 
-    def __init__(self, runs: list[Run], tools: Tools | None) -> None:
+    def __init__(self, runs: list[Run], parsers: list[ReplyParser], *, silent: bool = False) -> None:
+        """``silent``: reasoning isn't told."""
         self.runs = runs
-        self._parsers = [tools.parser() if tools else ReplyParser([]) for _ in runs]
+        self.reasoning_tokens = 0
+        """So far, of all answers."""
+        self._parsers = parsers
+        self._silent = silent
 
     async def __aiter__(self) -> AsyncIterator[Said]:
         async for choice, piece in interleave(self.runs):
             parser = self._parsers[choice]
-            text, calls = parser.push(piece.text)
+            thinking = parser.thinking
+            parsed = parser.push(piece.text)
             finish = FINISH[piece.finish] if piece.finish else None
             if finish is not None:
-                rest, more = parser.finish()
-                text, calls = text + rest, calls + more
+                rest = parser.finish()
+                parsed.reasoning += rest.reasoning
+                parsed.text += rest.text
                 if finish == "stop" and parser.complete:
                     finish = "tool_calls"
-            yield Said(choice, piece, text, calls, finish)
+            self.reasoning_tokens += thinking or parser.thinking
+            yield Said(choice, piece, "" if self._silent else parsed.reasoning, parsed.text, parsed.calls, finish)
 
     async def replies(self) -> list[Reply]:
         replies = [Reply(run) for run in self.runs]
         async for said in self:
             reply = replies[said.choice]
             reply.pieces.append(said.piece)
+            reply.reasoning += said.reasoning
             reply.text += said.text
             for delta in said.calls:
                 if delta.id is not None:
@@ -106,123 +115,44 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     parameters = to_parameters(request, max_tokens, request.top_logprobs, add_special_tokens=False)
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
-        prompt = await _prompt_of(service, request, tools)
-        grammar = ""
-        if tools is not None:
-            # A token that ends the generation ends it in the grammar, too.
-            special_ids = service.tokenizer.special_ids - service.tokenizer.eos_ids
-            grammar = await tools.enforced(special_ids, service.validator.compile)
-        generation = await service.validator.validate(prompt, parameters, greedy=is_greedy(request), grammar=grammar)
+        prompt = await prompt_of(service, request, tools)
+        generation = await _generation(service, request, prompt, tools, parameters)
         runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:
             await stack.enter_async_context(run)
-        yield Conversation(runs, tools)
+        format = prompt.format
+        if request.separate_reasoning is False:
+            format = dataclasses.replace(format, reasoning=None)
+        schemas = {} if tools is None else tools.schemas
+        parsers = [ReplyParser(format, schemas, thinking=prompt.thinking and bool(format.reasoning)) for _ in runs]
+        yield Conversation(runs, parsers, silent=request.include_reasoning is False)
 
 
-async def prompt_of(service: Service, request: ChatRequest) -> str:
-    """The conversation and its tools as the model's template writes them. A last message by the assistant is gone on
-    with."""
-    return await _prompt_of(service, request, tools_of(request))
-
-
-async def _prompt_of(service: Service, request: ChatRequest, tools: Tools | None) -> str:
-    template = await service.templates.choose(tools=tools is not None, documents=bool(request.documents))
-    last = request.messages[-1] if request.messages else None
-    goes_on = request.continue_final_message
-    if goes_on and request.add_generation_prompt:
-        raise invalid("`continue_final_message` and `add_generation_prompt` must not both be true")
-    if goes_on is None and not request.add_generation_prompt:
-        goes_on = last is not None and last.role == "assistant" and last.content is not None and not last.tool_calls
-    messages = [_as_template_reads(message, template.takes_calls) for message in request.messages]
-    if tools is not None:
-        told = tools.instructions(request.tool_prompt, shown=template.takes_tools)
-        for message in reversed(messages):
-            if message["role"] != "assistant" and message["content"] is not None:
-                message["content"] = _with_text(message["content"], told)
-                break
-    options = request.chat_template_kwargs or {}
-    if request.reasoning_effort is not None:
-        if "reasoning_effort" not in template.options:
-            raise invalid("`reasoning_effort` is not supported: the model's chat template doesn't read it")
-        options = {"reasoning_effort": request.reasoning_effort} | options
-    prompt = await service.templates.render(
-        template,
-        messages=messages,
-        tools=tools.definitions if tools and template.takes_tools else None,
-        add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
-        continue_final_message=goes_on or False,
-        documents=request.documents or None,
-        options=options,
-    )
-    # Where nobody asks for the continuation by its name it is TGI's, which ends without white space.
-    return prompt.rstrip() if goes_on and request.continue_final_message is None else prompt
-
-
-def is_greedy(request: OpenAIRequest) -> bool:
-    return request.temperature == 0 or request.top_p == 0
-
-
-def to_parameters(
-    request: OpenAIRequest, max_tokens: int | None, top_logprobs: int | None = None, *, add_special_tokens: bool = True
-) -> GenerateParameters:
-    """In TGI's terms. OpenAI samples unless told not to; its ``top_p`` includes both ends: 0 is greedy, 1 is off; its
-    seeds have a sign. ``add_special_tokens``: what the route does unless told otherwise."""
-    if request.top_p is not None and not 0 <= request.top_p <= 1:
-        raise invalid("`top_p` must be >= 0.0 and <= 1.0")
-    logit_bias = request.logit_bias or None
-    if isinstance(logit_bias, list):
-        raise invalid("`logit_bias` as a list is not supported: send an object of token ids and biases")
-    return GenerateParameters(
-        do_sample=True,
-        temperature=request.temperature or None,
-        top_p=None if request.top_p in (0, 1) else request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        logit_bias=logit_bias,
-        max_new_tokens=max_tokens,
-        min_tokens=request.min_tokens,
-        ignore_eos=request.ignore_eos or False,
-        stop=[request.stop] if isinstance(request.stop, str) else request.stop or [],
-        stop_token_ids=request.stop_token_ids or [],
-        include_stop_str_in_output=request.include_stop_str_in_output or False,
-        skip_special_tokens=request.skip_special_tokens is not False,
-        add_special_tokens=add_special_tokens if request.add_special_tokens is None else request.add_special_tokens,
-        watermark=request.watermark or False,
-        seed=request.seed if request.seed is None or request.seed >= 0 else request.seed % 2**64,
-        top_n_tokens=top_logprobs,
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt,
-        grammar=grammar_of(request),
+async def _generation(
+    service: Service, request: ChatRequest, prompt: Prompt, tools: Tools | None, parameters: GenerateParameters
+) -> Generation:
+    validator, tokenizer, format = service.validator, service.tokenizer, prompt.format
+    grammar = ReplyGrammar(format, prompt.thinking, tokenizer.eos_ids, tokenizer.special_ids - tokenizer.eos_ids)
+    own = ""
+    # Without grammars a model that was taught to call tools may still do so.
+    if tools is not None and (validator.has_grammars or tools.required or not format.calls.taught):
+        own = await tools.enforced(grammar, validator.compile)
+    return await validator.validate(
+        prompt.text,
+        parameters,
+        greedy=is_greedy(request),
+        grammar=own,
+        frame=grammar.framing() if parameters.grammar is not None and format.reasoning is not None else "",
+        shown=frozenset(format.special.values()),
+        thinking=_budget(request, prompt),
     )
 
 
-def _as_template_reads(message: Message, takes_calls: bool) -> dict[str, Any]:
-    """``takes_calls``: the template writes out tool calls; for another they are text."""
-    if not isinstance(message.content, str) and any(isinstance(part, ImagePart) for part in message.content or []):
-        raise invalid("`image_url` content is not supported")
-    try:
-        plain: dict[str, Any] = msgspec.to_builtins(message)
-        for call in plain["tool_calls"] or []:
-            call["function"] = _as_called(call["function"])
-        if plain["tool_calls"] and not takes_calls:
-            calls = spelled(call["function"] for call in plain["tool_calls"])
-            plain["content"] = _with_text(plain["content"], "\n" + calls) if plain["content"] else calls
-    except RecursionError:
-        raise invalid("the arguments of `tool_calls` are nested too deeply") from None
-    return plain
-
-
-def _with_text(content: str | list[dict[str, Any]], text: str) -> str | list[dict[str, Any]]:
-    return content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
-
-
-def _as_called(function: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends arguments as JSON in a string; templates write the object out themselves."""
-    arguments = function["parameters"] if function["arguments"] is None else function["arguments"]
-    if isinstance(arguments, str):
-        with suppress(msgspec.DecodeError):
-            arguments = msgspec.json.decode(arguments or "{}")
-    return {"name": function["name"], "arguments": {} if arguments is None else arguments}
+def _budget(request: ChatRequest, prompt: Prompt) -> Thinking | None:
+    """How long the reply may reason."""
+    budget = request.thinking_budget
+    if budget is None:
+        return None
+    if (reasoning := prompt.format.reasoning) is None:
+        raise invalid("`thinking_budget` is not supported: the model doesn't reason")
+    return Thinking(budget, "" if prompt.thinking else reasoning.opens, reasoning.closes)

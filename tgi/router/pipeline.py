@@ -5,7 +5,7 @@ Knows tokens, text and metrics; knows no dialect and no connection.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -15,6 +15,7 @@ from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
 from tgi.core.messages import Pooling, PromptToken
 from tgi.router.client import EngineClient, Ticket
+from tgi.router.formats import Format
 from tgi.router.journal import Journal
 from tgi.router.metrics import Metrics, Times
 from tgi.router.rendering import Templates
@@ -57,6 +58,8 @@ class Service:
     settings: Settings
     tokenizer: Tokenizer
     templates: Templates
+    formats: Mapping[str, Format]
+    """How the model's replies are spelled, by the names of its templates."""
     validator: Validator
     client: EngineClient
     metrics: Metrics

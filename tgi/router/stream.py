@@ -27,7 +27,10 @@ class Transcript:
 
     def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
         self._detokenizer = Detokenizer(
-            tokenizer, generation.token_ids, skip_special_tokens=generation.skip_special_tokens
+            tokenizer,
+            generation.token_ids,
+            skip_special_tokens=generation.skip_special_tokens,
+            shown=generation.shown,
         )
         self._stops = Stops(generation.stop, keep=generation.keep_stop)
         self._hidden_ends = frozenset(() if generation.keep_stop else generation.stop_token_ids)
@@ -61,9 +64,17 @@ class Detokenizer:
     here the whole characters of the run survive.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """``shown``: special tokens that aren't skipped."""
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # A generation continues its prompt's text, so a leading space stays. Special tokens are no text, whether they
         # are shown or not: both views of one generation have the same spaces.
@@ -72,7 +83,7 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; "" while a character is incomplete."""
         if token_id in self._tokenizer.special_ids:
-            return "" if self._skip else self._utf8.decode(self._tokenizer.token_bytes(token_id))
+            return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
         first, self._first = self._first, False
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, first=first))
 

@@ -43,6 +43,8 @@ class Tokenizer:
 
     special_ids: frozenset[int]
     """Tokens that steer the model and are no text."""
+    added: dict[str, int]
+    """Text → id of the tokens that stand beside the vocabulary proper: marks, special ones and others."""
     eos_ids: frozenset[int]
     """Tokens that end a generation: those that generation_config.json names (one or a list), or else config.json, and
     the tokenizer's own end token. A chat model's end of turn is often in only one of the two places."""
@@ -68,6 +70,7 @@ class Tokenizer:
 
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self.added = {token.content: id for id, token in added.items()}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), *(id + 1 for id in added), 0)
         self.special_tokens = {role: named[role] for role in ROLES if role in named}

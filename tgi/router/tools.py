@@ -1,24 +1,21 @@
-"""Tools: how a request's tools are told to the model, what its reply must spell, and the calls found in the reply.
+"""Tools: how a request's tools are told to the model, and what its reply must spell.
 
-One format so far, TGI's: a reply is text, or calls, each a line ``{"name": …, "parameters": {…}}``, and the model
-chooses with its first character. Knows tools and text; knows no token, template or dialect.
+Knows tools, formats and grammars; knows no token, template or dialect.
 """
 
-import json
-import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import msgspec
 
 from tgi.core.errors import TOOL, VALIDATION, RequestError
+from tgi.router.arguments import UnenforceableError
+from tgi.router.formats import PLACE, Calls, Format, words
 from tgi.router.grammar import UNSUPPORTED, Wish, grammar_of
-from tgi.router.wire.openai import ChatRequest, Function, NamedTool
-
-MOST_CALLS = 16
-"""Calls in one reply: a weak model left to itself would go on calling."""
+from tgi.router.lark import Lark
+from tgi.router.reply import MOST_CALLS
+from tgi.router.wire.openai import ChatRequest, Function, ToolSelection
 
 TOOL_PROMPT = (
     "\nGiven the functions available, please respond with a JSON for a function call with its proper arguments that "
@@ -26,8 +23,6 @@ TOOL_PROMPT = (
     "name and its value}.Do not use variables.\n"
 )
 """TGI's words, for a model whose template has none of its own."""
-
-_SPACE = " \t\r\n"
 
 _OR_TEXT = "If no function helps, respond in plain text.\n"
 
@@ -48,15 +43,22 @@ class Tools:
     """The definitions, for a template that doesn't."""
     required: bool
     """The reply is calls, never text."""
-    named: str | None
-    """The one function to be called, once."""
-    parallel: bool
-    """The reply may have more calls than one."""
+    allowed: Collection[str] | None
+    """The functions that may be called, if not all."""
+    named: bool
+    """One function is to be called, once."""
+    parallel: bool | None
+    """Whether the reply may have more calls than one; None: as the model was taught."""
 
     @property
     def usable(self) -> list[Function]:
         """Those that may be called."""
-        return [function for function in self.functions if self.named in (None, function.name)]
+        return [function for function in self.functions if self.allowed is None or function.name in self.allowed]
+
+    @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """The parameters of those that may be called, by their names."""
+        return {function.name: function.schema or {} for function in self.usable}
 
     def instructions(self, tool_prompt: str | None, *, shown: bool) -> str:
         """What the last message must say of the tools, which the template shows or not."""
@@ -65,49 +67,120 @@ class Tools:
         prompt = tool_prompt or (TOOL_PROMPT if self.required else TOOL_PROMPT + _OR_TEXT)
         return f"\n---\n{self.text}\n{prompt}"
 
-    def parser(self) -> "ReplyParser":
-        return ReplyParser([function.name for function in self.usable])
-
-    async def enforced(self, special_ids: Collection[int], compile: Callable[[Wish], Awaitable[str]]) -> str:
-        """The grammar, when it has been tried. Raises RequestError naming the tool whose parameters can't be enforced.
+    async def enforced(self, grammar: "ReplyGrammar", compile: Callable[[Wish], Awaitable[str]]) -> str:
+        """The grammar of the reply, when it has been tried. Raises RequestError naming the tool whose parameters can't
+        be enforced.
 
         ``compile`` raises RequestError for what the engine can't take.
         """
         try:
-            return await compile(Wish("llguidance", self.grammar(special_ids)))
+            return await compile(Wish("llguidance", grammar.of(self)))
         except RequestError as error:
             if error.detail == UNSUPPORTED:
                 raise
         for function in self.usable:
             try:
-                await compile(Wish("json_schema", _schema(function)))
+                schema = _schema(function) | {"x-guidance": {"lenient": function.strict is False}}
+                await compile(Wish("json_schema", msgspec.json.encode(schema).decode()))
             except RequestError as error:
                 raise RequestError(error.kind, f"the parameters of tool `{function.name}`: {error.detail}") from None
         raise RequestError(VALIDATION, "`tools` are too complex together")
 
-    def grammar(self, special_ids: Collection[int]) -> str:
-        """What the reply must spell, in llguidance's Lark.
 
-        ``special_ids``: tokens that may stand in plain text and have no text themselves.
-        """
-        calls = "call" if not self.parallel else f'call ("\\n" call){{0,{MOST_CALLS - 1}}}'
-        lines = [f"start: {calls}"]
-        if not self.required:
-            lines = [
-                f"start: text | SPACE {calls}",
-                r"SPACE: /[ \t\r\n]*/",
-                r"HEAD: /[ \t\r\n]*([^{ \t\r\n](.|\n)*)?/",
-                r"TEXT: /(.|\n)+/",
-                f"text: HEAD (<[{_ranges(special_ids)}]> TEXT?)*" if special_ids else "text: HEAD",
-            ]
-        lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(self.usable))))
-        for n, function in enumerate(self.usable):
-            head = f'{{"name": {_quoted(function.name)}, "parameters": '
-            lines += [
-                f'call_{n}: {json.dumps(head)} parameters_{n} "}}"',
-                f"parameters_{n}: %json {_schema(function)}",
-            ]
-        return "\n".join(lines)
+@dataclass(frozen=True, slots=True)
+class ReplyGrammar:
+    """What replies of a model must spell. Reasoning comes first and is free."""
+
+    format: Format
+    thinking: bool
+    """The prompt has opened the reasoning already."""
+    ends: Collection[int]
+    """Tokens that end a reply."""
+    free: Collection[int]
+    """Special tokens that may stand in any text."""
+
+    def of(self, tools: Tools) -> str:
+        """In llguidance's Lark: calls, or, unless they are required, text or calls."""
+        lark = self._lark()
+        return self._behind_reasoning(lark, _reply(lark, self.format.calls, tools), "")
+
+    def framing(self) -> str:
+        """Reasoning, and then what the rule ``@answer`` says."""
+        reasoning = self.format.reasoning
+        return self._behind_reasoning(self._lark(), "@answer", reasoning.answers if reasoning else "")
+
+    def _lark(self) -> Lark:
+        """Marks that tell where reasoning ends and a call begins are no text."""
+        calls, reasoning = self.format.calls, self.format.reasoning
+        telling = {words(calls.opens + calls.head)[0]} if calls.trigger == "word" else set()
+        if reasoning is not None:
+            telling |= {reasoning.opens, reasoning.closes}
+        special = self.format.special
+        return Lark(special, self.ends, set(self.free) - {special[mark] for mark in telling & special.keys()})
+
+    def _behind_reasoning(self, lark: Lark, body: str, answers: str) -> str:
+        """``answers``: how the body is opened."""
+        if (reasoning := self.format.reasoning) is not None:
+            thought = f"{lark.upto([reasoning.closes])} {_SPACE} {lark.spelled(reasoning.joint)}"
+            if not self.thinking:
+                thought = f"({lark.upto(words(reasoning.opens), anchored=True)} {thought})?"
+            body = f"{thought} {lark.spelled(answers)} {body}"
+        lark.rule(body, "start")
+        return str(lark)
+
+
+_SPACE = r"/[ \n]{0,4}/"
+"""Behind reasoning. Unbounded, weak models write nothing else."""
+
+
+def _reply(lark: Lark, calls: Calls, tools: Tools) -> str:
+    """Calls, or, unless they are required, text or calls."""
+    opening = calls.opens + calls.head
+    arguments = {function.name: _arguments(lark, calls, function) for function in tools.usable}
+
+    def rest(name: str, middle: str) -> str:
+        return f"{_numbered(lark, middle)} {arguments[name]} {lark.spelled(calls.tail)}"
+
+    def call(before: str) -> str:
+        begin = _numbered(lark, before)
+        return lark.either(
+            f"{begin} {lark.spelled(calls.called(name))} {rest(name, calls.middle)}" for name in arguments
+        )
+
+    if tools.required:
+        first = call(opening)
+    elif calls.trigger == "word":
+        word = words(opening)[0]
+        first = f"{lark.upto([word], anchored=calls.anchored)} {call(opening[len(word) :])}"
+    elif calls.trigger == "head":
+        first = f"{lark.upto(words(opening), anchored=calls.anchored)} {call(opening[len(opening.rstrip()) :])}"
+    else:
+        ends, middle = ([], calls.middle) if calls.quoted else (words(calls.middle), "")
+        first = lark.either(
+            f"{lark.upto([*words(opening), calls.called(name), *ends], anchored=calls.anchored)} {rest(name, middle)}"
+            for name in arguments
+        )
+    parallel = not tools.named and (calls.taught if tools.parallel is None else tools.parallel)
+    more = f"{call(calls.between + calls.head)}{{0,{MOST_CALLS - 1}}}" if parallel else ""
+    whole = f"{first} {more} {lark.spelled(calls.closes)}"
+    return whole if tools.required else lark.either([whole, lark.text()])
+
+
+def _numbered(lark: Lark, spelling: str) -> str:
+    return f" {_PLACES} ".join(lark.spelled(part) if part else "" for part in spelling.split(PLACE)) or '""'
+
+
+_PLACES = r"/1[0-5]|[0-9]/"
+
+
+def _arguments(lark: Lark, calls: Calls, function: Function) -> str:
+    try:
+        return lark.either([calls.style.rule(lark, _schema(function), function.strict is False)])
+    except UnenforceableError as error:
+        raise RequestError(
+            VALIDATION,
+            f"the parameters of tool `{function.name}`: `{error}` can't be enforced as this model writes calls",
+        ) from None
 
 
 def tools_of(request: ChatRequest) -> Tools | None:
@@ -121,24 +194,24 @@ def tools_of(request: ChatRequest) -> Tools | None:
     if not request.tools or choice == "none":
         return None
     functions = [tool.function for tool in request.tools]
-    named = choice.chosen if isinstance(choice, NamedTool) else None if choice in ("auto", "required") else choice
-    if named is not None and all(function.name != named for function in functions):
-        raise RequestError(TOOL, f"Tool with name {named} not found")
+    required, allowed, named = True, None, False
+    match choice:
+        case "auto" | "required":
+            required = choice == "required"
+        case ToolSelection():
+            some, allowed = choice.allowed, choice.names
+            required, named = some is None or some.mode == "required", some is None
+        case _:
+            named, allowed = True, [choice]
+    for name in allowed or []:
+        if all(function.name != name for function in functions):
+            raise RequestError(TOOL, f"Tool with name {name} not found")
     definitions = [_definition(function) for function in functions]
     try:
         text = msgspec.json.encode(definitions).decode()
     except RecursionError:
         raise RequestError(VALIDATION, "`tools` is nested too deeply") from None
-    parallel = named is None and request.parallel_tool_calls is True
-    return Tools(functions, definitions, text, choice != "auto", named, parallel)
-
-
-def spelled(calls: Iterable[Mapping[str, Any]]) -> str:
-    """Calls, each of a name and arguments, as the model would have written them."""
-    return "\n".join(
-        f'{{"name": {_quoted(call["name"])}, "parameters": {json.dumps(call["arguments"], ensure_ascii=False)}}}'
-        for call in calls
-    )
+    return Tools(functions, definitions, text, required, allowed, named, request.parallel_tool_calls)
 
 
 def _definition(function: Function) -> dict[str, Any]:
@@ -152,8 +225,14 @@ def _definition(function: Function) -> dict[str, Any]:
     }
 
 
-def _schema(function: Function) -> str:
-    """The parameters' JSON schema as the grammar takes it: of an object, in one fixed layout.
+_CLOSED_WITH = frozenset(
+    "$defs $id $schema default definitions description examples properties required title type".split()
+)
+"""Keywords that leave it to us whether an object has more properties than those named."""
+
+
+def _schema(function: Function) -> dict[str, Any]:
+    """The parameters' JSON schema as the grammar takes it: of an object.
 
     The object has no other properties than those named, unless the schema says more of them: TGI's way, and a weak
     model would go on adding. ``strict: false`` leaves to the model what can't be enforced.
@@ -162,161 +241,11 @@ def _schema(function: Function) -> str:
     if isinstance(schema["type"], list) and "object" in schema["type"]:
         schema["type"] = "object"
     if schema["type"] != "object":
-        raise RequestError(VALIDATION, 'the type of all together must be "object"')
+        raise RequestError(
+            VALIDATION, f'the parameters of tool `{function.name}`: the type of all together must be "object"'
+        )
     properties, required = schema.get("properties", {}), schema.get("required", [])
     named = isinstance(properties, dict) and isinstance(required, list) and set(map(str, required)) <= properties.keys()
     if named and schema.keys() <= _CLOSED_WITH:
         schema["additionalProperties"] = False
-    layout = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return json.dumps(schema | {"x-guidance": layout | {"lenient": function.strict is False}})
-
-
-def _quoted(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
-
-
-def _ranges(ids: Iterable[int]) -> str:
-    """1, 2, 3, 7 → "1-3,7"."""
-    runs = (list(run) for _, run in groupby(enumerate(sorted(ids)), lambda pair: pair[1] - pair[0]))
-    return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
-
-
-# --- The reply -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """What a tool call grows by. The first delta of a call has its id and name."""
-
-    index: int
-    """Of the call among the calls of its answer."""
-    arguments: str
-    """JSON, or a part of it."""
-    id: str | None = None
-    name: str | None = None
-
-
-class Parsed(NamedTuple):
-    """What a reply grows by."""
-
-    text: str
-    calls: list[CallDelta]
-
-
-class ReplyParser:
-    """A reply, pushed piece by piece: what in it is text, and what are calls.
-
-    However the reply is cut into pieces, the results add up to the same. Takes any text: what is no call of a known
-    tool is text, and so is all that follows it. Arguments are the model's own characters, as they come.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        """``names`` of the tools; without any, the reply is text."""
-        quoted = tuple(_quoted(name) for name in names)
-        self._head = (("{",), ('"name"',), (":",), quoted, (",",), ('"parameters"', '"arguments"'), (":",), ("{",))
-        self._reading: Literal["text", "head", "arguments", "tail"] = "head" if quoted else "text"
-        self._held = ""
-        """Read, and not yet known to be text or a call."""
-        self._calls = 0
-        self._opening: tuple[str, str] | tuple[None, None] = None, None
-        """Id and name for the next delta."""
-        self._object = _ObjectEnd()
-
-    @property
-    def complete(self) -> bool:
-        """Whether there are calls, and all of them whole."""
-        return self._calls > 0 and self._reading != "arguments"
-
-    def push(self, piece: str) -> Parsed:
-        self._held += piece
-        text, calls = "", list[CallDelta]()
-        while self._held:
-            match self._reading:
-                case "text":
-                    text += self._take(len(self._held))
-                case "head":
-                    words, end, possible = _match(self._held, self._head)
-                    if not possible:
-                        self._reading = "text"
-                    elif len(words) < len(self._head):
-                        break
-                    else:
-                        self._take(end - 1)  # the last brace opens the arguments
-                        self._opening = _new_id(), json.loads(words[3])
-                        self._calls += 1
-                        self._object = _ObjectEnd()
-                        self._reading = "arguments"
-                case "arguments":
-                    ended = self._object.find(self._held)
-                    calls.append(CallDelta(self._calls - 1, self._take(ended or len(self._held)), *self._opening))
-                    self._opening = None, None
-                    if ended:
-                        self._reading = "tail"
-                case "tail":
-                    words, end, possible = _match(self._held, (("}",),))
-                    if words:
-                        self._take(end)
-                        self._reading = "head"
-                    elif possible:
-                        break
-                    else:
-                        self._reading = "text"
-        return Parsed(text, calls)
-
-    def finish(self) -> Parsed:
-        """The reply is at its end. What was held back is text; behind calls it is space or the beginning of another,
-        and nothing."""
-        rest = self._take(len(self._held))
-        return Parsed("" if self._calls else rest, [])
-
-    def _take(self, length: int) -> str:
-        taken, self._held = self._held[:length], self._held[length:]
-        return taken
-
-
-class _ObjectEnd:
-    """Finds the end of a JSON object that comes in pieces."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def find(self, piece: str) -> int | None:
-        """Where in the next piece the object ends, if it ends there."""
-        for at, character in enumerate(piece, 1):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string:
-                self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return at
-        return None
-
-
-def _match(text: str, forms: Sequence[tuple[str, ...]]) -> tuple[list[str], int, bool]:
-    """The words at the beginning of a text, each one of its form, with JSON's space around them.
-
-    Returns (words found, where the last ends, whether the text is or may become all of them).
-    """
-    words: list[str] = []
-    end = 0
-    for form in forms:
-        at = len(text) - len(text[end:].lstrip(_SPACE))
-        word = next((word for word in form if text.startswith(word, at)), None)
-        if word is None:
-            return words, end, any(word.startswith(text[at:]) for word in form)
-        words.append(word)
-        end = at + len(word)
-    return words, end, True
-
-
-def _new_id() -> str:
-    return "call_" + secrets.token_hex(12)
+    return schema

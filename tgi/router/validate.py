@@ -14,7 +14,7 @@ import msgspec
 
 from tgi.core.config import Limits
 from tgi.core.errors import TOOL, VALIDATION, RequestError
-from tgi.core.messages import Sampling
+from tgi.core.messages import Sampling, Thinking
 from tgi.router.grammar import UNSUPPORTED, Grammars, Wish, wish_of
 from tgi.router.tokenizer import SHORT, Tokenizer
 from tgi.router.wire.base import Refusing
@@ -62,6 +62,8 @@ class Generation:
     """A stop string, or the text of a token that ends the generation, stays in the text."""
     stop_token_ids: list[int]
     skip_special_tokens: bool
+    shown: frozenset[int]
+    """Special tokens that stay in the text even so."""
     prompt_logprobs: bool
     cache_salt: bytes
     priority: int
@@ -142,12 +144,16 @@ class Validator:
         *,
         greedy: bool = False,
         grammar: str = "",
+        frame: str = "",
+        shown: frozenset[int] = frozenset(),
+        thinking: Thinking | None = None,
         generates: bool = True,
     ) -> Generation:
         """Judge and tokenise a text, or judge a prompt of token ids.
 
         ``greedy`` overrides what the parameters say about sampling; ``grammar``, as llguidance reads it, is the
-        caller's own; without ``generates`` only the prompt is computed, and ``max_new_tokens`` isn't looked at.
+        caller's own; ``frame`` is what stands around the parameters', see ``Wish``; ``shown``: special tokens that the
+        caller must see; without ``generates`` only the prompt is computed, and ``max_new_tokens`` isn't looked at.
         """
         self._check(prompt, parameters, generates)
         if isinstance(prompt, str):
@@ -174,10 +180,12 @@ class Validator:
                 f"`min_tokens` must be <= `max_new_tokens`. Given: {parameters.min_tokens} and {max_new_tokens}"
             )
         sampling, eos_ids = _sampling(parameters, greedy), self._tokenizer.eos_ids
-        if grammar := await self._grammar(parameters, grammar):
+        if grammar := await self._grammar(parameters, grammar, frame):
             sampling = msgspec.structs.replace(sampling, grammar=grammar, end_token_ids=sorted(eos_ids))
         if parameters.watermark:
             sampling = msgspec.structs.replace(sampling, watermark=self._watermark)
+        if thinking is not None:
+            sampling = msgspec.structs.replace(sampling, thinking=thinking)
         return Generation(
             parameters=parameters,
             text=prompt if isinstance(prompt, str) else await self._decode(token_ids),
@@ -187,21 +195,27 @@ class Validator:
             stop=parameters.stop,
             keep_stop=parameters.include_stop_str_in_output,
             skip_special_tokens=parameters.skip_special_tokens,
+            shown=shown,
             cache_salt=hashlib.sha256(parameters.cache_salt.encode()).digest() if parameters.cache_salt else b"",
             priority=parameters.priority,
             stop_token_ids=sorted({*parameters.stop_token_ids, *(() if parameters.ignore_eos else eos_ids)}),
             prompt_logprobs=parameters.decoder_input_details,
         )
 
-    async def _grammar(self, parameters: GenerateParameters, own: str) -> str:
+    @property
+    def has_grammars(self) -> bool:
+        """Whether it takes any."""
+        return self._grammars is not None
+
+    async def _grammar(self, parameters: GenerateParameters, own: str, frame: str) -> str:
         """As the engine takes it, "" if there is none. ``own`` is the caller's."""
         if own and parameters.grammar is not None:
             raise RequestError(TOOL, "Grammar and tools are mutually exclusive")
         if not own and parameters.grammar is None:
             return ""
-        return await self.compile(
-            Wish("llguidance", own) if parameters.grammar is None else wish_of(parameters.grammar)
-        )
+        if parameters.grammar is None:
+            return await self.compile(Wish("llguidance", own))
+        return await self.compile(msgspec.structs.replace(wish_of(parameters.grammar), frame=frame))
 
     async def compile(self, wish: Wish) -> str:
         """A grammar as the engine takes it. Raises RequestError for one that can't be enforced, in full."""

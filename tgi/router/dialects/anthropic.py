@@ -10,9 +10,11 @@ import msgspec
 from tgi.core.errors import RequestError
 from tgi.router import headers
 from tgi.router.call import Call, ErrorStyle, named_event
-from tgi.router.conversation import Conversation, converse, prompt_of
+from tgi.router.conversation import Conversation, converse
 from tgi.router.pipeline import Run, Service
+from tgi.router.prompt import prompt_of
 from tgi.router.segments import Begin, End, Finish, Grow, Segment, steps, whole
+from tgi.router.tools import tools_of
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.anthropic import (
     AnthropicMessage,
@@ -54,10 +56,10 @@ from tgi.router.wire.openai import (
     FunctionCall,
     ImagePart,
     Message,
-    NamedTool,
     TextPart,
     Tool,
     ToolCall,
+    ToolSelection,
 )
 
 
@@ -75,8 +77,9 @@ async def messages(call: Call, service: Service, request: MessagesRequest) -> No
 
 
 async def count_tokens(call: Call, service: Service, request: CountTokensRequest) -> None:
-    text = await prompt_of(service, _chat(request))
-    token_ids = await service.validator.encode(text, add_special_tokens=False)
+    chat = _chat(request)
+    prompt = await prompt_of(service, chat, tools_of(chat))
+    token_ids = await service.validator.encode(prompt.text, add_special_tokens=False)
     await call.json(TokenCount(len(token_ids)), _new_request_id())
 
 
@@ -295,7 +298,7 @@ def _tool(tool: ToolDefinition) -> Tool:
     )
 
 
-def _tool_choice(request: CountTokensRequest) -> str | NamedTool | None:
+def _tool_choice(request: CountTokensRequest) -> str | ToolSelection | None:
     choice = request.tool_choice
     if choice is None:
         return None
@@ -305,7 +308,7 @@ def _tool_choice(request: CountTokensRequest) -> str | NamedTool | None:
         return "required" if choice.type == "any" else choice.type
     if choice.name is None:
         raise invalid("`tool_choice` of type `tool` needs a `name`")
-    return NamedTool(name=choice.name)
+    return ToolSelection(name=choice.name)
 
 
 def _response_format(output: OutputConfig | None) -> Grammar | None:

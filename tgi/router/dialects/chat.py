@@ -6,7 +6,7 @@ from msgspec import UNSET
 
 from tgi.router import headers
 from tgi.router.call import Call, event
-from tgi.router.conversation import CallDelta, Conversation, Reply, Said, converse, prompt_of
+from tgi.router.conversation import Conversation, Reply, Said, converse
 from tgi.router.dialects.openai import (
     DONE,
     fail_with,
@@ -17,6 +17,9 @@ from tgi.router.dialects.openai import (
     wants_usage,
 )
 from tgi.router.pipeline import Piece, Service
+from tgi.router.prompt import prompt_of
+from tgi.router.reply import CallDelta
+from tgi.router.tools import tools_of
 from tgi.router.wire.native import ChatTokenizeResponse, SimpleToken, Token
 from tgi.router.wire.openai import (
     AssistantMessage,
@@ -33,11 +36,12 @@ from tgi.router.wire.openai import (
     ToolCallDelta,
     ToolCalled,
     TopLogprob,
+    Usage,
 )
 
 
 async def chat_tokenize(call: Call, service: Service, request: ChatRequest) -> None:
-    text = await prompt_of(service, request)
+    text = (await prompt_of(service, request, tools_of(request))).text
     spans = await service.validator.spans(text, add_special_tokens=False)
     await call.json(ChatTokenizeResponse([SimpleToken(*span) for span in spans], text))
 
@@ -56,7 +60,7 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
             response = ChatCompletion(
                 **identity(service, "chatcmpl"),
                 choices=[_choice(service, request, index, reply) for index, reply in enumerate(replies)],
-                usage=usage_of(runs, len(runs)),
+                usage=_usage(conversation),
             )
             await call.json(response, headers.of_answer(compute_type, runs, len(runs)))
 
@@ -73,20 +77,29 @@ async def _events(
         silent.discard(said.choice)
         choice = ChatChunkChoice(
             said.choice,
-            ChatDelta(role, _content(said), [_call_delta(delta) for delta in said.calls] or None),
+            ChatDelta(
+                role,
+                _content(said),
+                [_call_delta(delta) for delta in said.calls] or None,
+                reasoning_content=said.reasoning or UNSET,
+            ),
             logprobs_of(service, [said.piece]) if request.logprobs else None,
             said.finish,
         )
-        usage = usage_of(runs, len(runs)) if continuous else None
+        usage = _usage(conversation) if continuous else None
         yield event(ChatCompletionChunk(**common, choices=[choice], usage=usage))
     if wants_usage(request):
-        yield event(ChatCompletionChunk(**common, choices=[], usage=usage_of(runs, len(runs))))
+        yield event(ChatCompletionChunk(**common, choices=[], usage=_usage(conversation)))
     yield DONE
 
 
+def _usage(conversation: Conversation) -> Usage:
+    return usage_of(conversation.runs, len(conversation.runs), conversation.reasoning_tokens)
+
+
 def _content(said: Said | Reply) -> str | None:
-    """Null is for calls without a word."""
-    return None if said.calls and not said.text else said.text
+    """Null is for calls and reasoning without a word."""
+    return None if (said.calls or said.reasoning) and not said.text else said.text
 
 
 def _call_delta(delta: CallDelta) -> ToolCallDelta:
@@ -98,7 +111,9 @@ def _call_delta(delta: CallDelta) -> ToolCallDelta:
 
 def _choice(service: Service, request: ChatRequest, index: int, reply: Reply) -> ChatChoice:
     calls = [ToolCalled(id=call.id, function=FunctionCalled(call.name, call.arguments)) for call in reply.calls]
-    message = AssistantMessage(content=_content(reply), tool_calls=calls or UNSET)
+    message = AssistantMessage(
+        content=_content(reply), reasoning_content=reply.reasoning or UNSET, tool_calls=calls or UNSET
+    )
     return ChatChoice(index, message, logprobs_of(service, reply.pieces) if request.logprobs else None, reply.finish)
 
 

@@ -9,9 +9,10 @@ from msgspec.structs import replace
 from tgi.core.errors import BATCH_SIZE, SUFFIX, RequestError
 from tgi.router import headers
 from tgi.router.call import Call, event
-from tgi.router.conversation import FINISH, is_greedy, to_parameters
+from tgi.router.conversation import FINISH
 from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_continuous_usage, wants_usage
 from tgi.router.pipeline import Answer, Piece, Run, Service, collect, interleave
+from tgi.router.prompt import is_greedy, to_parameters
 from tgi.router.stream import Detokenizer
 from tgi.router.validate import Generation, invalid, refuse
 from tgi.router.wire.native import FinishReason

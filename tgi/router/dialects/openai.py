@@ -13,6 +13,7 @@ from tgi.router.dialects import native
 from tgi.router.pipeline import Run, Service
 from tgi.router.wire.base import ErrorResponse, OneOf, Unreadable
 from tgi.router.wire.openai import (
+    CompletionTokensDetails,
     ModelInfo,
     ModelsInfo,
     OpenAIError,
@@ -80,12 +81,19 @@ def wants_continuous_usage(request: OpenAIRequest) -> bool:
     return bool(request.stream_options and request.stream_options.continuous_usage_stats)
 
 
-def usage_of(runs: Sequence[Run], choices: int = 1) -> Usage:
-    """So far, of all runs. Each ``choices`` of them in a row have one prompt, which counts once."""
+def usage_of(runs: Sequence[Run], choices: int = 1, reasoning: int = 0) -> Usage:
+    """So far, of all runs. Each ``choices`` of them in a row have one prompt, which counts once. ``reasoning``: how
+    many of their tokens were that."""
     firsts = runs[::choices]
     prompt = sum(len(run.generation.token_ids) for run in firsts)
     completion = sum(run.tokens for run in runs)
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(sum(run.cached for run in firsts)))
+    return Usage(
+        prompt,
+        completion,
+        prompt + completion,
+        PromptTokensDetails(sum(run.cached for run in firsts)),
+        CompletionTokensDetails(reasoning),
+    )
 
 
 def identity(service: Service, prefix: str) -> dict[str, Any]:

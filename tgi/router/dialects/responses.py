@@ -29,12 +29,12 @@ from tgi.router.wire.openai import (
     ImagePart,
     Logprob,
     Message,
-    NamedTool,
     OpenAIError,
     Sampled,
     TextPart,
     Tool,
     ToolCall,
+    ToolSelection,
 )
 from tgi.router.wire.responses import (
     Completed,
@@ -394,14 +394,18 @@ def _tool(tool: FunctionTool) -> Tool:
     )
 
 
-def _tool_choice(choice: str | ToolChoice | None) -> str | NamedTool | None:
+def _tool_choice(choice: str | ToolChoice | None) -> str | ToolSelection | None:
     if not isinstance(choice, ToolChoice):
         return choice
+    if choice.type == "allowed_tools":
+        if choice.tools is None:
+            raise invalid("`tool_choice` of type `allowed_tools` needs `tools`")
+        return ToolSelection(type="allowed_tools", mode=choice.mode or "auto", tools=choice.tools)
     if choice.type != "function":
         raise invalid(f"`tool_choice` of type `{choice.type}` is not supported")
     if choice.name is None:
         raise invalid("`tool_choice` of type `function` needs a `name`")
-    return NamedTool(name=choice.name)
+    return ToolSelection(name=choice.name)
 
 
 def _response_format(format: TextFormat | None) -> Grammar | None:

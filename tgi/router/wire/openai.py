@@ -144,6 +144,43 @@ class NamedTool(Struct, frozen=True, kw_only=True):
         return self.function.name if self.function is not None else self.name or ""
 
 
+class AllowedTools(Struct, frozen=True, kw_only=True):
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedTool]
+
+
+class ToolSelection(Struct, frozen=True, kw_only=True):
+    """One function, or several of which the model may call some: as in chat completions, in an object of its own, or as
+    in responses, beside the type."""
+
+    type: Literal["function", "allowed_tools"] = "function"
+    function: FunctionName | None = None
+    name: str | None = None
+    allowed_tools: AllowedTools | None = None
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedTool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "function" and self.function is None and self.name is None:
+            raise ValueError("a tool choice needs `function` with a `name`")
+        if self.type == "allowed_tools" and self.allowed_tools is None and self.tools is None:
+            raise ValueError("a tool choice of type `allowed_tools` needs `allowed_tools`")
+
+    @property
+    def allowed(self) -> AllowedTools | None:
+        """None: one function is chosen."""
+        if self.type == "function":
+            return None
+        return self.allowed_tools or AllowedTools(mode=self.mode, tools=self.tools or [])
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that may be called."""
+        if (allowed := self.allowed) is not None:
+            return [tool.chosen for tool in allowed.tools]
+        return [self.function.name if self.function is not None else self.name or ""]
+
+
 class Message(Struct, frozen=True, kw_only=True):
     role: str
     content: str | list[TextPart | ImagePart] | None = None
@@ -176,7 +213,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
     tools: list[Tool] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | ToolSelection | None = None
     """"auto", "none", "required", or a function's name. Without tools nobody looks at it."""
     tool_prompt: str | None = None
     """Tells the model how to call a function, in place of TGI's own words."""
@@ -190,7 +227,15 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    """For templates that read it, as in ``chat_template_kwargs``."""
+    """For templates that read it. Where a template can only turn reasoning on and off, "none" is off."""
+    enable_thinking: bool | None = None
+    """Turns reasoning on or off, where the template can."""
+    thinking_budget: U32 | None = None
+    """Tokens of reasoning; then it is brought to an end, and the answer begins."""
+    include_reasoning: bool | None = None
+    """false: reasoning is not told."""
+    separate_reasoning: bool | None = None
+    """false: reasoning stays in the content, with its marks."""
     audio: Any = None
     modalities: Any = None
     moderation: Any = None
@@ -229,11 +274,16 @@ class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, frozen=True):
+    reasoning_tokens: int
+
+
 class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(Struct, frozen=True):
@@ -268,6 +318,7 @@ class ToolCalled(Struct, frozen=True, kw_only=True):
 class AssistantMessage(Struct, frozen=True, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCalled] | UnsetType = UNSET
 
 
@@ -304,6 +355,7 @@ class ChatDelta(Struct, frozen=True):
     content: str | None
     tool_calls: list[ToolCallDelta] | None = None
     """Always there: the text-generation client can't read a delta without the key."""
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):

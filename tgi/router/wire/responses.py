@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from tgi.router.wire.base import F32, U32, Refusing
-from tgi.router.wire.openai import Logprob, Sampled
+from tgi.router.wire.openai import Logprob, NamedTool, Sampled
 
 # --- Requests --------------------------------------------------------------------------------------------------------
 
@@ -86,8 +86,10 @@ class FunctionTool(Struct, frozen=True, kw_only=True):
 
 class ToolChoice(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: str
-    """Another than ``function`` chooses one of OpenAI's tools, or among some."""
+    """``function``, ``allowed_tools``; another chooses one of OpenAI's tools."""
     name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[NamedTool] | None = None
 
 
 class TextFormat(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,0 +1,529 @@
+"""The styles in which models write the arguments of a call: how they are spelled, read piece by piece as JSON, and held
+to a JSON schema by a grammar.
+
+A style's reader is a generator that is sent one character after the other and puts out JSON; it returns with the last
+character of the arguments. So what it makes of them can't depend on how the text was cut. Knows JSON schemas; knows no
+format of calls and no request.
+"""
+
+import json
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tgi.router.lark import Lark
+
+Schema = Mapping[str, Any]
+Reading = Generator[None, str, None]
+
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as Python's ``json.dumps`` writes it, which models have seen most of."""
+
+DEEPEST = 64
+"""Levels that a reader or a schema may have; what is deeper is no call."""
+
+_SPACE = " \t\r\n"
+
+_NOTES = frozenset("$comment $defs $id $schema default definitions deprecated description examples title".split())
+"""Keywords that ask for nothing."""
+
+
+class OddError(Exception):
+    """What the model writes are no arguments in this style."""
+
+
+class UnenforceableError(Exception):
+    """Something in a schema can't be held to in this style; the text is its JSON path."""
+
+
+class Style(Protocol):
+    @property
+    def marks(self) -> str:
+        """What it spells that a tokenizer may have special tokens for."""
+
+    @property
+    def begins(self) -> str:
+        """How all arguments begin; that is sent to the reader, too."""
+
+    def spell(self, arguments: Mapping[str, Any]) -> str:
+        """Arguments as the model would have written them."""
+
+    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
+        """Read arguments from their first character to their last. Raises OddError."""
+
+    def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
+        """Arguments that obey the schema of an object. ``lenient``: what can't be enforced is left out; otherwise it
+        raises UnenforceableError."""
+
+
+class Reader:
+    """Reads one call's arguments."""
+
+    def __init__(self, style: Style, schema: Schema) -> None:
+        self._out: list[str] = []
+        self._run = style.read(self._out.append, schema)
+        next(self._run)
+
+    def push(self, text: str) -> tuple[str, int | None]:
+        """JSON that the arguments grow by, and where in the text they end, if they do. Raises OddError."""
+        end = None
+        for at, character in enumerate(text, 1):
+            try:
+                self._run.send(character)
+            except StopIteration:
+                end = at
+                break
+        grown = "".join(self._out)
+        self._out.clear()
+        return grown, end
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+class Json:
+    """The model's own characters, as they come."""
+
+    marks = ""
+    begins = "{"
+
+    def spell(self, arguments: Mapping[str, Any]) -> str:
+        return spelled(arguments)
+
+    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
+        depth, in_string, escaped = 0, False, False
+        while True:
+            character = yield
+            put(character)
+            if escaped:
+                escaped = False
+            elif in_string:
+                escaped = character == "\\"
+                in_string = character != '"'
+            elif character == '"':
+                in_string = True
+            elif character in "{[":
+                depth += 1
+            elif character in "}]":
+                depth -= 1
+                if depth == 0:
+                    return
+
+    def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
+        return lark.json(_json_schema(schema, lenient))
+
+
+def spelled(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _json_schema(schema: Schema, lenient: bool) -> str:
+    return json.dumps({**schema, "x-guidance": LAYOUT | {"lenient": lenient}})
+
+
+# --- One by one ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """Each argument under its name, in the order of the schema's properties."""
+
+    begins: str
+    key: tuple[str, str]
+    """What stands before and behind a name."""
+    separator: str
+    closes: str
+    quotes: tuple[str, str] | None = None
+    """What stands around a string; None: JSON's quotation marks."""
+    raw: bool = False
+    """Strings reach from ``quotes[0]`` to ``quotes[1]`` without any sign that they are strings, and so do other values,
+    as JSON: the schema tells."""
+    inner: bool = False
+    """Objects and lists in arguments are written like the arguments, with braces and brackets; otherwise as JSON."""
+    words: tuple[str, str, str] = ("true", "false", "null")
+
+    @property
+    def marks(self) -> str:
+        return "".join((*self.key, self.closes, *(self.quotes or ())))
+
+    def spell(self, arguments: Mapping[str, Any]) -> str:
+        members = (f"{self.key[0]}{name}{self.key[1]}{self._spell(value)}" for name, value in arguments.items())
+        return self.begins + self.separator.join(members) + self.closes
+
+    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
+        return _Raw(self, put, schema).read() if self.raw else _Literals(self, put).read()
+
+    def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
+        members = _Schema(self, lark, schema, lenient).members(schema, "$")
+        return f"{lark.spelled(self.begins)} {members} {lark.spelled(self.closes)}"
+
+    def _spell(self, value: Any) -> str:
+        if self.raw:
+            assert self.quotes is not None
+            return self.quotes[0] + (value if isinstance(value, str) else spelled(value)) + self.quotes[1]
+        if isinstance(value, str):
+            return spelled(value) if self.quotes is None else self.quotes[0] + value + self.quotes[1]
+        if value is True or value is False or value is None:
+            return self.words[(True, False, None).index(value)]
+        if isinstance(value, Mapping):
+            names = (name if self.inner else spelled(name) for name in value)
+            colon = self.key[1] if self.inner else ": "
+            inner = (f"{name}{colon}{self._spell(item)}" for name, item in zip(names, value.values(), strict=True))
+            return "{" + self.separator.join(inner) + "}"
+        if isinstance(value, list):
+            return "[" + self.separator.join(map(self._spell, value)) + "]"
+        return spelled(value)
+
+
+JSON = Json()
+PYTHON = Keyed("", ("", "="), ", ", ")", words=("True", "False", "None"))
+GEMMA = Keyed("{", ("", ":"), ",", "}", quotes=("<escape>", "<escape>"), inner=True)
+GEMMA4 = Keyed("{", ("", ":"), ",", "}", quotes=('<|"|>', '<|"|>'), inner=True)
+QWEN = Keyed("", ("<parameter=", ">\n"), "\n", "\n</function>", quotes=("", "\n</parameter>"), raw=True)
+GLM = Keyed("", ("<arg_key>", "</arg_key>\n<arg_value>"), "\n", "\n</tool_call>", quotes=("", "</arg_value>"), raw=True)
+
+
+class _Schema:
+    """A schema on its way to the grammar of one style."""
+
+    def __init__(self, style: Keyed, lark: Lark, root: Schema, lenient: bool) -> None:
+        self._style = style
+        self._lark = lark
+        self._root = root
+        self._lenient = lenient
+
+    def members(self, schema: Schema, path: str, depth: int = 0) -> str:
+        """The properties of an object, those that aren't required with or without, in the schema's order."""
+        self._only(schema, path, {"type", "properties", "required", "additionalProperties"})
+        if schema.get("additionalProperties", False) is not False:
+            self._refuse(f"{path}.additionalProperties")
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            raise UnenforceableError(path)
+        if unknown := [name for name in required if name not in properties]:
+            self._refuse(f"{path}.required.{unknown[0]}")
+        # From the last to the first: what may follow when nothing stands there yet, and behind a member.
+        first = more = '""'
+        for name, value in reversed(properties.items()):
+            key = name.join(self._style.key)
+            value = self._lark.either([self._value(value, f"{path}.properties.{name}", depth)])
+            # A separator by itself could be taken for the beginning of what closes the arguments.
+            separated = f"{self._lark.spelled(self._style.separator + key)} {value} {more}"
+            begun = f"{self._lark.spelled(key)} {value} {more}"
+            if name not in required:
+                separated, begun = f"{separated} | {more}", f"{begun} | {first}"
+            first, more = self._lark.rule(begun), self._lark.rule(separated)
+        return first
+
+    def _value(self, schema: Any, path: str, depth: int) -> str:
+        """A value, and what closes it."""
+        style, lark = self._style, self._lark
+        if depth > DEEPEST:
+            raise UnenforceableError(path)
+        schema, path = self._resolved(schema, path)
+        opens, closes = style.quotes or ("", "")
+        choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if isinstance(choices, list) and choices:
+            self._only(schema, path, {"type", "enum", "const"})
+            return lark.either(lark.spelled(style._spell(choice)) for choice in choices)
+        kind = schema.get("type")
+        for several in ("anyOf", "oneOf"):
+            if several in schema and not (style.raw or kind):
+                self._only(schema, path, {several})
+                return lark.either(
+                    self._value(one, f"{path}.{several}[{at}]", depth + 1) for at, one in enumerate(schema[several])
+                )
+        if isinstance(kind, list) and not style.raw:
+            return lark.either(self._value({**schema, "type": one}, path, depth + 1) for one in kind)
+        if kind == "string" and style.quotes is not None:
+            self._only(schema, path, {"type"})
+            return f"{lark.spelled(opens) if opens else ''} {lark.upto([closes])}"
+        if kind == "boolean" and not style.raw:
+            return lark.either(map(lark.spelled, style.words[:2]))
+        if kind == "null" and not style.raw:
+            return lark.spelled(style.words[2])
+        if kind == "object" and style.inner:
+            return f'"{{" {self.members(schema, path, depth + 1)} "}}"'
+        if kind == "array" and style.inner:
+            self._only(schema, path, {"type", "items"})
+            item = lark.rule(self._value(schema.get("items", {}), f"{path}.items", depth + 1))
+            return f'"[" ({item} ({lark.spelled(style.separator)} {item})*)? "]"'
+        if style.inner and kind not in ("integer", "number"):
+            self._refuse(path)  # of anything, strings in it wouldn't be strings in this style
+        definitions = {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
+        value = lark.json(_json_schema({**definitions, **schema}, self._lenient))
+        return f"{value} {lark.spelled(closes)}" if style.raw else value
+
+    def _resolved(self, schema: Any, path: str) -> tuple[dict[str, Any], str]:
+        """Follow references to the definitions of the whole."""
+        for _ in range(DEEPEST):
+            schema = {} if schema is True else schema
+            if not isinstance(schema, dict):
+                raise UnenforceableError(path)
+            if "$ref" not in schema:
+                return schema, path
+            root, *steps = str(schema["$ref"]).split("/")
+            found: Any = self._root
+            for step in steps:
+                found = found.get(step) if isinstance(found, dict) else None
+            if root != "#" or found is None or schema.keys() - {"$ref"} - _NOTES:
+                raise UnenforceableError(f"{path}.$ref")
+            schema, path = found, ".".join(("$", *steps))
+        raise UnenforceableError(f"{path}.$ref")
+
+    def _only(self, schema: Schema, path: str, known: set[str]) -> None:
+        for key in schema.keys() - known - _NOTES:
+            self._refuse(f"{path}.{key}")
+
+    def _refuse(self, path: str) -> None:
+        if not self._lenient:
+            raise UnenforceableError(path)
+
+
+class _Literals:
+    """Reads names and literals: Python's, JSON's, and Gemma's with its own quotation marks."""
+
+    def __init__(self, style: Keyed, put: Callable[[str], None]) -> None:
+        self._style = style
+        self._put = put
+        self._next = ""
+        """The character that is looked at."""
+
+    def read(self) -> Reading:
+        for expected in self._style.begins:
+            yield from self._advance()
+            if self._next != expected:
+                raise OddError
+        yield from self._advance()
+        yield from self._members(self._style.closes, self._style.key[1], 0)
+
+    def _advance(self) -> Reading:
+        self._next = yield
+
+    def _space(self) -> Reading:
+        while self._next in _SPACE:
+            self._next = yield
+
+    def _members(self, closes: str, colon: str, depth: int) -> Reading:
+        """``name colon value, …`` up to ``closes``, at which it stops looking."""
+        self._put("{")
+        first = True
+        yield from self._space()
+        while self._next != closes:
+            if not first:
+                if self._next != ",":
+                    raise OddError
+                yield from self._advance()
+                yield from self._space()
+                if self._next == closes:  # Python's last comma
+                    break
+            name = yield from self._name(colon)
+            self._put(("" if first else ", ") + spelled(name) + ": ")
+            yield from self._value(depth)
+            yield from self._space()
+            first = False
+        self._put("}")
+
+    def _name(self, colon: str) -> Generator[None, str, str]:
+        name = ""
+        if self._next in "\"'":
+            quote = self._next
+            while (character := (yield)) != quote:
+                name += character
+            yield from self._advance()
+            yield from self._space()
+        else:
+            while self._next != colon:
+                if self._next in "{}[](),":
+                    raise OddError
+                name += self._next
+                yield from self._advance()
+        if self._next != colon or not (name := name.strip()):
+            raise OddError
+        yield from self._advance()
+        yield from self._space()
+        return name
+
+    def _value(self, depth: int) -> Reading:
+        """A value; afterwards the character behind it is looked at."""
+        if depth > DEEPEST:
+            raise OddError
+        marks = self._style.quotes
+        if marks is not None and self._next == marks[0][0]:
+            yield from self._marked(marks)
+        elif self._next in "\"'":
+            yield from self._string(self._next)
+        elif self._next == "{":
+            yield from self._advance()
+            yield from self._members("}", ":", depth + 1)
+            yield from self._advance()
+        elif self._next == "[":
+            yield from self._list(depth)
+        else:
+            yield from self._word()
+
+    def _list(self, depth: int) -> Reading:
+        self._put("[")
+        yield from self._advance()
+        yield from self._space()
+        first = True
+        while self._next != "]":
+            if not first:
+                if self._next != ",":
+                    raise OddError
+                yield from self._advance()
+                yield from self._space()
+                if self._next == "]":
+                    break
+                self._put(", ")
+            yield from self._value(depth + 1)
+            yield from self._space()
+            first = False
+        self._put("]")
+        yield from self._advance()
+
+    def _string(self, quote: str) -> Reading:
+        self._put('"')
+        while (character := (yield)) != quote:
+            if character == "\\":
+                character = yield
+                if character in "uxU":
+                    code = ""
+                    for _ in range({"x": 2, "u": 4, "U": 8}[character]):
+                        code += yield
+                    self._put(_unicode(code))
+                else:
+                    self._put(_inner(_ESCAPES.get(character, character)))
+            else:
+                self._put(_inner(character))
+        self._put('"')
+        yield from self._advance()
+
+    def _marked(self, marks: tuple[str, str]) -> Reading:
+        opens, closes = marks
+        for expected in opens[1:]:
+            if (yield) != expected:
+                raise OddError
+        self._put('"')
+        yield from _upto(closes, lambda text: self._put(_inner(text)))
+        self._put('"')
+        yield from self._advance()
+
+    def _word(self) -> Reading:
+        word = ""
+        while self._next not in ",)]}" + _SPACE:
+            word += self._next
+            if len(word) > _LONGEST_WORD:
+                raise OddError
+            yield from self._advance()
+        if word in _PYTHON:
+            word = spelled(_PYTHON[word])
+        try:
+            json.loads(word, parse_constant=_no_constant)
+        except ValueError:
+            raise OddError from None
+        self._put(word)
+
+
+class _Raw:
+    """Reads names and values that end at marks, and whose types the schema knows."""
+
+    def __init__(self, style: Keyed, put: Callable[[str], None], schema: Schema) -> None:
+        self._style = style
+        self._put = put
+        self._schema = schema
+
+    def read(self) -> Reading:
+        (before, behind), (_, ends), closes = (
+            self._style.key,
+            self._style.quotes or ("", ""),
+            self._style.closes.strip(),
+        )
+        self._put("{")
+        separator = ""
+        while (yield from _one_of((before, closes))) == before:
+            name: list[str] = []
+            yield from _upto(behind, name.append)
+            self._put(f"{separator}{spelled(''.join(name))}: ")
+            separator = ", "
+            if self._is_text("".join(name)):
+                self._put('"')
+                yield from _upto(ends, lambda piece: self._put(_inner(piece)))
+                self._put('"')
+            else:
+                value: list[str] = []
+                yield from _upto(ends, value.append)
+                self._put(_as_json("".join(value)))
+        self._put("}")
+
+    def _is_text(self, name: str) -> bool:
+        properties = self._schema.get("properties")
+        schema = properties.get(name) if isinstance(properties, dict) else None
+        if not isinstance(schema, dict):
+            return False
+        choices = schema.get("enum", [schema.get("const")])
+        return schema.get("type") == "string" or (
+            isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        )
+
+
+def _one_of(marks: tuple[str, ...]) -> Generator[None, str, str]:
+    """Skip white space, and then one of these, none of which begins another."""
+    read = ""
+    while read not in marks:
+        character = yield
+        if read or character not in _SPACE:
+            read += character
+            if not any(mark.startswith(read) for mark in marks):
+                raise OddError
+    return read
+
+
+def _upto(mark: str, put: Callable[[str], None]) -> Reading:
+    """Put out what stands before a mark, as soon as it can't be the mark."""
+    held = ""
+    while True:
+        held += yield
+        if held.endswith(mark):
+            put(held[: -len(mark)])
+            return
+        # Never more is held than the mark's own beginning.
+        keep = next(
+            size for size in range(min(len(held), len(mark) - 1), -1, -1) if mark.startswith(held[len(held) - size :])
+        )
+        if keep < len(held):
+            put(held[: len(held) - keep])
+            held = held[len(held) - keep :]
+
+
+def _as_json(text: str) -> str:
+    try:
+        return spelled(json.loads(text, parse_constant=_no_constant))
+    except ValueError:
+        return spelled(_PYTHON.get(text, text))
+
+
+_PYTHON = {"True": True, "False": False, "None": None}
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
+
+_LONGEST_WORD = 400
+"""Characters of a number."""
+
+
+def _inner(text: str) -> str:
+    """Text as it stands in a JSON string."""
+    return spelled(text)[1:-1]
+
+
+def _unicode(code: str) -> str:
+    """An escape's hexadecimal digits as they stand in a JSON string; halves of a pair stay what they are."""
+    try:
+        number = int(code, 16)
+    except ValueError:
+        raise OddError from None
+    return f"\\u{number:04x}" if number < 0x10000 else _inner(chr(number)) if number < 0x110000 else "\\ufffd"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)

@@ -1,0 +1,88 @@
+"""Grammars under construction, in llguidance's Lark. Knows the model's special tokens, which are no text there; knows
+no tool and no request.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+
+ANY = r"/(.|\n)*/"
+
+
+class Lark:
+    """Rules, added one by one, and expressions to make them of."""
+
+    def __init__(self, special: Mapping[str, int], ends: Collection[int] = (), free: Collection[int] = ()) -> None:
+        """``special``: those special tokens that will be spelled, text → id; ``ends``: tokens that end a reply, which
+        therefore need no spelling; ``free``: special tokens that may stand in any text."""
+        self._special = dict(special)
+        self._ends = frozenset(ends)
+        self._marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._lines: list[str] = []
+        self._aside = self._before = ""
+        if free:
+            self._before = self.rule(f"<[{_ranges(free)}]>*")
+            self._aside = self.rule(f"({ANY} <[{_ranges(free)}]>)*")
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines)
+
+    def rule(self, right: str, name: str = "", *, lazy: bool = False) -> str:
+        """Add a rule; returns its name. ``lazy``: a regex that ends as early as it can."""
+        name = name or f"r{len(self._lines)}"
+        self._lines.append(f"{name}{'[lazy]' if lazy else ''}: {right}")
+        return name
+
+    def spelled(self, text: str) -> str:
+        """Exactly this."""
+        parts, at = list[str](), 0
+        for mark in self._marks.finditer(text):
+            parts += _quoted(text[at : mark.start()]), self._token(mark.group())
+            at = mark.end()
+        parts.append(_quoted(text[at:]))
+        return " ".join(filter(None, parts)) or '""'
+
+    def text(self) -> str:
+        """Any text."""
+        return f"{self._aside} {ANY}"
+
+    def upto(self, marks: Sequence[str], *, anchored: bool = False) -> str:
+        """Any text, or only white space, and then these in a row, where they come first."""
+        first, *rest = marks
+        before = _SPACE if anchored else _TEXT
+        aside = self._before if anchored else self._aside
+        if first not in self._special:
+            return f"{aside} {self._regex(before, marks)}"
+        return f"{aside} /{before}/ {self._token(first)} {self._regex('', rest) if rest else ''}"
+
+    def json(self, schema: str) -> str:
+        return self.rule(f"%json {schema}")
+
+    def either(self, alternatives: Iterable[str]) -> str:
+        return self.rule(" | ".join(alternatives))
+
+    def _regex(self, before: str, marks: Sequence[str]) -> str:
+        return self.rule(f"/{before}{_SPACE.join(map(_escaped, marks))}/", lazy=True)
+
+    def _token(self, mark: str) -> str:
+        id = self._special[mark]
+        return "" if id in self._ends else f"<[{id}]>"
+
+
+_TEXT = r"(.|\n)*"
+_SPACE = r"[ \t\r\n]*"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("/", r"\/").replace("\n", "n")
+
+
+def _ranges(ids: Iterable[int]) -> str:
+    """1, 2, 3, 7 → "1-3,7"."""
+    runs = (list(run) for _, run in groupby(enumerate(sorted(ids)), lambda pair: pair[1] - pair[0]))
+    return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
