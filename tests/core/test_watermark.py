@@ -109,7 +109,7 @@ def test_what_a_short_text_can_reach() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.0009, 1.0])
 def test_lists_that_say_nothing_are_refused(gamma: float) -> None:
-    with pytest.raises(ValueError, match=f"a share of {gamma:g} of 1000 tokens leaves nothing to detect"):
+    with pytest.raises(ValueError, match=f"gamma {gamma:g} of 1000 tokens leaves nothing to detect"):
         detect([1, 2], 1000, gamma)
 
 

@@ -109,7 +109,7 @@ def test_what_the_launcher_of_tgi_asks_of_a_download(tmp_path: Path) -> None:
 
 
 def test_help_of_the_server_is_of_the_subcommand() -> None:
-    assert "{serve,download-weights,quantize}" in command(SERVER, "--help").stdout
+    assert "{serve,download-weights,detect-watermark,quantize}" in command(SERVER, "--help").stdout
     assert "--uds-path" in command(SERVER, "serve", "--help").stdout
 
 

@@ -45,7 +45,7 @@ class Answer:
     error: str
     """Last line on standard error."""
     files: dict[str, object]
-    """The ModelFiles, as a dict."""
+    """The ModelFiles as a dict, or what another function returned, as ``found``."""
     log: str
 
 
@@ -67,24 +67,28 @@ def hub() -> Iterator[Hub]:
 def resolve(hub: Hub, tmp_path: Path) -> Callable[..., Answer]:
     """Resolve a model in a fresh process, whose only hub is the stand-in and whose caches are in ``tmp_path``."""
 
-    def run(model_id: str, revision: str = "", **environment: str) -> Answer:
-        process = start(model_id, revision, hub, tmp_path, **environment)
+    def run(model_id: str, revision: str = "", function: str = "resolve_model", **environment: str) -> Answer:
+        process = start(model_id, revision, hub, tmp_path, function, **environment)
         out, err = process.communicate(timeout=120)
         lines = err.strip().splitlines()
-        return Answer(process.returncode, lines[-1] if lines else "", json.loads(out or "{}"), err)
+        found = json.loads(out or "{}")
+        files = found if isinstance(found, dict) else {"found": found}
+        return Answer(process.returncode, lines[-1] if lines else "", files, err)
 
     return run
 
 
-def start(model_id: str, revision: str, hub: Hub, tmp_path: Path, **environment: str) -> "subprocess.Popen[str]":
+def start(
+    model_id: str, revision: str, hub: Hub, tmp_path: Path, function: str = "resolve_model", **environment: str
+) -> "subprocess.Popen[str]":
     script = (
         "import sys, msgspec, pathlib, tgi.cli\n"
         "from tgi.launcher.download import *\n"
         "from tgi.core import telemetry\n"
         "telemetry.setup('test', stream=sys.stderr)\n"
         "store = Store(pathlib.Path(sys.argv[3]))\n"
-        "work = lambda: print(msgspec.json.encode(resolve_model(sys.argv[1], sys.argv[2] or None, store)).decode())\n"
-        "sys.exit(tgi.cli._run(work))\n"
+        f"found = lambda: {function}(sys.argv[1], sys.argv[2] or None, store)\n"
+        "sys.exit(tgi.cli._run(lambda: print(msgspec.json.encode(found(), enc_hook=str).decode())))\n"
     )
     base = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     base |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
@@ -137,6 +141,25 @@ def test_a_moved_branch_is_fetched_anew(hub: Hub, resolve: Callable[..., Answer]
     hub.repos["org/plain"].revisions["main"] = MODEL | {"model.safetensors": b"new"}
     assert read(resolve("org/plain")) == b"new"
     assert read(resolve("org/plain", HF_HUB_OFFLINE="1")) == b"new"
+
+
+def test_without_weights_only_what_describes_the_model_is_fetched(hub: Hub, resolve: Callable[..., Answer]) -> None:
+    def describe(model_id: str, revision: str = "", **environment: str) -> Answer:
+        return resolve(model_id, revision, "resolve_description", **environment)
+
+    first = describe("org/plain")
+    assert first.code == 0, first.log
+    folder = Path(str(first.files["found"]))
+    assert {path.name for path in folder.iterdir()} == {*SMALL}
+    hub.requests.clear()
+    assert describe("org/plain").files == first.files
+    assert hub.requests == [], "what is here is not asked for"
+    assert "not in the cache" in resolve("org/plain", HF_HUB_OFFLINE="1").error, "a model without weights is none"
+    whole = resolve("org/plain")
+    assert whole.files["folder"] == str(folder) and read(whole) == MODEL["model.safetensors"]
+    assert "org/absent" in describe("org/absent").error
+    assert "only GGUF files; add the name of one" in describe("org/ggufs").error
+    assert Path(str(describe("org/plain", "v1").files["found"])).name == hub.repos["org/plain"].commit("v1")
 
 
 def test_tokens(resolve: Callable[..., Answer]) -> None:

@@ -150,6 +150,8 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "disable_exllama": ("True", "True", ""),
     "use_cutlass_w8a8": ("1", "1", ""),
     "ze_affinity_mask": ("0", "0", ""),
+    "file": ("x.txt", "x.txt", ""),
+    "threshold": ("3.5", 3.5, "0"),
 }
 
 SWITCHES = [flag for flag in FLAGS if flag.kind.switch]
@@ -166,7 +168,7 @@ def command_of(flag: Flag) -> Command:
 
 def read(argv: list[str], environ: dict[str, str], command: Command = "launcher") -> tuple[Options, list[str]]:
     """``text-generation-server`` always gets its model."""
-    return parse([*argv, *(["m"] if command in ("serve", "download-weights") else [])], environ, command)
+    return parse([*(["m"] if PROGRAMS[command].startswith("text-generation-server") else []), *argv], environ, command)
 
 
 def failure(
@@ -189,7 +191,7 @@ def test_every_name_of_tgi_is_known() -> None:
     """Flags are rows of the table; variables are, or it is said why not."""
     variables = {flag.env for flag in FLAGS} | {name for line in VARIABLES.values() for name in line.split()}
     assert set(TGI_NAMES["variables"]) <= variables
-    for command in PROGRAMS:
+    for command in PROGRAMS.keys() & TGI_NAMES.keys():
         flags = {flag.name for flag in FLAGS if command in flag.commands} | {"--help", "--version"}
         if command in ("serve", "download-weights"):
             flags |= {f"--no-{name[2:]}" for name in flags} | {"MODEL_ID"}
@@ -206,7 +208,9 @@ def test_a_value_is_read_from_both_places_and_the_command_line_wins(
 ) -> None:
     text, value, _ = VALUES[flag.key]
     ways: list[tuple[list[str], dict[str, str]]] = [([], {flag.env: text})] if flag.env else []
-    if flag.name:
+    if flag.only == "place":
+        ways += [([text], {})]
+    elif flag.name:
         ways += [([flag.name, text], {}), ([f"{flag.name}={text}"], {flag.env: "not even read"})]
     for argv, environ in ways:
         if flag.status == "refused" and value not in flag.neutral:

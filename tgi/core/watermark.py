@@ -87,7 +87,7 @@ def detect(ids: Sequence[int], vocabulary: int, gamma: float, *, repeats: bool =
     """
     size = int(gamma * vocabulary)
     if not 0 < size < vocabulary:
-        raise ValueError(f"a share of {gamma:g} of {vocabulary} tokens leaves nothing to detect")
+        raise ValueError(f"gamma {gamma:g} of {vocabulary} tokens leaves nothing to detect")
     for id in ids:
         if not 0 <= id < vocabulary:
             raise ValueError(f"token {id} is not in the model's vocabulary of {vocabulary}")

@@ -5,6 +5,8 @@ Whatever has its final name in a cache is whole; files are written elsewhere and
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,16 +40,9 @@ class Store:
 def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFiles:
     """The model's files, fetched where they aren't here yet. Raises DownloadError or ArgumentValidation."""
     log.info("Starting check and download process for %s", model_id)
-    snapshot: Snapshot | None = None
-    try:
-        path = Path(model_id).expanduser() if model_id.startswith("~/") else Path(model_id)
-        if not path.exists():
-            path, snapshot = _fetch(model_id, revision, store)
-        elif revision is not None:
-            raise ArgumentValidation(f"`--revision` has no meaning for {model_id}, which lies on this machine")
-        folder, weights = _whole(path.absolute(), store)
-    except OSError as error:
-        raise DownloadError(f"{error.filename or model_id}: {error.strerror or error}") from error
+    with _named_errors(model_id):
+        path, snapshot = _locate(model_id, revision, store)
+        folder, weights = _whole(path, store)
     log.info("Successfully downloaded weights for %s", model_id)
     return ModelFiles(
         model_id=model_id,
@@ -59,28 +54,62 @@ def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFil
     )
 
 
+def resolve_description(model_id: str, revision: str | None, store: Store) -> Path:
+    """The folder with the model's JSON files, which is all that is fetched if the weights lie in files of their own.
+    What is in a cache is taken without a word to the network. Raises DownloadError or ArgumentValidation.
+    """
+    with _named_errors(model_id):
+        path, _ = _locate(model_id, revision, store, bare=True)
+        return layout.described(path if path.is_dir() else _imported(path, store))
+
+
+@contextmanager
+def _named_errors(model_id: str) -> Iterator[None]:
+    """The machine's errors as DownloadError."""
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(f"{error.filename or model_id}: {error.strerror or error}") from error
+
+
+def _locate(model_id: str, revision: str | None, store: Store, bare: bool = False) -> tuple[Path, Snapshot | None]:
+    """A folder or a GGUF file, and the hub's commit if it is from there."""
+    path = Path(model_id).expanduser() if model_id.startswith("~/") else Path(model_id)
+    if not path.exists():
+        path, snapshot = _fetch(model_id, revision, store, bare)
+        return path.absolute(), snapshot
+    if revision is not None:
+        raise ArgumentValidation(f"`--revision` has no meaning for {model_id}, which lies on this machine")
+    return path.absolute(), None
+
+
 def _whole(path: Path, store: Store) -> tuple[Path, list[Path]]:
     """(folder with the JSON files, weights) of a folder in the hub's layout or of a GGUF file."""
     if path.is_dir():
         return path, layout.whole(path, store.weights or path)
+    if store.weights is not None and path.suffix == ".gguf":
+        raise ArgumentValidation(f"`--weights-cache-override` has no meaning for {path}: a GGUF file is the weights")
+    return _imported(path, store), [path]
+
+
+def _imported(path: Path, store: Store) -> Path:
+    """The folder with the JSON files of a GGUF file."""
     if path.suffix != ".gguf":
         raise DownloadError(f"{path} is neither a folder nor a .gguf file")
-    if store.weights is not None:
-        raise ArgumentValidation(f"`--weights-cache-override` has no meaning for {path}: a GGUF file is the weights")
     from tgi.launcher.gguf import import_gguf
 
-    return import_gguf(path, store.cache), [path]
+    return import_gguf(path, store.cache)
 
 
-def _fetch(model_id: str, revision: str | None, store: Store) -> tuple[Path, Snapshot | None]:
+def _fetch(model_id: str, revision: str | None, store: Store, bare: bool) -> tuple[Path, Snapshot | None]:
     """A folder or a GGUF file, and the hub's commit if it is from there."""
     match = re.fullmatch(r"([\w-][\w.-]*(?:/[\w.-]+)?)(?:/(.+\.gguf))?", model_id)
     if match is None:
         raise DownloadError(f"{model_id} is no file or folder, and no hub id (`org/name` or `org/name/file.gguf`)")
-    repository = Repository(match[1], revision, match[2], store.hub_cache, store.token, store.weights)
+    repository = Repository(match[1], revision, match[2], store.hub_cache, store.token, store.weights, bare)
     package = index.PACKAGES.get(model_id) if revision is None else None
     if package is None:
-        snapshot = _from_hub(repository)
+        snapshot = (repository.cached() if bare else None) or _from_hub(repository)
     else:
         found = _from_hub_or_index(repository, package, store.cache)
         if isinstance(found, Path):

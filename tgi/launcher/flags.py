@@ -23,13 +23,14 @@ Status = Literal["works", "refused", "obsolete"]
 """``refused``: an error when used, because the feature isn't there. ``obsolete``: a warning, because this server has
 nothing for it to change."""
 
-Command = Literal["launcher", "router", "serve", "download-weights"]
+Command = Literal["launcher", "router", "serve", "download-weights", "detect-watermark"]
 
 PROGRAMS: dict[Command, str] = {
     "launcher": "text-generation-launcher",
     "router": "text-generation-router",
     "serve": "text-generation-server serve",
     "download-weights": "text-generation-server download-weights",
+    "detect-watermark": "text-generation-server detect-watermark",
 }
 
 _PURPOSE: dict[Command, str] = {
@@ -37,11 +38,14 @@ _PURPOSE: dict[Command, str] = {
     "router": "Serve over HTTP what a running engine generates. With `print-schema`: print the OpenAPI document.",
     "serve": "Run an engine, for text-generation-router.",
     "download-weights": "Fetch a model into the cache.",
+    "detect-watermark": "Say whether a text carries the watermark of a server of this model. Status 0: it does, 1: it "
+    "doesn't, 2: an error.",
 }
 
 _ENGINE: tuple[Command, ...] = ("launcher", "serve")
 _HTTP: tuple[Command, ...] = ("launcher", "router")
-_FILES: tuple[Command, ...] = ("launcher", "serve", "download-weights")
+_WEIGHTS: tuple[Command, ...] = ("launcher", "serve", "download-weights")
+_FILES: tuple[Command, ...] = (*_WEIGHTS, "detect-watermark")
 _SERVING: tuple[Command, ...] = ("launcher", "router", "serve")
 _ALL: tuple[Command, ...] = (*_SERVING, "download-weights")
 
@@ -58,7 +62,8 @@ class Flag:
     neutral: tuple[Any, ...] = ()
     """Values of a refused or obsolete flag that ask for nothing and pass in silence."""
     short: str | None = None
-    only: Literal["cli", "env"] | None = None
+    only: Literal["cli", "env", "place"] | None = None
+    """``place``: on the command line, without a name."""
     commands: tuple[Command, ...] = _ENGINE
     """Which commands have it; by default those that start an engine."""
     lenient: bool = False
@@ -66,11 +71,16 @@ class Flag:
 
     @property
     def name(self) -> str:
-        return "" if self.only == "env" else "--" + self.key.replace("_", "-")
+        match self.only:
+            case "env":
+                return ""
+            case "place":
+                return self.kind.metavar
+        return "--" + self.key.replace("_", "-")
 
     @property
     def env(self) -> str:
-        return "" if self.only == "cli" else self.key.upper()
+        return self.key.upper() if self.only in (None, "env") else ""
 
     @property
     def default_text(self) -> str:
@@ -106,7 +116,7 @@ class Options:
         kinds.text("REV"),
         None,
         "Branch, tag or commit of the hub repository. Only for hub ids; unset means `main`.",
-        commands=_ALL,
+        commands=(*_ALL, "detect-watermark"),
     )
     validation_workers: int = _flag(
         kinds.integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
@@ -259,7 +269,7 @@ class Options:
         kinds.text("DIR"),
         None,
         "Folder to read the .safetensors files from, instead of the hub cache.",
-        commands=_FILES,
+        commands=_WEIGHTS,
     )
     disable_custom_kernels: bool = _flag(
         kinds.SWITCH, False, "The kernels that it turned off don't exist here.", "obsolete"
@@ -299,6 +309,7 @@ class Options:
         kinds.number(0, 1),
         0.5,
         "Share of the vocabulary that a watermark favours, for requests that ask for a watermark.",
+        commands=(*_ENGINE, "detect-watermark"),
     )
     watermark_delta: float = _flag(
         kinds.number(0, 1e4), 2.0, "What a watermark adds to the logits of the tokens that it favours."
@@ -386,6 +397,30 @@ class Options:
         "obsolete",
         only="cli",
         commands=("download-weights",),
+    )
+    file: str = _flag(
+        kinds.text("FILE"),
+        "-",
+        "The text, in UTF-8: the answer without its prompt. `-`: standard input.",
+        only="place",
+        commands=("detect-watermark",),
+    )
+    threshold: float = _flag(
+        kinds.number(0, float("inf"), above=True),
+        4.0,
+        "From this z-score on a text counts as watermarked. At 4 some 3 of 100,000 other texts do.",
+        only="cli",
+        commands=("detect-watermark",),
+    )
+    count_repeats: bool = _flag(
+        kinds.SWITCH,
+        False,
+        "Count a pair of tokens as often as it comes, not once. Texts that repeat themselves then prove too much.",
+        only="cli",
+        commands=("detect-watermark",),
+    )
+    json: bool = _flag(
+        kinds.SWITCH, False, "Print the result as a JSON object.", only="cli", commands=("detect-watermark",)
     )
 
     log_level: str = _flag(
@@ -541,17 +576,19 @@ def _described(flag: Flag) -> str:
 
 def _positional(flag: Flag, command: Command) -> bool:
     """``text-generation-server`` takes the model's name without a flag."""
-    return flag.key == "model_id" and command != "launcher"
+    return flag.only == "place" or (flag.key == "model_id" and command != "launcher")
 
 
 def _parser(command: Command) -> argparse.ArgumentParser:
     flags = [flag for flag in FLAGS if command in flag.commands]
     environment = "\n".join(f"  {flag.env:<20} {_described(flag)}" for flag in flags if flag.only == "env")
     program = PROGRAMS[command]
-    model = " MODEL_ID" if any(_positional(flag, command) for flag in flags) else ""
+    places = "".join(
+        f" [{flag.name}]" if flag.only == "place" else " MODEL_ID" for flag in flags if _positional(flag, command)
+    )
     parser = _Parser(
         prog=program,
-        usage=f"{program} [OPTIONS]{model}",
+        usage=f"{program} [OPTIONS]{places}",
         description=f"{_PURPOSE[command]} The command line wins over the environment.",
         epilog=f"environment only:\n{environment}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -563,9 +600,11 @@ def _parser(command: Command) -> argparse.ArgumentParser:
             continue
         names = (flag.short, flag.name) if flag.short else (flag.name,)
         shared: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": _described(flag)}
-        if _positional(flag, command):
+        if flag.only == "place":
+            parser.add_argument(nargs="?", metavar=flag.name, **shared)
+        elif _positional(flag, command):
             parser.add_argument(flag.key, metavar="MODEL_ID", help=flag.help)
-        elif flag.kind in (kinds.BOOLEAN, kinds.SWITCH) and command in ("serve", "download-weights"):
+        elif flag.kind in (kinds.BOOLEAN, kinds.SWITCH) and command not in ("launcher", "router"):
             parser.add_argument(*names, action="store_const", const="true", **shared)
             parser.add_argument(f"--no-{flag.name[2:]}", action="store_const", const="false", **shared)
         elif flag.kind.switch:
@@ -581,7 +620,7 @@ def parse(
 ) -> tuple[Options, list[str]]:
     """The options and the warnings to log about them. Ends the process with status 2 and a usage on a bad one."""
     parser = _parser(command)
-    written: dict[str, str | list[str]] = vars(parser.parse_args(list(argv)))
+    written: dict[str, str | list[str]] = vars(parser.parse_intermixed_args(list(argv)))
     values: dict[str, Any] = {}
     warnings: list[str] = []
     for flag in FLAGS:
@@ -657,7 +696,13 @@ def check(options: Options) -> Options:
     return options
 
 
-_LETTERS: dict[Command, str] = {"launcher": "L", "router": "R", "serve": "S", "download-weights": "D"}
+_LETTERS: dict[Command, str] = {
+    "launcher": "L",
+    "router": "R",
+    "serve": "S",
+    "download-weights": "D",
+    "detect-watermark": "W",
+}
 
 
 def document() -> str:

@@ -49,17 +49,21 @@ class Repository:
     """None: what huggingface_hub finds, HF_TOKEN first."""
     weights: Path | None
     """Safetensors files come from this folder instead."""
+    bare: bool = False
+    """No weights are wanted, only what says what the model is."""
 
     def cached(self) -> Snapshot | None:
-        """The whole model in the cache, without touching the network."""
+        """All that is wanted, from the cache, without touching the network."""
         name = self.revision or "main"
         try:
             sha = name if re.fullmatch("[0-9a-f]{40}", name) else (self._folder / "refs" / name).read_text().strip()
             folder = self._folder / "snapshots" / sha
-            if self.file is None:
+            if self.file is not None:
+                (folder / self.file).stat()
+            elif self.bare:
+                layout.described(folder)
+            else:
                 layout.whole(folder, self.weights or folder)
-            elif not (folder / self.file).exists():
-                return None
         except (OSError, DownloadError):
             return None
         return Snapshot(folder, sha)
@@ -86,7 +90,7 @@ class Repository:
     def _wanted(self, names: list[str]) -> list[str]:
         try:
             if self.file is None:
-                return layout.needed(names, with_weights=self.weights is None)
+                return layout.needed(names, with_weights=self.weights is None and not self.bare)
             if self.file not in names:
                 raise DownloadError(f"there is no {self.file}; {layout.no_weights(names)}")
             return [self.file]
@@ -100,7 +104,7 @@ class Repository:
         return Path(self.cache or HF_HUB_CACHE).expanduser() / f"models--{self.name.replace('/', '--')}"
 
     def _name(self, sha: str) -> None:
-        """Note which commit the revision is, last of all: where its name leads, the model is whole."""
+        """Note which commit the revision is, last of all: where its name leads, nothing that was wanted is missing."""
         reference = self._folder / "refs" / (self.revision or "main")
         if self.revision != sha and not (reference.exists() and reference.read_text().strip() == sha):
             reference.parent.mkdir(parents=True, exist_ok=True)

@@ -33,11 +33,10 @@ def needed(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
     """The files to fetch. Small ones first: a broken download then lacks weights, which are counted."""
     names = sorted(names)
     small = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
-    if not with_weights:
-        return small
-    if not (large := weights(names)):
+    large = weights(names)
+    if not large and (with_weights or not small):
         raise DownloadError(no_weights(names))
-    return small + large
+    return small + large if with_weights else small
 
 
 def no_weights(names: Iterable[str]) -> str:
@@ -53,11 +52,17 @@ def no_weights(names: Iterable[str]) -> str:
     return "there are no .safetensors files"
 
 
-def whole(folder: Path, weights_folder: Path) -> list[Path]:
-    """The weight files of a model folder; DownloadError names what is missing."""
+def described(folder: Path) -> Path:
+    """The folder, if it says what the model is, whether or not its weights are there; else DownloadError."""
     for name, lack in (("config.json", "is missing"), ("tokenizer.json", "is missing, and no other tokenizer is read")):
         if not (folder / name).exists():
             raise DownloadError(f"{folder / name} {lack}")
+    return folder
+
+
+def whole(folder: Path, weights_folder: Path) -> list[Path]:
+    """The weight files of a model folder; DownloadError names what is missing."""
+    described(folder)
     names = [path.name for path in weights_folder.iterdir()]
     found = weights(names)
     if not found:
