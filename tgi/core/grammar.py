@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 """llguidance's own bounds, but for the memory of one grammar: a state has 1 to 2 kB."""
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: Path, vocab_size: int | None, end_ids: Sequence[int]) -
 
 def start(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """A matcher before the first token. llguidance's matchers never raise: they keep their error, see ``check``."""
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
     check(matcher)
     return matcher
 
