@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET
 
 from tgi.core.errors import VALIDATION, RequestError
+from tgi.router.schema import INVALID, UNENFORCEABLE, enforced
 from tgi.router.wire.grammar import (
     ChoiceGrammar,
     FreeGrammar,
@@ -36,13 +37,6 @@ REMEMBERED = 1 << 22
 
 EXHAUSTED = "it takes too much time or memory"
 UNSUPPORTED = "grammar is not supported"
-INVALID = "grammar is not valid: "
-UNENFORCEABLE = "cannot compile regex from schema: "
-"""TGI's words: what it makes of schemas is a regex."""
-
-
-_SPACE = r" |\n[ \t]{0,40}"
-"""White space in JSON as models write it, for schemas that leave it to us; unbounded, weak ones write nothing else."""
 
 
 class Wish(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +53,8 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
     grammar: str = ""
     error: str = ""
+    path: str = "$"
+    """Of the part of a JSON schema that is wrong."""
 
 
 def grammar_of(request: OpenAIRequest) -> Grammar | None:
@@ -123,13 +119,7 @@ def _schema_wish(schema: Any) -> Wish:
     if "properties" in schema and "type" not in schema:
         # TGI takes only schemas with properties, and means objects; the standard would let other values pass.
         schema = {"type": "object"} | schema
-    guidance = schema.get("x-guidance", {})
-    if isinstance(guidance, dict) and not guidance.keys() & {"whitespace_flexible", "whitespace_pattern"}:
-        schema = schema | {"x-guidance": guidance | {"whitespace_pattern": _SPACE}}
-    try:
-        return Wish("json_schema", msgspec.json.encode(schema).decode())
-    except RecursionError:
-        raise _invalid(f"{INVALID}it is nested too deeply") from None
+    return Wish("json_schema", enforced(schema))
 
 
 class Grammars:
@@ -155,7 +145,7 @@ class Grammars:
         else:
             self._verdicts.move_to_end(wish)
         if verdict.error:
-            raise _invalid(_explained(wish, verdict.error))
+            raise _invalid(_explained(wish, verdict))
         return verdict.grammar
 
     def close(self) -> None:
@@ -178,66 +168,16 @@ class Grammars:
         return msgspec.msgpack.decode(answer, type=Verdict)
 
 
-# --- What is wrong with a schema, and where --------------------------------------------------------------------------
-
-_ONE = {
-    "additionalItems",
-    "additionalProperties",
-    "contains",
-    "else",
-    "if",
-    "items",
-    "not",
-    "propertyNames",
-    "then",
-    "unevaluatedItems",
-    "unevaluatedProperties",
-}
-_LIST = {"allOf", "anyOf", "items", "oneOf", "prefixItems"}
-_MAP = {"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"}
-
 _MALFORMED = re.compile(r"Invalid type: |Expected |.*\bmust be an? ")
 """How llguidance's messages on what is no JSON schema at all begin; the others are on what it can't enforce."""
 
 
-def _explained(wish: Wish, error: str) -> str:
-    """TGI's words, llguidance's reason, and the place in the schema if it can be told."""
+def _explained(wish: Wish, verdict: Verdict) -> str:
+    """TGI's words, llguidance's reason, and the place in the schema."""
     if wish.format != "json_schema":
-        return INVALID + error
-    words = INVALID if _MALFORMED.match(error) else UNENFORCEABLE
-    path = _place(msgspec.json.decode(wish.text), error)
-    return f"{words}{error} at `{path}`" if path else words + error
-
-
-def _place(schema: Any, error: str) -> str | None:
-    """JSON path of the subschema that llguidance means, which names keywords and formats only."""
-    means: Callable[[dict[str, Any]], bool]
-    if match := re.match(r"Unimplemented keys: (\[.*\])", error):
-        keys = set(json.loads(match[1]))
-        means = keys.issubset
-    elif match := re.match(r"Unknown format: (.*)", error):
-        name = match[1]
-        means = lambda subschema: subschema.get("format") == name  # noqa: E731
-    else:
-        return None
-    return next((path for path, subschema in _subschemas(schema) if means(subschema)), None)
-
-
-def _subschemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(JSON path, subschema) of a schema and all in it, in no particular order."""
-    left = [("$", schema)]
-    while left:
-        path, subschema = left.pop()
-        if not isinstance(subschema, dict):
-            continue
-        yield path, subschema
-        for key, value in subschema.items():
-            if key in _ONE:
-                left.append((f"{path}.{key}", value))
-            if key in _LIST and isinstance(value, list):
-                left += ((f"{path}.{key}[{index}]", item) for index, item in enumerate(value))
-            if key in _MAP and isinstance(value, dict):
-                left += ((f"{path}.{key}.{name}", item) for name, item in value.items())
+        return INVALID + verdict.error
+    words = INVALID if _MALFORMED.match(verdict.error) else UNENFORCEABLE
+    return f"{words}{verdict.error} at `{verdict.path}`"
 
 
 def _invalid(detail: str) -> RequestError:

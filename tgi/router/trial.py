@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import llguidance
 import msgspec
@@ -16,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from tgi.core.grammar import GrammarError, check, load_tokenizer, start
 from tgi.router.grammar import EXHAUSTED, Verdict, Wish
+from tgi.router.schema import Place, children, path, pointer
 from tgi.router.worker import bound, serve
 
 SECONDS = 1
@@ -28,20 +30,54 @@ WALKS = 4
 """Ways that are tried: one may lead out of the grammar at once, as ``{}`` does."""
 STEPS = 4
 """Tokens of each: grammars that are too complex mostly show it at once."""
+SEARCH = 0.5
+"""Of it until the search for what is wrong ends."""
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
 
 def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     """Compile a grammar, and look whether tokens can follow it."""
+    begin = time.process_time()
     try:
         grammar = composed(wish)
+    except ValueError as failure:
+        return Verdict(error=" ".join(str(failure).split()))
+    error = _error(tokenizer, grammar)
+    if error is None:
+        return Verdict(grammar)
+    if wish.format != "json_schema":
+        return Verdict(error=error)
+    return Verdict(error=error, path=path(_place(tokenizer, msgspec.json.decode(wish.text), error, begin + SEARCH)))
+
+
+def _error(tokenizer: LLTokenizer, grammar: str) -> str | None:
+    try:
         fresh = start(tokenizer, grammar)
         for seed in range(WALKS):
             _walk(fresh.deep_copy(), random.Random(seed))
-    except (GrammarError, ValueError) as error:
-        return Verdict(error=" ".join(str(error).split()))
-    return Verdict(grammar)
+    except GrammarError as error:
+        return str(error).partition(" while processing ")[0]  # a URI of llguidance's own
+    return None
+
+
+def _place(tokenizer: LLTokenizer, schema: dict[str, Any], error: str, deadline: float) -> Place:
+    """Where the innermost subschema is that by itself has this error, as far as it is found by the deadline, in seconds
+    of processor time."""
+    guidance = schema.pop("x-guidance", {})
+    schema.setdefault("$id", "tgi:schema")  # by which the parts refer to one another wherever it lies
+
+    def wrong(place: Place) -> bool:
+        reference = f"{schema['$id']}#{pointer(place)}"
+        part = {"$ref": reference, "$defs": {"schema": schema}, "x-guidance": guidance}
+        wish = Wish("json_schema", msgspec.json.encode(part).decode())
+        return time.process_time() < deadline and _error(tokenizer, composed(wish)) == error
+
+    place: Place = ()
+    part = schema
+    while inner := next(((place + keys, child) for keys, child in children(part) if wrong(place + keys)), None):
+        place, part = inner
+    return place
 
 
 class Part(msgspec.Struct):
