@@ -118,6 +118,8 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "tokenizer_config_path": ("/x", "/x", ""),
     "max_client_batch_size": ("8", 8, "x"),
     "lora_adapters": ("a,b", "a,b", ""),
+    "tool_call_parser": ("hermes", "hermes", "llama"),
+    "reasoning_parser": ("none", "none", "no"),
     "usage_stats": ("no-stack", "no-stack", "yes"),
     "payload_limit": ("1", 1, "1MB"),
     "graceful_termination_timeout": ("5", 5, "5s"),

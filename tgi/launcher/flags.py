@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from tgi import __version__
-from tgi.core.config import BLOCK_SIZE
+from tgi.core.config import BLOCK_SIZE, CALL_PARSERS, REASONING_PARSERS
 from tgi.launcher import kinds
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.kinds import Kind
@@ -322,6 +322,20 @@ class Options:
         None,
         "tokenizer_config.json to take the chat template and the special tokens from.",
         commands=_SERVING,
+    )
+    tool_call_parser: str = _flag(
+        kinds.one_of("auto", *CALL_PARSERS),
+        "auto",
+        "How the model writes tool calls; `auto` sees it by the chat template, `tgi` is the way of models that have none "
+        "of their own.",
+        commands=_HTTP,
+    )
+    reasoning_parser: str = _flag(
+        kinds.one_of("auto", "none", *REASONING_PARSERS),
+        "auto",
+        "How the model writes its reasoning, which chat routes tell apart from the answer; `auto` sees it by the chat "
+        "template, `none` leaves it in the text.",
+        commands=_HTTP,
     )
     disable_grammar_support: bool = _flag(
         kinds.SWITCH,

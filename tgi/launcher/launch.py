@@ -81,6 +81,8 @@ def with_http(settings: Settings, options: Options) -> Settings:
         api_key=options.api_key,
         cors_allow_origin=list(options.cors_allow_origin),
         grammars=not options.disable_grammar_support,
+        tool_call_parser=options.tool_call_parser,
+        reasoning_parser=options.reasoning_parser,
         otlp_endpoint=options.otlp_endpoint or settings.otlp_endpoint,
         otlp_service_name=options.otlp_service_name,
         aip_predict_route=options.aip_predict_route,
