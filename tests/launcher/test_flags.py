@@ -185,7 +185,8 @@ def failure(
 
 def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
     ours = {flag.name: flag.default for flag in FLAGS if flag.name and "launcher" in flag.commands}
-    assert ours == {**TGI, "--device": "auto", "--max-image-fetch-size": 1 << 30}
+    added = {"--device": "auto", "--tool-call-parser": "auto", "--reasoning-parser": "auto"}
+    assert ours == {**TGI, **added, "--max-image-fetch-size": 1 << 30}
     assert {flag.key for flag in VALUED} == VALUES.keys()
 
 
