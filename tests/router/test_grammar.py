@@ -2,12 +2,10 @@
 
 import asyncio
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import msgspec
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -204,58 +202,6 @@ def test_one_grammar_at_a_time():
     ):
         openai(response_format={"type": "json_object"}, guided_regex="a")
     assert openai(response_format={"type": "text"}, guided_regex="a") == RegexGrammar(value="a")
-
-
-KINDS = {"kind": {"const": "a"}, "n": {"type": "integer", "minimum": 0, "maximum": 99}}
-TREE = {"v": {"type": "integer", "minimum": 0, "maximum": 9}, "l": {"anyOf": [{"$ref": "#/$defs/t"}, {"type": "null"}]}}
-
-
-def closed(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        closed({"a": {"type": "integer", "minimum": -5, "exclusiveMaximum": 17, "multipleOf": 3}}),
-        closed({"b": {"type": "number", "minimum": 0.25, "maximum": 1.5}, "c": {"type": ["boolean", "null"]}}),
-        {"type": "array", "prefixItems": [{}], "items": {"enum": ["x", 3, None, {"k": [1]}]}, "maxItems": 3},
-        {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "integer", "minimum": 10, "maximum": 20}]},
-        {"oneOf": [closed(KINDS), closed({"kind": {"const": "b"}})]},
-        {"allOf": [{"type": "string", "minLength": 2}, {"maxLength": 4}, {"pattern": "^[a-z0-9]*$"}]},
-        {"$ref": "#/$defs/t", "$defs": {"t": closed(TREE)}},
-        {"type": "object", "patternProperties": {"^[ab]$": {"type": "boolean"}}, "additionalProperties": False},
-        {"type": "string", "pattern": "^(ab|c)+$", "maxLength": 7},
-        *({"type": "string", "format": name} for name in ("date", "duration", "ipv4", "ipv6", "uuid")),
-    ],
-)
-def test_whatever_is_drawn_is_valid(value: dict[str, Any]):
-    spelling, chance, drawn = compiled(native({"type": "json", "value": value})), random.Random(0), set()
-    validator = jsonschema_rs.validator_for(value, validate_formats=True)
-    for _ in range(20):
-        text = draw(spelling, chance)
-        if text is not None:
-            assert validator.is_valid(json.loads(text)), text
-            drawn.add(text)
-    assert len(drawn) > 3
-
-
-def draw(spelling: str, chance: random.Random) -> str | None:
-    """A text of the grammar, token by token; None if it would be long."""
-    matcher, ids = start(TOKENIZER, spelling), list[int]()
-    while len(ids) < 200:
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        allowed = [token for token in range(TOKENIZER.vocab_size) if mask >> token & 1]
-        if END in allowed and (len(allowed) == 1 or chance.random() < 0.3):
-            return TOKENIZER.decode_str(ids)
-        ids.append(chance.choice([token for token in allowed if token != END]))
-        assert matcher.consume_token(ids[-1])
-    return None
 
 
 # --- What is refused -------------------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
 """JSON schemas against the standard: what llguidance would read otherwise is put right, or refused with its place."""
 
 import json
+import random
 from typing import Any
 
 import pytest
 from llguidance import LLTokenizer
 
-from tests import small_tokenizers
+from tests import schemas, small_tokenizers
 from tgi.core.errors import RequestError
 from tgi.core.grammar import start
 from tgi.router.grammar import Verdict, Wish
 from tgi.router.schema import UNENFORCEABLE, enforced
-from tgi.router.trial import judge
+from tgi.router.trial import tried
 
 TOKENIZER = LLTokenizer(small_tokenizers.serialized("byte_level"), eos_token=[2])
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
@@ -20,7 +21,7 @@ INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 
 
 def judged(schema: dict[str, Any]) -> Verdict:
-    return judge(TOKENIZER, Wish("json_schema", enforced(schema)))
+    return tried(TOKENIZER, Wish("json_schema", enforced(schema)))
 
 
 def accepted(schema: dict[str, Any], *texts: str) -> list[str]:
@@ -114,6 +115,21 @@ def object_(**properties: Any) -> dict[str, Any]:
 )
 def test_what_llguidance_would_read_otherwise(schema: dict[str, Any], good: list[str], bad: list[str]):
     assert accepted(schema, *good, *bad) == good
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_is_drawn_is_valid(seed: int):
+    chance = random.Random(seed)
+    verdict = Verdict(error="to be made")
+    while verdict.error:  # a schema may contradict itself
+        schema = schemas.made(chance)
+        verdict = judged(schema)
+        assert not verdict.error or "nsatisfiable" in verdict.error, verdict
+    drawn = [schemas.draw(TOKENIZER, verdict.grammar, chance) for _ in range(5)]
+    texts = [TOKENIZER.decode_str(ids) for ids in drawn if ids is not None]
+    assert texts
+    for text in texts:
+        assert schemas.valid(schema, text), text
 
 
 def nested(schema: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,9 @@ _DEFINITIONS = {"$defs", "definitions"}
 _UNREAD = {"disallow", "divisibleBy", "extends"}
 """Keywords of the first drafts, which llguidance passes over."""
 
+_ANNOTATIONS = {"deprecated", "discriminator", "example", "externalDocs", "nullable", "xml"}
+"""Keywords that say nothing, but keep llguidance from following a circular reference that they stand beside."""
+
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "dependencies": ({},),
     "dependentRequired": ({},),
@@ -210,6 +213,8 @@ def _rewrite(part: dict[str, Any]) -> None:
     """Say the same so that llguidance reads it, in place."""
     # In older drafts keywords of newer ones say nothing; nobody who writes one means that.
     part.pop("$schema", None)
+    for key in _ANNOTATIONS & part.keys():
+        del part[key]
     for key, values in _NEUTRAL.items():
         if key in part and any(part[key] == value and type(part[key]) is type(value) for value in values):
             del part[key]

@@ -8,8 +8,8 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import llguidance
 import msgspec
@@ -31,24 +31,38 @@ WALKS = 4
 STEPS = 4
 """Tokens of each: grammars that are too complex mostly show it at once."""
 SEARCH = 0.5
-"""Of it until the search for what is wrong ends."""
+"""Of it for finding what is wrong."""
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
 
 def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     """Compile a grammar, and look whether tokens can follow it."""
-    begin = time.process_time()
     try:
         grammar = composed(wish)
     except ValueError as failure:
         return Verdict(error=" ".join(str(failure).split()))
     error = _error(tokenizer, grammar)
-    if error is None:
-        return Verdict(grammar)
-    if wish.format != "json_schema":
-        return Verdict(error=error)
-    return Verdict(error=error, path=path(_place(tokenizer, msgspec.json.decode(wish.text), error, begin + SEARCH)))
+    return Verdict(grammar) if error is None else Verdict(error=error)
+
+
+def locate(tokenizer: LLTokenizer, wish: Wish, error: str) -> str:
+    """The path of the innermost part of a JSON schema that by itself has this error, as far as it is found in time."""
+    schema = msgspec.json.decode(wish.text)
+    guidance = schema.pop("x-guidance", {})
+    schema.setdefault("$id", "tgi:schema")  # by which the parts refer to one another wherever it lies
+
+    def wrong(place: Place) -> bool:
+        reference = f"{schema['$id']}#{pointer(place)}"
+        part = {"$ref": reference, "$defs": {"schema": schema}, "x-guidance": guidance}
+        wish = Wish("json_schema", msgspec.json.encode(part).decode())
+        return time.process_time() < SEARCH and _error(tokenizer, composed(wish)) == error
+
+    place: Place = ()
+    part = schema
+    while inner := next(((place + keys, child) for keys, child in children(part) if wrong(place + keys)), None):
+        place, part = inner
+    return path(place)
 
 
 def _error(tokenizer: LLTokenizer, grammar: str) -> str | None:
@@ -59,25 +73,6 @@ def _error(tokenizer: LLTokenizer, grammar: str) -> str | None:
     except GrammarError as error:
         return str(error).partition(" while processing ")[0]  # a URI of llguidance's own
     return None
-
-
-def _place(tokenizer: LLTokenizer, schema: dict[str, Any], error: str, deadline: float) -> Place:
-    """Where the innermost subschema is that by itself has this error, as far as it is found by the deadline, in seconds
-    of processor time."""
-    guidance = schema.pop("x-guidance", {})
-    schema.setdefault("$id", "tgi:schema")  # by which the parts refer to one another wherever it lies
-
-    def wrong(place: Place) -> bool:
-        reference = f"{schema['$id']}#{pointer(place)}"
-        part = {"$ref": reference, "$defs": {"schema": schema}, "x-guidance": guidance}
-        wish = Wish("json_schema", msgspec.json.encode(part).decode())
-        return time.process_time() < deadline and _error(tokenizer, composed(wish)) == error
-
-    place: Place = ()
-    part = schema
-    while inner := next(((place + keys, child) for keys, child in children(part) if wrong(place + keys)), None):
-        place, part = inner
-    return place
 
 
 class Part(msgspec.Struct):
@@ -124,8 +119,8 @@ def _walk(matcher: LLMatcher, chance: random.Random) -> None:
             return
 
 
-def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
-    """``judge`` in a fork."""
+def _apart(work: Callable[[], msgspec.Struct | str]) -> bytes:
+    """What comes of work in a fork, in MessagePack; nothing if it was too much."""
     source, sink = os.pipe()
     child = os.fork()
     if not child:
@@ -133,7 +128,7 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it dies without a word
             bound(MEMORY, cpu=SECONDS, stack=STACK)
             with os.fdopen(sink, "wb") as stream:
-                stream.write(msgspec.msgpack.encode(judge(tokenizer, wish)))
+                stream.write(msgspec.msgpack.encode(work()))
             os._exit(0)
         finally:
             os._exit(1)
@@ -141,9 +136,20 @@ def _apart(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     with os.fdopen(source, "rb") as stream:
         answer = stream.read()
     _, status = os.waitpid(child, 0)
-    if status != 0:
+    return answer if status == 0 else b""
+
+
+def tried(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
+    """``judge`` and ``locate``, each in a fork."""
+    answer = _apart(lambda: judge(tokenizer, wish))
+    if not answer:
         return Verdict(error=EXHAUSTED)
-    return msgspec.msgpack.decode(answer, type=Verdict)
+    verdict = msgspec.msgpack.decode(answer, type=Verdict)
+    if verdict.error and wish.format == "json_schema":
+        place = _apart(lambda: locate(tokenizer, wish, verdict.error))
+        if place:
+            verdict = msgspec.structs.replace(verdict, path=msgspec.msgpack.decode(place, type=str))
+    return verdict
 
 
 def main(tokenizer_path: str, *end_ids: str) -> None:
@@ -156,7 +162,7 @@ def main(tokenizer_path: str, *end_ids: str) -> None:
 
     def answer(question: bytes) -> bytes:
         wish = msgspec.msgpack.decode(question, type=Wish)
-        return msgspec.msgpack.encode(Verdict(error=error) if tokenizer is None else _apart(tokenizer, wish))
+        return msgspec.msgpack.encode(Verdict(error=error) if tokenizer is None else tried(tokenizer, wish))
 
     serve(answer)
 
