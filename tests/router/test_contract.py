@@ -19,7 +19,7 @@ from tests import small_tokenizers
 from tests.router import serving
 from tests.router.serving import LIMITS, Router, events, settings
 from tgi.core import errors
-from tgi.core.messages import Submit
+from tgi.core.messages import Submit, Thinking
 from tgi.router.dialects import native
 from tgi.router.routes import ROUTES
 from tgi.router.wire.native import GenerateParameters
@@ -486,6 +486,8 @@ CHAT_FIELDS = [
     Field("continue_final_message", False, lambda seen: "the cat;" in seen.prompt, True, {"messages": TALK}),
     Field("chat_template_kwargs", {"suffix": "!"}, lambda seen: seen.prompt[-1], "!"),
     Field("reasoning_effort", "high", lambda seen: "high" in seen.prompt, True),
+    Field("enable_thinking", True, lambda seen: "True" in seen.prompt, True),
+    Field("thinking_budget", 7, lambda seen: seen.submit.sampling.thinking, Thinking(7, "<think>", "</think>")),
 ]
 
 REFUSED: dict[str, Any] = {"adapter_id": "x"}
@@ -531,7 +533,7 @@ class Family:
 FAMILIES = [
     Family(NATIVE[0], (GenerateParameters,), NATIVE_FIELDS, REFUSED),
     Family(COMPLETIONS[0], (CompletionRequest,), COMPLETION_FIELDS, REFUSED, ANY, ("suffix",)),
-    Family(CHAT[0], (ChatRequest,), CHAT_FIELDS, REFUSED_IN_CHAT, ANY),
+    Family(CHAT[0], (ChatRequest,), CHAT_FIELDS, REFUSED_IN_CHAT, ANY, ("include_reasoning", "separate_reasoning")),
 ]
 
 
@@ -539,7 +541,8 @@ FAMILIES = [
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
     """Of a model whose tokenizer adds a token in front, and whose template reads all there is."""
     template = (
-        serving.TEMPLATE + "{{ reasoning_effort }}{% for document in documents or [] %}{{ document.text }}{% endfor %}"
+        serving.TEMPLATE + "{# </think> #}{{ reasoning_effort }}{{ enable_thinking }}"
+        "{% for document in documents or [] %}{{ document.text }}{% endfor %}"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serving, "TEMPLATE", template)

@@ -83,6 +83,7 @@ def test_a_message(router: Router) -> None:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0,
             "output_tokens": len(ids),
+            "output_tokens_details": {"thinking_tokens": 0},
         },
     }
 
@@ -93,7 +94,8 @@ def test_a_stream(router: Router) -> None:
     assert response.headers["content-type"] == "text/event-stream"
     assert re.fullmatch("req_[0-9a-f]{32}", response.headers["request-id"])
     start, *rest, stop = named_events(response.text)
-    usage = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    usage: dict[str, Any] = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+    usage["output_tokens_details"] = {"thinking_tokens": 0}
     usage["input_tokens"] = len(router.engine.submits[-1].token_ids)
     message = start["message"]
     assert start["type"] == "message_start"
@@ -179,7 +181,8 @@ def test_cached_tokens_are_no_input_tokens(tmp_path: Path) -> None:
         ids = router.says("a b</s>")
         usage = ask(router, max_tokens=9).json()["usage"]
         given = len(router.engine.submits[-1].token_ids)
-        expected = {"input_tokens": given - 5, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 0}
+        expected: dict[str, Any] = {"input_tokens": given - 5, "cache_read_input_tokens": 5}
+        expected |= {"cache_creation_input_tokens": 0, "output_tokens_details": {"thinking_tokens": 0}}
         assert usage == expected | {"output_tokens": len(ids)}
         start, *_, delta, _ = named_events(ask(router, max_tokens=9, stream=True).text)
         assert start["message"]["usage"] == expected | {"output_tokens": 1}
@@ -291,7 +294,7 @@ def test_what_changes_nothing_is_accepted(router: Router) -> None:
     fields: dict[str, Any] = {
         "metadata": {"user_id": "u"},
         "service_tier": "standard_only",
-        "thinking": {"type": "disabled"},
+        "thinking": {"type": "adaptive", "display": "summarized"},
         "cache_control": {"type": "ephemeral"},
         "speed": "standard",
         "output_config": {},
@@ -336,9 +339,17 @@ USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
             content({"type": "tool_result", "tool_use_id": "1", "content": [IMAGE]}),
             "`image` is not supported in `tool_result`",
         ),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "`thinking` is not supported"),
-        ({"thinking": {"type": "adaptive"}}, "`thinking` is not supported"),
-        ({"output_config": {"effort": "low"}}, "`output_config.effort` is not supported"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "`enable_thinking` is not supported"),
+        ({"thinking": {"type": "enabled"}}, "`thinking` of type `enabled` needs `budget_tokens`"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "`thinking` of type `enabled` needs `budget_tokens`"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}, "max_tokens": 99}, "must be less than `max_tokens`"),
+        (
+            {"thinking": {"type": "disabled", "budget_tokens": 9}},
+            "`thinking` of type `disabled` has no `budget_tokens`",
+        ),
+        ({"thinking": {"type": "between_tools"}}, "`thinking` of type `between_tools` is not supported"),
+        ({"thinking": {"type": "adaptive", "display": "x"}}, "thinking.display: "),
+        ({"output_config": {"effort": "low"}}, "`reasoning_effort` is not supported"),
         ({"speed": "fast"}, "`speed` is not supported"),
         ({"mcp_servers": [{}]}, "`mcp_servers` is not supported"),
         ({"context_management": {}}, "`context_management` is not supported"),
@@ -376,7 +387,7 @@ def test_counting_tokens(router: Router, client: anthropic.Anthropic) -> None:
     response = router.http.post("/v1/messages/count_tokens", json=asked)
     assert list(response.json()) == ["input_tokens"]
     assert response.headers["request-id"].startswith("req_")
-    refused = router.http.post("/v1/messages/count_tokens", json=asked | {"thinking": {"type": "adaptive"}})
+    refused = router.http.post("/v1/messages/count_tokens", json=asked | {"thinking": {"type": "between_tools"}})
     assert refused.status_code == 400
     assert "`thinking`" in refused.json()["error"]["message"]
 

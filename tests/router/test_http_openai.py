@@ -49,6 +49,7 @@ def test_chat(router: Router) -> None:
         "completion_tokens": len(ids),
         "total_tokens": prompt + len(ids),
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

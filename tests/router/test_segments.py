@@ -13,8 +13,17 @@ from tgi.router.wire.native import Token
 from tgi.router.wire.openai import FinishReason
 
 
-def said(text: str = "", *calls: CallDelta, finish: FinishReason | None = None) -> Said:
-    return Said(0, Piece(Token(len(text), text, -1.0, False), [], text, None), text, list(calls), finish)
+def said(text: str = "", *calls: CallDelta, finish: FinishReason | None = None, reasoning: str = "") -> Said:
+    return Said(0, piece(reasoning + text), reasoning, text, list(calls), finish)
+
+
+def unsaid(text: str) -> Said:
+    """A token that is held back, or part of nothing."""
+    return Said(0, piece(text), "", "", [], None)
+
+
+def piece(text: str) -> Piece:
+    return Piece(Token(len(text), text, -1.0, False), [], text, None)
 
 
 def called(index: int, name: str) -> CallDelta:
@@ -33,8 +42,8 @@ def whole_of(answer: Sequence[Said]) -> tuple[list[Segment], FinishReason]:
 
 
 async def replay(answer: Sequence[Said]) -> AsyncIterator[Said]:
-    for piece in answer:
-        yield piece
+    for one in answer:
+        yield one
 
 
 def told(answer: Sequence[Said]) -> list[str]:
@@ -43,7 +52,7 @@ def told(answer: Sequence[Said]) -> list[str]:
     for step in steps_of(answer):
         match step:
             case Begin(segment):
-                lines.append(f"begin {segment.index} {segment.name or 'text'}")
+                lines.append(f"begin {segment.index} {segment.name or segment.kind}")
             case Grow(segment, text):
                 lines.append(f"grow {segment.index} {text}")
             case End(segment):
@@ -74,7 +83,28 @@ def test_text_then_calls() -> None:
 
 def test_text_behind_a_call_is_a_segment_of_its_own() -> None:
     segments, _ = whole_of([said("", called(0, "f")), said("a"), said("b", finish="stop")])
-    assert [(segment.call_id, segment.text) for segment in segments] == [("call_0", ""), (None, "ab")]
+    told = [(segment.kind, segment.call_id, segment.text) for segment in segments]
+    assert told == [("call", "call_0", ""), ("text", "", "ab")]
+
+
+def test_reasoning_comes_before_text_and_calls() -> None:
+    answer = [
+        unsaid("<think>"),
+        said(reasoning="Let"),
+        said(reasoning=" me"),
+        said("Well.", called(0, "f"), reasoning=" see."),
+        said(finish="tool_calls"),
+    ]
+    assert told(answer) == [
+        *("begin 0 reasoning", "grow 0 Let", "grow 0  me", "grow 0  see.", "end 0"),
+        *("begin 1 text", "grow 1 Well.", "end 1", "begin 2 f", "end 2", "finish tool_calls"),
+    ]
+
+
+def test_nothing_but_reasoning() -> None:
+    assert told([said(reasoning="a"), said(finish="length")]) == [
+        *("begin 0 reasoning", "grow 0 a", "end 0 cut", "finish length")
+    ]
 
 
 def test_an_answer_that_says_nothing_is_an_empty_text() -> None:
@@ -93,7 +123,17 @@ def test_tokens_held_back_belong_to_the_text_that_they_show_up_in() -> None:
     assert [piece.text for piece in last.pieces] == ["d"]
 
 
-@given(st.lists(st.sampled_from(["", "text", "call", "arguments"]), max_size=12), st.booleans())
+def test_marks_and_space_between_reasoning_and_text_are_no_tokens_of_either() -> None:
+    answer = [
+        *(unsaid("<think>"), said(reasoning="a"), unsaid(" "), unsaid("</think>"), unsaid("\n\n")),
+        *(unsaid(""), said("☃"), unsaid(" "), said(" b"), said(finish="stop")),
+    ]
+    thought, text = whole_of(answer)[0]
+    assert thought.pieces == []
+    assert [piece.text for piece in text.pieces] == ["", "☃", " ", " b"]
+
+
+@given(st.lists(st.sampled_from(["", "text", "reasoning", "call", "arguments"]), max_size=12), st.booleans())
 def test_steps_add_up_to_the_whole(kinds: list[str], cut: bool) -> None:
     pieces, calls, in_call = [], 0, False
     for kind in kinds:
@@ -102,6 +142,8 @@ def test_steps_add_up_to_the_whole(kinds: list[str], cut: bool) -> None:
             calls += 1
         elif kind == "arguments" and in_call:
             pieces.append(said("", CallDelta(calls - 1, "}")))
+        elif kind == "reasoning":
+            pieces.append(said(reasoning=kind))
         else:
             pieces.append(said(kind))
         in_call = kind == "call" or (in_call and kind in ("", "arguments"))

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from tgi.core.messages import Thinking
+from tgi.router.formats import Format
 from tgi.router.pipeline import Piece, Run, Service, interleave
 from tgi.router.prompt import Prompt, is_greedy, prompt_of, to_parameters
 from tgi.router.reply import CallDelta, ReplyParser
@@ -32,6 +33,8 @@ class Said:
     text: str
     calls: list[CallDelta]
     finish: FinishReason | None
+    hidden: bool = False
+    """The token is of reasoning that isn't told."""
 
 
 @dataclass(slots=True)
@@ -52,6 +55,7 @@ class Reply:
     text: str = ""
     calls: list[Call] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
+    """But for hidden ones."""
     finish: FinishReason = "stop"
 
 
@@ -81,14 +85,17 @@ class Conversation:
                 parsed.text += rest.text
                 if finish == "stop" and parser.complete:
                     finish = "tool_calls"
-            self.reasoning_tokens += thinking or parser.thinking
-            yield Said(choice, piece, "" if self._silent else parsed.reasoning, parsed.text, parsed.calls, finish)
+            thinking = thinking or parser.thinking
+            self.reasoning_tokens += thinking
+            reasoning = "" if self._silent else parsed.reasoning
+            yield Said(choice, piece, reasoning, parsed.text, parsed.calls, finish, thinking and self._silent)
 
     async def replies(self) -> list[Reply]:
         replies = [Reply(run) for run in self.runs]
         async for said in self:
             reply = replies[said.choice]
-            reply.pieces.append(said.piece)
+            if not said.hidden:
+                reply.pieces.append(said.piece)
             reply.reasoning += said.reasoning
             reply.text += said.text
             for delta in said.calls:
@@ -116,16 +123,25 @@ async def converse(service: Service, request: ChatRequest, arrived: float) -> As
     async with AsyncExitStack() as stack:
         stack.enter_context(service.permits.take(choices))
         prompt = await prompt_of(service, request, tools)
+        format = _read(request, prompt, tools)
         generation = await _generation(service, request, prompt, tools, parameters)
         runs = [Run(service, generation.choice(index), arrived) for index in range(choices)]
         for run in runs:
             await stack.enter_async_context(run)
-        format = prompt.format
-        if request.separate_reasoning is False:
-            format = dataclasses.replace(format, reasoning=None)
         schemas = {} if tools is None else tools.schemas
         parsers = [ReplyParser(format, schemas, thinking=prompt.thinking and bool(format.reasoning)) for _ in runs]
         yield Conversation(runs, parsers, silent=request.include_reasoning is False)
+
+
+def _read(request: ChatRequest, prompt: Prompt, tools: Tools | None) -> Format:
+    """What of the reply is told apart."""
+    if request.separate_reasoning is not False:
+        return prompt.format
+    if request.include_reasoning is False:
+        raise invalid("`include_reasoning` and `separate_reasoning` must not both be false")
+    if tools is not None and prompt.format.reasoning is not None:
+        raise invalid("`separate_reasoning: false` is not supported with `tools`: calls are found behind reasoning")
+    return dataclasses.replace(prompt.format, reasoning=None)
 
 
 async def _generation(
@@ -149,8 +165,8 @@ async def _generation(
 
 
 def _budget(request: ChatRequest, prompt: Prompt) -> Thinking | None:
-    """How long the reply may reason."""
-    budget = request.thinking_budget
+    """How long the reply may reason; at once brought to an end, it has not."""
+    budget = 0 if prompt.thoughtless else request.thinking_budget
     if budget is None:
         return None
     if (reasoning := prompt.format.reasoning) is None:

@@ -10,7 +10,13 @@ from typing import Any, Literal, TypeVar
 from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Style, spelled
 
 PLACE = "#"
-"""In a ``head`` or ``middle``: which call of its reply it is, from 0."""
+"""In a ``head`` or ``middle``: which call of its reply it is, from 0. Models may count all calls of a conversation."""
+
+PLACES = 1000
+"""No place is as high."""
+
+KEYS = ('"arguments"', '"parameters"')
+"""Models take one for the other."""
 
 _WORD = re.compile(r'<[^<>\s]*>?|\[[A-Z_]+\]|"[^"]*"|```\w*|\w+|\S')
 
@@ -43,6 +49,11 @@ class Calls:
     """The model knows when to stop calling. Others get one call only, unless a request asks for several."""
     ids: Literal["call", "nine", "place"] = "call"
     """Of calls: any; nine letters and digits, which the template insists on; or made of name and place."""
+    also: tuple["Calls", ...] = ()
+    """Other ways to begin a call that such models have; of these, ``opens``, ``head``, ``middle`` and ``between`` are
+    read."""
+    forms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(KEYS, KEYS))
+    """Words of the spelling that are read in other forms, too; "": they may be missing."""
 
     def spelled(self, calls: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
         """Calls, each of a name and arguments, as the model would have written them."""
@@ -70,6 +81,8 @@ class Reasoning:
     """What opens an answer in text."""
     dropped: tuple[str, ...] = ()
     """Marks between reasoning, text and calls that are none of them."""
+    sign: str = ""
+    """What a template of such a model has in it, if not ``closes``."""
 
 
 _LIST = Calls(name="", head='{"name": ', middle=', "arguments": ', tail="}", between=", ")
@@ -86,16 +99,38 @@ TGI = Calls(
 )
 """For models without a format of their own."""
 
+_HARMONY = Calls(
+    name="gpt_oss",
+    signs=("<|channel|>", "to=functions."),
+    head="<|channel|>commentary to=functions.",
+    middle=" <|constrain|>json<|message|>",
+    tail="<|call|>",
+    between="<|start|>assistant",
+    quoted=False,
+    trigger="head",
+    forms={
+        "commentary": ("commentary", "analysis"),
+        "<|constrain|>": ("<|constrain|>", ""),
+        "json": ("json", "code", ""),
+    },
+)
+"""A message's recipient stands behind its channel or before it."""
+
+_LLAMA = Calls(
+    name="llama3_json",
+    signs=('{"name": "', '"parameters": '),
+    head='{"name": ',
+    middle=', "parameters": ',
+    tail="}",
+    between="; ",
+    anchored=True,
+    trigger="head",
+)
+
 CALLS = (
-    Calls(
-        name="gpt_oss",
-        signs=("<|channel|>", "to=functions."),
-        head="<|channel|>commentary to=functions.",
-        middle=" <|constrain|>json<|message|>",
-        tail="<|call|>",
-        between="<|start|>assistant",
-        quoted=False,
-        trigger="head",
+    replace(
+        _HARMONY,
+        also=(replace(_HARMONY, head=" to=functions.", middle="<|channel|>commentary <|constrain|>json<|message|>"),),
     ),
     Calls(
         name="kimi_k2",
@@ -188,6 +223,7 @@ CALLS = (
         style=PYTHON,
         trigger="name",
     ),
+    replace(_LIST, name="functools", signs=("functools[",), opens="functools[", closes="]", trigger="head"),
     replace(_LIST, name="phi4_mini", signs=("<|/tool|>",), opens="<|tool_call|>[", closes="]<|/tool_call|>"),
     replace(_LIST, name="granite", signs=("<|tool_call|>",), opens="<|tool_call|>[", closes="]"),
     Calls(
@@ -268,16 +304,7 @@ CALLS = (
         anchored=True,
         trigger="name",
     ),
-    Calls(
-        name="llama3_json",
-        signs=('{"name": "', '"parameters": '),
-        head='{"name": ',
-        middle=', "parameters": ',
-        tail="}",
-        between="; ",
-        anchored=True,
-        trigger="head",
-    ),
+    replace(_LLAMA, also=(replace(_LLAMA, head='{"type": "function", "name": '),)),
     replace(_LIST, name="xlam", opens="[", closes="]", anchored=True, trigger="head"),
     TGI,
 )
@@ -291,6 +318,7 @@ REASONING = (
         joint="<|start|>assistant",
         answers="<|channel|>final<|message|>",
         dropped=("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>"),
+        sign="<|channel|>",  # others, too, end turns as it ends reasoning
     ),
     Reasoning("mistral", "[THINK]", "[/THINK]"),
     Reasoning(
@@ -329,7 +357,9 @@ class Format:
     def spelled_with(self, special: Mapping[str, int]) -> "Format":
         """The same for a model with these special tokens, text → id."""
         calls, reasoning = self.calls, self.reasoning
-        marks = [calls.opens, calls.head, calls.middle, calls.tail, calls.between, calls.closes, calls.style.marks]
+        marks = [calls.tail, calls.closes, calls.style.marks]
+        for way in (calls, *calls.also):
+            marks += way.opens, way.head, way.middle, way.between
         if reasoning is not None:
             marks += reasoning.opens, reasoning.closes, reasoning.joint, reasoning.answers, *reasoning.dropped
         return replace(self, special={text: id for text, id in special.items() if any(text in mark for mark in marks)})
@@ -339,7 +369,9 @@ def format_of(template: str, added: Collection[str], calls: str = AUTO, reasonin
     """What a model with this chat template and these added tokens writes. ``calls`` and ``reasoning`` are names of
     rows, or AUTO; of reasoning also OFF."""
     spelling = (row for row in CALLS if row.signs and all(sign in template for sign in row.signs))
-    thinking = (row for row in REASONING if row.closes in template or (row.opens in added and row.closes in added))
+    thinking = (
+        row for row in REASONING if (row.sign or row.closes) in template or {row.opens, row.closes} <= set(added)
+    )
     return Format(
         _named(CALLS, calls) or next(spelling, TGI),
         None if reasoning == OFF else _named(REASONING, reasoning) or next(thinking, None),

@@ -26,6 +26,8 @@ class Prompt(NamedTuple):
     """How the model's replies to it are spelled."""
     thinking: bool
     """It has opened the reasoning: the reply begins in it."""
+    thoughtless: bool
+    """Reasoning isn't wanted, and the template can't tell the model."""
 
 
 async def prompt_of(service: Service, request: ChatRequest, tools: Tools | None) -> Prompt:
@@ -46,6 +48,7 @@ async def prompt_of(service: Service, request: ChatRequest, tools: Tools | None)
             if message["role"] != "assistant" and message["content"] is not None:
                 message["content"] = _with_text(message["content"], told)
                 break
+    options, thoughtless = _options(request, template, format)
     text = await service.templates.render(
         template,
         messages=messages,
@@ -53,11 +56,11 @@ async def prompt_of(service: Service, request: ChatRequest, tools: Tools | None)
         add_generation_prompt=not goes_on if request.add_generation_prompt is None else request.add_generation_prompt,
         continue_final_message=goes_on or False,
         documents=request.documents or None,
-        options=_options(request, template, format),
+        options=options,
     )
     # Where nobody asks for the continuation by its name it is TGI's, which ends without white space.
     text = text.rstrip() if goes_on and request.continue_final_message is None else text
-    return Prompt(text, format, _thinks(text, format, last if goes_on else None))
+    return Prompt(text, format, _thinks(text, format, last if goes_on else None), thoughtless)
 
 
 def _thinks(prompt: str, format: Format, continued: Message | None) -> bool:
@@ -70,24 +73,32 @@ def _thinks(prompt: str, format: Format, continued: Message | None) -> bool:
     return prompt.rstrip().endswith(reasoning.opens.strip())
 
 
-def _options(request: ChatRequest, template: Template, format: Format) -> Mapping[str, Any]:
-    """What the template is told beside the conversation. ``chat_template_kwargs`` wins over the fields for the same."""
-    options = dict(request.chat_template_kwargs or {})
+def _options(request: ChatRequest, template: Template, format: Format) -> tuple[Mapping[str, Any], bool]:
+    """What the template is told beside the conversation, and whether reasoning isn't wanted and that can't be told.
+
+    ``chat_template_kwargs`` wins over the fields for the same.
+    """
+    effort, wanted = request.reasoning_effort, request.enable_thinking
+    if effort == "none" and wanted:
+        raise invalid("`enable_thinking` is true, and `reasoning_effort` none")
     switch = next((name for name in SWITCHES if name in template.options), None)
-    effort, enabled = request.reasoning_effort, request.enable_thinking
+    options: dict[str, Any] = {}
     if effort is not None:
-        if "reasoning_effort" in template.options:
-            options = {"reasoning_effort": effort} | options
-        elif switch is not None:
-            enabled = effort != "none" if enabled is None else enabled
-        elif effort != "none" or format.reasoning is not None:
+        graded = "reasoning_effort" in template.options
+        if graded:
+            options["reasoning_effort"] = effort
+        elif effort != "none" and switch is None:
             raise invalid("`reasoning_effort` is not supported: the model's chat template doesn't read it")
-    if enabled is not None:
-        if switch is not None:
-            options = {switch: enabled} | options
-        elif enabled != (format.reasoning is not None):
-            raise invalid("`enable_thinking` is not supported: the model's chat template doesn't read it")
-    return options
+        if wanted is None and (effort == "none" or not graded):
+            wanted = effort != "none"
+    if switch is not None and wanted is not None:
+        options[switch] = wanted
+    elif wanted and format.reasoning is None:
+        raise invalid("`enable_thinking` is not supported: the model doesn't reason")
+    if request.thinking_budget is not None and "thinking_budget" in template.options:
+        options["thinking_budget"] = request.thinking_budget
+    thoughtless = wanted is False and switch is None and format.reasoning is not None
+    return options | (request.chat_template_kwargs or {}), thoughtless
 
 
 def is_greedy(request: OpenAIRequest) -> bool:

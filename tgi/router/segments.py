@@ -1,4 +1,5 @@
-"""What an assistant says, cut into segments: stretches of text, and tool calls, in the order in which they come.
+"""What an assistant says, cut into segments: reasoning, stretches of text, and tool calls, in the order in which they
+come.
 
 For dialects whose answers are lists of items: steps become their events, segments the items of their answers, so that
 streams and whole answers agree. Knows no dialect.
@@ -6,23 +7,25 @@ streams and whole answers agree. Knows no dialect.
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tgi.router.conversation import Said
 from tgi.router.pipeline import Piece
 from tgi.router.wire.openai import FinishReason
+
+Kind = Literal["reasoning", "text", "call"]
 
 
 @dataclass(slots=True)
 class Segment:
     index: int
     """Among the segments of its answer."""
-    call_id: str | None = None
-    """None: text."""
+    kind: Kind
+    call_id: str = ""
     name: str = ""
     """Of the tool."""
     parts: list[str] = field(default_factory=list)
-    """What it has grown by: text, or a call's arguments."""
+    """What it has grown by: reasoning, text, or a call's arguments."""
     pieces: list[Piece] = field(default_factory=list)
     """The tokens of a text."""
     cut: bool = False
@@ -86,26 +89,32 @@ class _Cutter:
 
     def push(self, said: Said) -> Iterator[Step]:
         self._unseen.append(said.piece)
+        if said.reasoning:
+            if self._open is None or self._open.kind != "reasoning":
+                yield from self._begin("reasoning")
+            yield from self._grow(said.reasoning, [])
+            self._unseen = self._unseen[-1:]
         if said.text:
-            if self._open is None or self._open.call_id is not None:
-                yield from self._begin()
+            if self._open is None or self._open.kind != "text":
+                yield from self._begin("text")
+                self._unseen = _leading_to(said.text, self._unseen)
             yield from self._grow(said.text, self._unseen)
             self._unseen = []
         for delta in said.calls:
             self._unseen = []
             if delta.id is not None:
-                yield from self._begin(delta.id, delta.name or "")
+                yield from self._begin("call", delta.id, delta.name or "")
             if delta.arguments:
                 yield from self._grow(delta.arguments, [])
         if said.finish is not None:
             if self._open is None:  # nothing was said: clients look for a text all the same
-                yield from self._begin()
+                yield from self._begin("text")
             yield from self._end(cut=said.finish == "length")
             yield Finish(said.finish)
 
-    def _begin(self, call_id: str | None = None, name: str = "") -> Iterator[Step]:
+    def _begin(self, kind: Kind, call_id: str = "", name: str = "") -> Iterator[Step]:
         yield from self._end()
-        self._open = Segment(self._count, call_id, name)
+        self._open = Segment(self._count, kind, call_id, name)
         self._count += 1
         yield Begin(self._open)
 
@@ -120,3 +129,11 @@ class _Cutter:
             self._open.cut = cut
             yield End(self._open)
             self._open = None
+
+
+def _leading_to(text: str, pieces: list[Piece]) -> list[Piece]:
+    """Without the marks and the space before the text that begins: they are part of nothing."""
+    first = 0
+    while first < len(pieces) - 1 and not text.startswith(pieces[first].text):
+        first += 1
+    return pieces[first:]

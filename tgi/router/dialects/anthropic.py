@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +14,7 @@ from tgi.router.call import Call, ErrorStyle, named_event
 from tgi.router.conversation import Conversation, converse
 from tgi.router.pipeline import Run, Service
 from tgi.router.prompt import prompt_of
-from tgi.router.segments import Begin, End, Finish, Grow, Segment, steps, whole
+from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, steps, whole
 from tgi.router.tools import tools_of
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.anthropic import (
@@ -35,17 +36,22 @@ from tgi.router.wire.anthropic import (
     OutputConfig,
     Ping,
     RedactedThinkingBlock,
+    SignatureDelta,
     StopDelta,
     StopReason,
     Text,
     TextBlock,
     TextDelta,
+    Thinking,
     ThinkingBlock,
+    ThinkingDelta,
+    Thought,
     TokenCount,
     ToolDefinition,
     ToolResultBlock,
     ToolUse,
     ToolUseBlock,
+    UsageDetails,
 )
 from tgi.router.wire.base import Unreadable
 from tgi.router.wire.grammar import Grammar, JsonSchemaGrammar, NamedSchema
@@ -72,7 +78,7 @@ async def messages(call: Call, service: Service, request: MessagesRequest) -> No
             await call.stream(_events(service, conversation), fields, _fail_with(service, request_id))
         else:
             segments, reason = await whole(conversation)
-            answer = _message(service, run, [_block(segment) for segment in segments], reason)
+            answer = _message(service, conversation, [_block(segment) for segment in segments], reason)
             await call.json(answer, headers.of_answer(compute_type, [run]) | request_id)
 
 
@@ -127,16 +133,20 @@ ERRORS = ErrorStyle(_tell, MessageError, {415: 400, 422: 400, 424: 500, 503: 529
 
 
 def _message(
-    service: Service, run: Run, content: list[Text | ToolUse], reason: FinishReason | None = None
+    service: Service,
+    conversation: Conversation,
+    content: list[Thought | Text | ToolUse],
+    reason: FinishReason | None = None,
 ) -> AnthropicMessage:
     """``reason``: None at the start of a stream."""
+    (run,) = conversation.runs
     return AnthropicMessage(
         id=f"msg_{uuid.uuid4().hex}",
         model=service.settings.model.model_id,
         content=content,
         stop_reason=None if reason is None else _stop_reason(run, reason),
         stop_sequence=None if reason is None else run.stop,
-        usage=_usage(run),
+        usage=_usage(conversation),
     )
 
 
@@ -150,22 +160,38 @@ def _stop_reason(run: Run, reason: FinishReason) -> StopReason:
             return "end_turn" if run.stop is None else "stop_sequence"
 
 
-def _usage(run: Run) -> MessageUsage:
+def _usage(conversation: Conversation) -> MessageUsage:
+    (run,) = conversation.runs
     return MessageUsage(
         input_tokens=len(run.generation.token_ids) - run.cached,
         cache_read_input_tokens=run.cached,
         output_tokens=run.tokens,
+        output_tokens_details=UsageDetails(conversation.reasoning_tokens),
     )
 
 
-def _block(segment: Segment) -> Text | ToolUse:
-    if segment.call_id is None:
-        return Text(segment.text)
-    try:
-        arguments = msgspec.json.decode(segment.text, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError):
-        arguments = {}
-    return ToolUse(segment.call_id, segment.name, arguments)
+def _block(segment: Segment) -> Thought | Text | ToolUse:
+    """As far as it has come."""
+    match segment.kind:
+        case "reasoning":
+            return Thought(segment.text)
+        case "text":
+            return Text(segment.text)
+        case "call":
+            arguments = {}
+            with suppress(msgspec.DecodeError, RecursionError):
+                arguments = msgspec.json.decode(segment.text, type=dict[str, Any])
+            return ToolUse(segment.call_id, segment.name, arguments)
+
+
+def _delta(kind: Kind, text: str) -> ThinkingDelta | TextDelta | InputJsonDelta:
+    match kind:
+        case "reasoning":
+            return ThinkingDelta(text)
+        case "text":
+            return TextDelta(text)
+        case "call":
+            return InputJsonDelta(text)
 
 
 async def _events(service: Service, conversation: Conversation) -> AsyncGenerator[bytes, None]:
@@ -174,20 +200,19 @@ async def _events(service: Service, conversation: Conversation) -> AsyncGenerato
     async for step in steps(conversation):
         if not started:  # not before the first token: only then it is known what of the prompt was cached
             started = True
-            yield named_event(MessageStart(_message(service, run, [])))
+            yield named_event(MessageStart(_message(service, conversation, [])))
             yield named_event(Ping())
         match step:
             case Begin(segment):
-                call_id = segment.call_id
-                block = Text("") if call_id is None else ToolUse(call_id, segment.name, {})
-                yield named_event(ContentBlockStart(segment.index, block))
+                yield named_event(ContentBlockStart(segment.index, _block(segment)))
             case Grow(segment, text):
-                delta = TextDelta(text) if segment.call_id is None else InputJsonDelta(text)
-                yield named_event(ContentBlockDelta(segment.index, delta))
+                yield named_event(ContentBlockDelta(segment.index, _delta(segment.kind, text)))
             case End(segment):
+                if segment.kind == "reasoning":
+                    yield named_event(ContentBlockDelta(segment.index, SignatureDelta("")))
                 yield named_event(ContentBlockStop(segment.index))
             case Finish(reason):
-                yield named_event(MessageDelta(StopDelta(_stop_reason(run, reason), run.stop), _usage(run)))
+                yield named_event(MessageDelta(StopDelta(_stop_reason(run, reason), run.stop), _usage(conversation)))
                 yield named_event(MessageStop())
 
 
@@ -195,6 +220,8 @@ async def _events(service: Service, conversation: Conversation) -> AsyncGenerato
 
 
 def _conversation(request: MessagesRequest) -> ChatRequest:
+    if request.thinking is not None and (request.thinking.budget_tokens or 0) >= request.max_tokens:
+        raise invalid("`thinking.budget_tokens` must be less than `max_tokens`")
     return msgspec.structs.replace(
         _chat(request),
         max_tokens=request.max_tokens,
@@ -225,7 +252,26 @@ def _chat(request: CountTokensRequest) -> ChatRequest:
         tool_choice=_tool_choice(request),
         parallel_tool_calls=None if not_parallel is None else not not_parallel,
         response_format=_response_format(request.output_config),
+        reasoning_effort=None if request.output_config is None else request.output_config.effort,
+        **_reasoning(request.thinking),
     )
+
+
+def _reasoning(thinking: Thinking | None) -> dict[str, Any]:
+    """The fields of a ChatRequest. Unlike Anthropic's, a budget may be less than 1024 tokens."""
+    if thinking is None:
+        return {}
+    if thinking.type == "between_tools":
+        raise invalid("`thinking` of type `between_tools` is not supported")
+    if thinking.type != "enabled" and thinking.budget_tokens is not None:
+        raise invalid(f"`thinking` of type `{thinking.type}` has no `budget_tokens`")
+    if thinking.type == "enabled" and not thinking.budget_tokens:
+        raise invalid("`thinking` of type `enabled` needs `budget_tokens` of at least 1")
+    return {
+        "enable_thinking": {"enabled": True, "adaptive": None, "disabled": False}[thinking.type],
+        "thinking_budget": thinking.budget_tokens,
+        "include_reasoning": thinking.display != "omitted",
+    }
 
 
 def _blocks(content: str | Sequence[Block]) -> Sequence[Block]:

@@ -83,7 +83,7 @@ async def _events(
                 [_call_delta(delta) for delta in said.calls] or None,
                 reasoning_content=said.reasoning or UNSET,
             ),
-            logprobs_of(service, [said.piece]) if request.logprobs else None,
+            logprobs_of(service, [] if said.hidden else [said.piece]) if request.logprobs else None,
             said.finish,
         )
         usage = _usage(conversation) if continuous else None

@@ -57,14 +57,17 @@ async def vertex(call: Call, service: Service, request: VertexRequest) -> None:
 
 
 async def _predict(call: Call, service: Service, instance: GenerateRequest | ChatRequest) -> str:
-    """One text, whole: a prediction has no room for events, several choices or parsed tool calls."""
+    """One text, as the model writes it: a prediction has no room for events, several choices, tool calls and reasoning
+    apart from the text."""
     if isinstance(instance, GenerateRequest):
         return await _generate(call, service, instance)
     if instance.n not in (None, 1):
         raise invalid("`n` must be 1 in an instance: it gets one prediction")
+    if instance.include_reasoning is False and instance.tools:
+        raise invalid("`include_reasoning: false` is not supported with `tools` in an instance")
     async with converse(service, instance, call.arrived) as conversation:
         (reply,) = await conversation.replies()
-        return reply.run.text
+        return reply.text if instance.include_reasoning is False else reply.run.text
 
 
 async def _generate(call: Call, service: Service, request: GenerateRequest) -> str:

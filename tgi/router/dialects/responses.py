@@ -3,7 +3,9 @@
 import itertools
 import time
 import uuid
+from base64 import b64decode, b64encode
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
@@ -15,8 +17,8 @@ from tgi.router.call import Call, ErrorStyle, named_event
 from tgi.router.conversation import Conversation, converse
 from tgi.router.dialects.chat import logprobs_of
 from tgi.router.dialects.openai import error_of
-from tgi.router.pipeline import Piece, Run, Service
-from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, whole
+from tgi.router.pipeline import Piece, Service
+from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, Step, steps, whole
 from tgi.router.store import Stored
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.base import Unreadable
@@ -65,7 +67,11 @@ from tgi.router.wire.responses import (
     OutputTextDone,
     OutputTokensDetails,
     Part,
+    Reasoning,
+    ReasoningItem,
     ReasoningText,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     Refusal,
     Response,
     ResponseError,
@@ -78,16 +84,20 @@ from tgi.router.wire.responses import (
 )
 
 _LOGPROBS = "message.output_text.logprobs"
+_ENCRYPTED = "reasoning.encrypted_content"
+
+_OURS = "tgi:"
+"""What encrypted reasoning begins with that we can read."""
 
 
 async def responses(call: Call, service: Service, request: ResponsesRequest) -> None:
     context = _context(service, request)
     async with converse(service, _chat(request, context), call.arrived) as conversation:
         compute_type, (run,) = service.settings.compute_type, conversation.runs
-        answer = _Answer(service, request, context, run)
+        answer = _Answer(service, request, context, conversation)
         if request.stream:
             fields = headers.of_stream(compute_type, [run.generation.text])
-            await call.stream(answer.events(conversation), fields, answer.fail)
+            await call.stream(answer.events(), fields, answer.fail)
         else:
             segments, reason = await whole(conversation)
             items = [answer.item(segment) for segment in segments]
@@ -135,25 +145,29 @@ ERRORS = ErrorStyle(_tell, OpenAIError, {415: 400, 422: 400, 424: 500})
 
 # --- The answer ------------------------------------------------------------------------------------------------------
 
+_PREFIXES: dict[Kind, str] = {"reasoning": "rs", "text": "msg", "call": "fc"}
+
 
 class _Answer:
     """One response: as it is now, and the events that tell how it grows."""
 
-    def __init__(self, service: Service, request: ResponsesRequest, context: list[InputItem], run: Run) -> None:
+    def __init__(
+        self, service: Service, request: ResponsesRequest, context: list[InputItem], conversation: Conversation
+    ) -> None:
         self._service = service
         self._request = request
         self._context = context
-        self._run = run
+        self._conversation = conversation
         self._hex = uuid.uuid4().hex
         self._created = int(time.time())
         self._numbers = itertools.count()
         self._items: list[OutputItem] = []
         """Those whose end has been told."""
 
-    async def events(self, conversation: Conversation) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         yield self._event(Created, response=self._response("in_progress", []))
         yield self._event(InProgress, response=self._response("in_progress", []))
-        async for step in steps(conversation):
+        async for step in steps(self._conversation):
             for event in self._told(step):
                 yield event
 
@@ -176,49 +190,59 @@ class _Answer:
             self._service.responses.put(response.id, stored)
         return response
 
-    def item(self, segment: Segment) -> OutputItem:
-        """A segment that has ended."""
-        status: ItemStatus = "incomplete" if segment.cut else "completed"
-        if segment.call_id is not None:
-            return self._call(segment, status)
-        part = OutputText(text=segment.text, logprobs=self._logprobs(segment.pieces))
-        return OutputMessage(id=self._id(segment), status=status, content=[part])
-
-    def _call(self, segment: Segment, status: ItemStatus) -> FunctionCallItem:
-        return FunctionCallItem(
-            id=self._id(segment),
-            call_id=segment.call_id or "",
-            name=segment.name,
-            arguments=segment.text,
-            status=status,
-        )
+    def item(self, segment: Segment, *, begins: bool = False) -> OutputItem:
+        """A segment that has ended, or that ``begins``."""
+        id, text = self._id(segment), segment.text
+        status: ItemStatus = "in_progress" if begins else "incomplete" if segment.cut else "completed"
+        match segment.kind:
+            case "reasoning":
+                encrypts = _ENCRYPTED in (self._request.include or []) and not begins
+                return ReasoningItem(
+                    id=id,
+                    content=[] if begins else [ReasoningText(text)],
+                    encrypted_content=_OURS + b64encode(text.encode()).decode() if encrypts else None,
+                    status=status,
+                )
+            case "text":
+                parts = [] if begins else [OutputText(text=text, logprobs=self._logprobs(segment.pieces))]
+                return OutputMessage(id=id, content=parts, status=status)
+            case "call":
+                return FunctionCallItem(
+                    id=id, call_id=segment.call_id, name=segment.name, arguments=text, status=status
+                )
 
     def _told(self, step: Step) -> Iterator[bytes]:
         if isinstance(step, Finish):
             response = self.finished(self._items, step.reason)
             yield self._event(Incomplete if response.incomplete_details else Completed, response=response)
             return
-        segment, is_text = step.segment, step.segment.call_id is None
+        segment = step.segment
         at = {"output_index": segment.index, "item_id": self._id(segment)}
         match step:
-            case Begin() if is_text:
-                begun = OutputMessage(id=self._id(segment), status="in_progress", content=[])
-                yield self._event(OutputItemAdded, output_index=segment.index, item=begun)
-                yield self._event(ContentPartAdded, **at, part=OutputText(text=""))
             case Begin():
-                yield self._event(OutputItemAdded, output_index=segment.index, item=self._call(segment, "in_progress"))
-            case Grow(_, text, pieces) if is_text:
-                yield self._event(OutputTextDelta, **at, delta=text, logprobs=self._logprobs(pieces))
-            case Grow(_, text, _):
-                yield self._event(FunctionCallArgumentsDelta, **at, delta=text)
+                yield self._event(OutputItemAdded, output_index=segment.index, item=self.item(segment, begins=True))
+                if segment.kind != "call":
+                    part = ReasoningText("") if segment.kind == "reasoning" else OutputText(text="")
+                    yield self._event(ContentPartAdded, **at, part=part)
+            case Grow(_, text, pieces):
+                match segment.kind:
+                    case "reasoning":
+                        yield self._event(ReasoningTextDelta, **at, delta=text)
+                    case "text":
+                        yield self._event(OutputTextDelta, **at, delta=text, logprobs=self._logprobs(pieces))
+                    case "call":
+                        yield self._event(FunctionCallArgumentsDelta, **at, delta=text)
             case End():
                 item = self.item(segment)
-                if isinstance(item, OutputMessage):
-                    (part,) = item.content
-                    yield self._event(OutputTextDone, **at, text=part.text, logprobs=part.logprobs)
-                    yield self._event(ContentPartDone, **at, part=part)
-                else:
-                    yield self._event(FunctionCallArgumentsDone, **at, name=item.name, arguments=item.arguments)
+                match item:
+                    case ReasoningItem(content=[thought]):
+                        yield self._event(ReasoningTextDone, **at, text=thought.text)
+                        yield self._event(ContentPartDone, **at, part=thought)
+                    case OutputMessage(content=[said]):
+                        yield self._event(OutputTextDone, **at, text=said.text, logprobs=said.logprobs)
+                        yield self._event(ContentPartDone, **at, part=said)
+                    case FunctionCallItem():
+                        yield self._event(FunctionCallArgumentsDone, **at, name=item.name, arguments=item.arguments)
                 yield self._event(OutputItemDone, output_index=segment.index, item=item)
                 self._items.append(item)
 
@@ -226,7 +250,7 @@ class _Answer:
         return named_event(kind(sequence_number=next(self._numbers), **fields))
 
     def _id(self, segment: Segment) -> str:
-        return f"{'msg' if segment.call_id is None else 'fc'}_{self._hex}_{segment.index}"
+        return f"{_PREFIXES[segment.kind]}_{self._hex}_{segment.index}"
 
     def _logprobs(self, pieces: Sequence[Piece]) -> list[Logprob]:
         return logprobs_of(self._service, pieces).content if _wants_logprobs(self._request) else []
@@ -245,7 +269,7 @@ class _Answer:
             status=status,
             model=self._service.settings.model.model_id,
             output=output,
-            usage=None if status == "in_progress" else _usage(self._run),
+            usage=None if status == "in_progress" else _usage(self._conversation),
             instructions=request.instructions,
             previous_response_id=request.previous_response_id,
             store=request.store or False,
@@ -261,13 +285,15 @@ class _Answer:
             user=request.user,
             safety_identifier=request.safety_identifier,
             prompt_cache_key=request.prompt_cache_key,
+            reasoning=request.reasoning or Reasoning(),
             **more,
         )
 
 
-def _usage(run: Run) -> ResponseUsage:
-    prompt = len(run.generation.token_ids)
-    return ResponseUsage(prompt, InputTokensDetails(run.cached), run.tokens, OutputTokensDetails(), prompt + run.tokens)
+def _usage(conversation: Conversation) -> ResponseUsage:
+    (run,) = conversation.runs
+    given, reasoning = len(run.generation.token_ids), OutputTokensDetails(conversation.reasoning_tokens)
+    return ResponseUsage(given, InputTokensDetails(run.cached), run.tokens, reasoning, given + run.tokens)
 
 
 # --- The request -----------------------------------------------------------------------------------------------------
@@ -294,11 +320,14 @@ def _chat(request: ResponsesRequest, context: list[InputItem]) -> ChatRequest:
         raise invalid("`input` must not be empty")
     refuse(request)
     for value in request.include or []:
-        if value != _LOGPROBS:
+        if value not in (_LOGPROBS, _ENCRYPTED):
             raise invalid(f"`include` of `{value}` is not supported")
     return ChatRequest(
         **{name: getattr(request, name) for name in Sampled.__struct_fields__},
         chat_template_kwargs=request.chat_template_kwargs,
+        enable_thinking=request.enable_thinking,
+        thinking_budget=request.thinking_budget,
+        reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
         model=request.model,
         messages=_messages(request.instructions, context),
         add_generation_prompt=True,  # an answer never goes on with the last item
@@ -363,8 +392,11 @@ def _message(item: InputItem) -> Message:
 
 
 def _reasoning(item: InputItem) -> str:
-    """In full, or else summed up; what is encrypted nobody but its writer can read."""
+    """In full, or else summed up; what another server has encrypted nobody here can read."""
     full = "".join(part.text for part in _parts(item.content) if isinstance(part, ReasoningText))
+    if not full and (encrypted := item.encrypted_content or "").startswith(_OURS):
+        with suppress(ValueError):
+            full = b64decode(encrypted.removeprefix(_OURS)).decode()
     return full or "".join(part.text for part in item.summary or [])
 
 

@@ -92,18 +92,19 @@ class ToolChoice(Struct, frozen=True, kw_only=True):
 
 class Thinking(Struct, frozen=True, kw_only=True):
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+    """``adaptive``: as the model does unless told otherwise, which is also what happens without the field."""
     budget_tokens: U32 | None = None
-    display: str | None = None
+    display: Literal["summarized", "omitted"] | None = None
+    """Nothing is ever summed up; ``omitted``: reasoning isn't told."""
 
 
 class OutputFormat(Struct, frozen=True, kw_only=True, tag_field="type", tag="json_schema"):
     schema: dict[str, Any]
 
 
-class OutputConfig(Refusing, frozen=True, kw_only=True):
-    neutral = {"effort": (None,)}
-
+class OutputConfig(Struct, frozen=True, kw_only=True):
     effort: str | None = None
+    """For templates that read ``reasoning_effort``."""
     format: OutputFormat | None = None
 
 
@@ -113,7 +114,6 @@ class RequestMetadata(Struct, frozen=True, kw_only=True):
 
 class CountTokensRequest(Refusing, frozen=True, kw_only=True):
     neutral = {
-        "thinking": (None, Thinking(type="disabled")),
         "speed": (None, "standard"),
         "mcp_servers": (None, []),
         "context_management": (None,),
@@ -161,6 +161,10 @@ class TokenCount(Struct, frozen=True):
     input_tokens: int
 
 
+class UsageDetails(Struct, frozen=True):
+    thinking_tokens: int
+
+
 class MessageUsage(Struct, frozen=True, kw_only=True):
     """A prompt's tokens are the sum of the three that speak of input."""
 
@@ -170,6 +174,13 @@ class MessageUsage(Struct, frozen=True, kw_only=True):
     """Always 0: nothing is cached for a price."""
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: UsageDetails
+
+
+class Thought(Struct, frozen=True, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: str = ""
+    """Whose reasoning it is nobody checks."""
 
 
 class Text(Struct, frozen=True, tag_field="type", tag="text"):
@@ -187,7 +198,7 @@ class AnthropicMessage(Struct, frozen=True, kw_only=True, tag_field="type", tag=
     id: str
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[Text | ToolUse]
+    content: list[Thought | Text | ToolUse]
     stop_reason: StopReason | None
     """null at the start of a stream."""
     stop_sequence: str | None
@@ -207,7 +218,15 @@ class Ping(Struct, frozen=True, tag_field="type", tag="ping"):
 
 class ContentBlockStart(Struct, frozen=True, tag_field="type", tag="content_block_start"):
     index: int
-    content_block: Text | ToolUse
+    content_block: Thought | Text | ToolUse
+
+
+class ThinkingDelta(Struct, frozen=True, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class SignatureDelta(Struct, frozen=True, tag_field="type", tag="signature_delta"):
+    signature: str
 
 
 class TextDelta(Struct, frozen=True, tag_field="type", tag="text_delta"):
@@ -220,7 +239,7 @@ class InputJsonDelta(Struct, frozen=True, tag_field="type", tag="input_json_delt
 
 class ContentBlockDelta(Struct, frozen=True, tag_field="type", tag="content_block_delta"):
     index: int
-    delta: TextDelta | InputJsonDelta
+    delta: ThinkingDelta | SignatureDelta | TextDelta | InputJsonDelta
 
 
 class ContentBlockStop(Struct, frozen=True, tag_field="type", tag="content_block_stop"):

@@ -65,6 +65,7 @@ class InputItem(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """JSON in a string."""
     output: str | list[InputText | InputImage | InputFile] | None = None
     summary: list[SummaryText] | None = None
+    encrypted_content: str | None = None
 
     def __post_init__(self) -> None:
         required = _REQUIRED.get(self.type)
@@ -108,11 +109,19 @@ class TextConfig(Refusing, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Reasoning(Refusing, frozen=True, kw_only=True):
-    neutral = {"effort": (None, "none"), "summary": (None,), "generate_summary": (None,)}
+    neutral = {
+        "summary": (None, "auto"),
+        "generate_summary": (None, "auto"),
+        "context": (None, "auto"),
+        "mode": (None, "standard"),
+    }
 
     effort: str | None = None
+    """As ``reasoning_effort`` of chat completions."""
     summary: str | None = None
     generate_summary: str | None = None
+    context: str | None = None
+    mode: str | None = None
 
 
 class ResponseStreamOptions(Refusing, frozen=True, kw_only=True):
@@ -139,7 +148,9 @@ class ResponsesRequest(Sampled, frozen=True, kw_only=True):
     }
 
     chat_template_kwargs: dict[str, Any] | None = None
-    """As in chat completions."""
+    """This and the next two as in chat completions."""
+    enable_thinking: bool | None = None
+    thinking_budget: U32 | None = None
     model: str | None = None
     """Any name is accepted: one model is served."""
     input: str | list[InputItem]
@@ -201,6 +212,16 @@ class OutputMessage(Struct, frozen=True, kw_only=True, tag_field="type", tag="me
     content: list[OutputText]
 
 
+class ReasoningItem(Struct, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
+    id: str
+    summary: list[SummaryText] = []
+    """Always empty: the reasoning is told in full."""
+    content: list[ReasoningText]
+    encrypted_content: str | None = None
+    """On request the text once more, in Base64, for clients that send nothing else back."""
+    status: ItemStatus
+
+
 class FunctionCallItem(Struct, frozen=True, kw_only=True, tag_field="type", tag="function_call"):
     id: str
     call_id: str
@@ -210,7 +231,7 @@ class FunctionCallItem(Struct, frozen=True, kw_only=True, tag_field="type", tag=
     status: ItemStatus
 
 
-OutputItem = OutputMessage | FunctionCallItem
+OutputItem = ReasoningItem | OutputMessage | FunctionCallItem
 
 
 class InputTokensDetails(Struct, frozen=True):
@@ -324,12 +345,12 @@ class _OfItem(Event, frozen=True, kw_only=True):
 
 class ContentPartAdded(_OfItem, frozen=True, kw_only=True, tag="response.content_part.added"):
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class ContentPartDone(_OfItem, frozen=True, kw_only=True, tag="response.content_part.done"):
     content_index: int = 0
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class OutputTextDelta(_OfItem, frozen=True, kw_only=True, tag="response.output_text.delta"):
@@ -342,6 +363,16 @@ class OutputTextDone(_OfItem, frozen=True, kw_only=True, tag="response.output_te
     content_index: int = 0
     text: str
     logprobs: list[Logprob]
+
+
+class ReasoningTextDelta(_OfItem, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningTextDone(_OfItem, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+    content_index: int = 0
+    text: str
 
 
 class FunctionCallArgumentsDelta(_OfItem, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
@@ -364,6 +395,8 @@ ResponseEvent = (
     | InProgress
     | OutputItemAdded
     | ContentPartAdded
+    | ReasoningTextDelta
+    | ReasoningTextDone
     | OutputTextDelta
     | OutputTextDone
     | ContentPartDone
