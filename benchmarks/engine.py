@@ -32,7 +32,7 @@ def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) ->
     chance = random.Random()
     for number in range(requests):
         ids = [chance.randrange(runner.vocab_size) for _ in range(prompt)]
-        scheduler.add(Request(0, Submit(number, ids, prompt, new, [], Sampling(), 0.0), list(ids)))
+        scheduler.add(Request(0, Submit(number, ids, prompt, new, [], Sampling(), 0.0)))
     parts: list[tuple[float, float, float, float]] = []
     begin = time.perf_counter()
     while not scheduler.idle:

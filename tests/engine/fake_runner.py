@@ -1,21 +1,30 @@
 """A runner without a model: its "keys and values" are the ids themselves, and it checks every one that it reads.
 
 The next token is a hash of everything before it, so that any mistake in scheduling, sharing or eviction shows up
-either as a wrong cache entry at once or as a different text at the end.
+either as a wrong cache entry at once or as a different text at the end. So are log-probabilities.
 """
 
 from collections.abc import Sequence
 from hashlib import blake2b
 
 from tgi.core.config import BLOCK_SIZE
-from tgi.core.messages import PromptToken, Token
+from tgi.core.messages import Token
 from tgi.core.plan import Sampled, Work
 
 VOCABULARY = 50
 
 
+def digest(tokens: Sequence[int]) -> int:
+    return int.from_bytes(blake2b(b"".join(id.to_bytes(4) for id in tokens), digest_size=4).digest(), "little")
+
+
 def next_token(tokens: Sequence[int]) -> int:
-    return int.from_bytes(blake2b(bytes(tokens), digest_size=4).digest(), "little") % VOCABULARY
+    return digest(tokens) % VOCABULARY
+
+
+def logprob(tokens: Sequence[int]) -> float:
+    """Of the last of these tokens, behind the others."""
+    return -digest(tokens[::-1]) / 2**32
 
 
 def text_of(prompt: Sequence[int], new: int, stops: Sequence[int] = ()) -> list[int]:
@@ -34,6 +43,7 @@ class FakeRunner:
     def __init__(self, blocks: int) -> None:
         self.cells: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK_SIZE)
         self.computed = 0
+        self.scored = 0
 
     def launch(self, works: Sequence[Work]) -> Sequence[Work]:
         written: set[int] = set()
@@ -52,19 +62,17 @@ class FakeRunner:
         return works
 
     def sample(self, launched: Sequence[Work]) -> list[Sampled]:
-        return [
-            Sampled(
-                Token(next_token(work.tokens), -1.0) if work.samples else None, self._scores(work), self._pooled(work)
-            )
-            for work in launched
-        ]
+        return [self.sampled(work, next_token(work.tokens)) for work in launched]
 
-    @staticmethod
-    def _scores(work: Work) -> list[PromptToken]:
-        if not work.submit.prompt_logprobs:
-            return []
-        last = min(work.start + work.length, work.submit.prompt_length - 1)
-        return [PromptToken(float(-work.tokens[at + 1])) for at in range(work.start, last)]
+    def sampled(self, work: Work, drawn: int) -> Sampled:
+        """All that a work yields, if that is what it draws."""
+        assert work.told > work.start, "a token to tell has lost its logits"
+        self.scored += len(work.scored)
+        ids = [work.tokens[position] for position in work.scored]
+        known = [Token(id, logprob(work.tokens[: at + 1])) for at, id in zip(work.scored, ids, strict=True)]
+        if not work.samples:
+            return Sampled(known, self._pooled(work))
+        return Sampled([*known, Token(drawn, logprob([*work.tokens, drawn]))], self._pooled(work))
 
     @staticmethod
     def _pooled(work: Work) -> list[float]:

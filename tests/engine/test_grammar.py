@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import pytest
 from llguidance import LLMatcher
 
 from tests import small_tokenizers
 from tests.engine.fake_runner import FakeRunner
-from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, Token, ToRouter
+from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, ToRouter
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.engine.loop import Loop
 from tgi.engine.mailbox import Mailbox
@@ -42,17 +43,16 @@ class Runner(FakeRunner):
     vocab_size = 400  # the tokenizer has fewer
 
     def sample(self, launched: Sequence[Work], masks: Masks | None = None) -> list[Sampled]:
-        assert masks is not None
-        results = []
-        for index, work in enumerate(launched):
-            token = 5
-            if index in masks:
-                assert masks[index].shape == (self.vocab_size,)
-                allowed = [int(token) for token in masks[index].nonzero()[0]]
-                token = random.Random(str(work.tokens[work.submit.prompt_length :])).choice(allowed)
-            assert index in masks or not (work.samples and work.submit.sampling.grammar)
-            results.append(Sampled(Token(token, -1.0) if work.samples else None))
-        return results
+        rows = [index for index, work in enumerate(launched) if work.samples and work.submit.sampling.grammar]
+        assert rows == ([] if masks is None else masks.rows)
+        drawn = dict.fromkeys(range(len(launched)), 5)
+        if masks is not None:
+            allowed = numpy.unpackbits(masks.bits, 1, self.vocab_size, "little")
+            for row, index in zip(allowed, masks.rows, strict=True):
+                work = launched[index]
+                chance = random.Random(str(work.tokens[work.submit.prompt_length :]))
+                drawn[index] = chance.choice([int(token) for token in row.nonzero()[0]])
+        return [self.sampled(work, drawn[index]) for index, work in enumerate(launched)]
 
 
 class Post:

@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from tests.engine.fake_runner import FakeRunner, text_of
+from tests.engine.fake_runner import FakeRunner, logprob, text_of
 from tgi.core.messages import Delta, Fault, Pooling, Sampling, Submit
 from tgi.core.plan import Sampled
 from tgi.engine.request import Request
@@ -28,6 +29,10 @@ def submit(
     return Submit(number, ids, len(prompt), new, list(stops), Sampling(), 0.0, prompt_logprobs, salt, priority, pooling)
 
 
+def scores_of(prompt: Sequence[int]) -> list[float]:
+    return [logprob(prompt[: at + 1]) for at in range(1, len(prompt))]
+
+
 class Engine:
     """Scheduler and fake runner stepping together; collects what each request got."""
 
@@ -38,15 +43,20 @@ class Engine:
         self.runner = FakeRunner(blocks)
         self.step_tokens = step_tokens
         self.deltas: dict[int, list[Delta]] = {}
+        self.prompts: dict[int, list[int]] = {}
         self.resumed: dict[int, list[int]] = {}
         self.faults: list[Fault] = []
         self.preempted = 0
         self.mixed = 0
 
-    def add(self, message: Submit, router: int = 0) -> None:
+    def add(self, message: Submit, router: int = 0, matcher: Any = None) -> None:
         self.deltas[message.id] = []
+        self.prompts[message.id] = message.token_ids[: message.prompt_length]
         self.resumed[message.id] = message.token_ids[message.prompt_length :]
-        fault = self.scheduler.add(Request(router, message, list(message.token_ids)))
+        request = Request(router, message)
+        if matcher is not None:
+            request.follow(matcher)
+        fault = self.scheduler.add(request)
         if fault:
             self.faults.append(fault)
 
@@ -58,14 +68,26 @@ class Engine:
         self.preempted += plan.preempted
         self.mixed += len({chunk.prefills for chunk in plan.chunks}) == 2
         results = self.runner.sample(self.runner.launch([chunk.work() for chunk in plan.chunks]))
+        self.disturb(plan)
         for _, message in self.scheduler.commit(plan, results):
             if isinstance(message, Fault):
                 self.faults.append(message)
             else:
-                assert message.index == len(self.text(message.id))
-                self.deltas[message.id].append(message)
+                self.take(message)
         self.scheduler.check_integrity()
         return plan
+
+    def disturb(self, plan: Plan) -> None:
+        """For subclasses: something happens while the device works."""
+
+    def take(self, delta: Delta) -> None:
+        """As a router: each token once and in order, with its own log-probability."""
+        assert delta.index == len(self.text(delta.id))
+        ids = self.prompts[delta.id] + self.text(delta.id)
+        for token in delta.tokens:
+            ids.append(token.id)
+            assert token.logprob == logprob(ids)
+        self.deltas[delta.id].append(delta)
 
     def run(self) -> None:
         for _ in range(10_000):
@@ -74,6 +96,9 @@ class Engine:
                 return
             self.step()
         raise AssertionError("the scheduler does not come to an end")
+
+    def scores(self, number: int) -> list[float]:
+        return [token.logprob for delta in self.deltas[number] for token in delta.prompt]
 
     def text(self, number: int) -> list[int]:
         """Generated tokens, those included with which the request was resumed."""
@@ -188,8 +213,9 @@ def test_prompt_logprobs_come_once_each_and_in_order_through_chunks_and_preempti
     engine.run()
     assert engine.preempted > 0
     for number, prompt in prompts.items():
-        scores = [token.logprob for delta in engine.deltas[number] for token in delta.prompt]
-        assert scores == [float(-token) for token in prompt[1:]]
+        assert engine.scores(number) == scores_of(prompt)
+    # What was told before a preemption isn't scored again.
+    assert engine.runner.scored == sum(len(prompt) - 1 for prompt in prompts.values())
 
 
 def test_without_new_tokens_only_the_prompt_is_computed():
@@ -200,7 +226,7 @@ def test_without_new_tokens_only_the_prompt_is_computed():
     assert engine.runner.computed == 40
     assert [delta.finish for delta in engine.deltas[1]] == [None, None, "length"]
     assert engine.text(1) == []
-    assert [token.logprob for delta in engine.deltas[1] for token in delta.prompt] == [float(-t) for t in prompt[1:]]
+    assert engine.scores(1) == scores_of(prompt)
 
 
 def test_a_prompt_alone_may_fill_the_cache():
@@ -313,7 +339,7 @@ def test_an_error_ends_one_request_only():
     (_, fault), (_, delta) = engine.scheduler.commit(plan, results)
     assert fault == Fault(1, "broken")
     assert isinstance(delta, Delta)
-    engine.deltas[2].append(delta)
+    engine.take(delta)
     engine.run()
     assert engine.text(2) == text_of([4, 5, 6], 5)
 
@@ -406,7 +432,6 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
             message = submits[number]
             prompt = message.token_ids[: message.prompt_length]
             assert [delta.finish for delta in deltas if delta.finish] == [deltas[-1].finish]
-            scores = [token.logprob for delta in deltas for token in delta.prompt]
-            assert scores == ([float(-id) for id in prompt[1:]] if message.prompt_logprobs else [])
+            assert engine.scores(number) == (scores_of(prompt) if message.prompt_logprobs else [])
             pooled = {None: [], "mean": prompt, "last": prompt[-1:]}[message.pooling]
             assert deltas[-1].embedding == [float(id) for id in pooled]

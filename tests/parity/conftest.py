@@ -80,7 +80,7 @@ class Engine:
 
     def run(self, *submits: Submit) -> None:
         for submit in submits:
-            assert self.scheduler.add(Request(0, submit, list(submit.token_ids))) is None
+            assert self.scheduler.add(Request(0, submit)) is None
         while not self.scheduler.idle:
             before = list(self.scheduler.running)
             plan = self.scheduler.schedule()

@@ -49,7 +49,8 @@ class Pair:
     def _work(self, request: int, start: int, end: int) -> Work:
         ids = self.ids[request][:end]
         submit = Submit(request, ids, end, 1, [], Sampling(), 0.0)
-        return Work(submit, ids, start, end - start, self.pages[request][: -(-end // BLOCK_SIZE)], {})
+        pages = self.pages[request][: -(-end // BLOCK_SIZE)]
+        return Work(submit, ids, start, end - start, end, True, pages, {})
 
 
 @pytest.mark.parametrize("device", DEVICES)

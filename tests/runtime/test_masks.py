@@ -7,20 +7,22 @@ import pytest
 import torch
 
 from tgi.core.messages import Sampling, Submit, Token
-from tgi.core.plan import Work
+from tgi.core.plan import Masks, Work
 from tgi.runtime.sampler import sample
 
-VOCABULARY = 1000
+VOCABULARY = 1003
+"""Doesn't fill its last byte."""
 
 
 def work(sampling: Sampling, prompt: list[int], stops: list[int] | None = None) -> Work:
-    return Work(Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0), prompt, len(prompt) - 1, 1, [0], {})
+    submit = Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0)
+    return Work(submit, prompt, len(prompt) - 1, 1, len(prompt), True, [0], {})
 
 
-def mask(*allowed: int) -> Any:
-    found = numpy.zeros(VOCABULARY, bool)
-    found[list(allowed)] = True
-    return found
+def masks(rows: list[int], *allowed: int, width: int = VOCABULARY) -> Masks:
+    found = numpy.zeros((len(rows), width), bool)
+    found[:, list(allowed)] = True
+    return Masks(rows, numpy.packbits(found, 1, "little"))
 
 
 @pytest.fixture
@@ -28,8 +30,8 @@ def logits() -> torch.Tensor:
     return torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
 
 
-def drawn(logits: torch.Tensor, sampling: Sampling, *allowed: int, stops: list[int] | None = None) -> Token:
-    (token,) = sample(logits, [work(sampling, [1, 2, 3], stops)], [mask(*allowed)])
+def drawn(logits: torch.Tensor, sampling: Sampling, *allowed: int) -> Token:
+    (token,) = sample(logits, [work(sampling, [1, 2, 3])], masks([0], *allowed))
     assert isinstance(token, Token)
     return token
 
@@ -49,12 +51,23 @@ def drawn(logits: torch.Tensor, sampling: Sampling, *allowed: int, stops: list[i
         {"logit_bias": {7: 100.0}, "watermark": (0.5, 4.0)},
     ],
 )
-def test_only_allowed_tokens_come(logits: torch.Tensor, fields: dict[str, Any]):
-    allowed = {2, 3, 500, 999}
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_only_allowed_tokens_come(logits: torch.Tensor, fields: dict[str, Any], device: str):
+    allowed = {2, 3, 500, 1002}
     works = [work(Sampling(**fields, greedy=False, seed=seed), [1, 2, 3]) for seed in range(200)]
-    tokens = sample(logits.expand(200, -1), works, [mask(*allowed)] * 200)
+    tokens = sample(logits.to(device).expand(200, -1), works, masks(list(range(200)), *allowed))
     assert {token.id for token in tokens if isinstance(token, Token)} <= allowed
     assert all(isinstance(token, Token) for token in tokens)
+
+
+@pytest.mark.parametrize("allowed", [0, 7, 8, 511, 512, 1000, 1002])
+def test_every_bit_is_the_token_that_it_stands_for(logits: torch.Tensor, allowed: int):
+    assert drawn(logits, Sampling(), allowed).id == allowed
+
+
+def test_tokens_that_the_model_does_not_have_are_left_out(logits: torch.Tensor):
+    (token,) = sample(logits, [work(Sampling(), [1])], masks([0], 5, 1003, 1100, width=1200))
+    assert isinstance(token, Token) and token.id == 5
 
 
 def test_logprobs_are_the_models_own(logits: torch.Tensor):
@@ -65,14 +78,15 @@ def test_logprobs_are_the_models_own(logits: torch.Tensor):
     assert [id for id, _ in token.top] == own.topk(3).indices.tolist()
 
 
-def test_other_rows_are_left_alone(logits: torch.Tensor):
+def test_rows_have_their_own_masks_and_others_are_left_alone(logits: torch.Tensor):
     before = logits.clone()
-    rows = logits.expand(3, -1)
-    works = [work(Sampling(greedy=False, seed=seed), [1]) for seed in range(3)]
+    rows = logits.expand(4, -1)
+    works = [work(Sampling(greedy=False, seed=seed), [1]) for seed in range(4)]
     free = sample(rows, works)
-    mixed = sample(rows, works, [None, mask(4), None])
+    bits = numpy.concatenate([masks([0], 4).bits, masks([0], 900).bits])
+    mixed = sample(rows, works, Masks([3, 1], bits))
     assert (mixed[0], mixed[2]) == (free[0], free[2])
-    assert isinstance(mixed[1], Token) and mixed[1].id == 4
+    assert [token.id for token in (mixed[3], mixed[1]) if isinstance(token, Token)] == [4, 900]
     assert torch.equal(logits, before)
 
 
@@ -81,8 +95,9 @@ def test_a_penalty_does_not_bring_a_forbidden_token_back(logits: torch.Tensor):
     assert drawn(logits, Sampling(repetition_penalty=1e30, logit_bias={1: 100.0}), 900).id == 900
 
 
-def test_min_tokens_yields_to_a_grammar_that_can_only_end(logits: torch.Tensor):
-    stops = [8, 9]
-    assert drawn(logits, Sampling(min_tokens=5), 8, 10, stops=stops).id == 10
-    assert drawn(logits, Sampling(min_tokens=5), 8, stops=stops).id == 8
-    assert drawn(logits, Sampling(min_tokens=5, greedy=False), 8, 9, stops=stops).id in stops
+@pytest.mark.parametrize("greedy", [True, False])
+def test_min_tokens_leaves_a_grammar_its_only_way(logits: torch.Tensor, greedy: bool):
+    """The mask has no stop token in it but where nothing else can come."""
+    sampling = Sampling(greedy=greedy, min_tokens=5, grammar="any")
+    (token,) = sample(logits, [work(sampling, [1, 2, 3], stops=[8, 9])], masks([0], 8))
+    assert isinstance(token, Token) and token.id == 8

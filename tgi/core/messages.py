@@ -150,6 +150,10 @@ class StepStats(msgspec.Struct, array_like=True, frozen=True):
     """Seconds that it took to form the batch; ``forward`` begins behind them."""
     preempted: int = 0
     """Requests that had to give up their cache."""
+    masks: float = 0.0
+    """Seconds, of those of ``sample``, in which the step waited for grammars."""
+    forced: int = 0
+    """Tokens of which a grammar left no choice, sent without having been drawn."""
 
 
 class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):

@@ -1,10 +1,10 @@
 """What the scheduler hands to the runner for one chunk, and what it gets back. Data only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tgi.core.messages import PromptToken, Submit, Token
+from tgi.core.messages import Submit, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,29 +16,37 @@ class Work:
     """All ids of the request, prompt and generated; not to be changed."""
     start: int
     length: int
+    told: int
+    """Log-probabilities of tokens at positions from here on are wanted, and of none before."""
+    samples: bool
+    """Whether the chunk's last token gives the next one."""
     blocks: Sequence[int]
     """Pages of the request in order."""
     scratch: dict[str, Any]
     """Belongs to the request and dies with it: what the runtime remembers of it, always possible to rebuild."""
 
     @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the end of the request, so that it yields the next token, if any is wanted."""
-        return self.start + self.length == len(self.tokens) and self.submit.max_new_tokens > 0
+    def scored(self) -> range:
+        """Positions of the tokens that are known already and whose log-probabilities the chunk gives."""
+        return range(max(self.told, self.start + 1), min(self.start + self.length + 1, len(self.tokens)))
 
 
-Masks = Mapping[int, Any]
-"""Index of a work that has a grammar → numpy bool [vocabulary]: the tokens that may come next, at least one."""
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """What may come next where a grammar decides it."""
+
+    rows: Sequence[int]
+    """Places of those that have a grammar, among all that the masks are handed over with."""
+    bits: Any
+    """numpy uint8 [rows, at least an eighth of the vocabulary]: bit t % 8 of byte t // 8 says that token t may come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What the device made of one chunk."""
 
-    token: Token | None = None
-    """None if the work doesn't sample."""
-    prompt: Sequence[PromptToken] = ()
-    """The prompt tokens at ``start + 1 …``, if the request asked for ``prompt_logprobs``."""
+    tokens: Sequence[Token] = ()
+    """One for each position in ``Work.scored``, and behind them what was drawn, if the work samples."""
     embedding: Sequence[float] = ()
     """Of the whole prompt, once the chunk reaches its end, if the request asked for ``pooling``."""
     error: str | None = None

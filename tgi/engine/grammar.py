@@ -4,12 +4,13 @@ Knows requests and llguidance, which is loaded for the first grammar; knows no d
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tgi.core.plan import Masks, Work
 from tgi.engine.request import Request
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 _STACK = 1 << 24
 """Bytes of a compiling thread's stack: more than the router's trials have, so that what passed them can't overflow."""
 
-_KEPT = 32
-"""Compiled grammars that are kept for requests to come."""
+_KEPT = 1 << 29
+"""Bytes of compiled grammars that are kept for requests to come; see ``_size``."""
 
 
 class Grammars:
@@ -61,52 +62,72 @@ class Grammars:
         """Forget one request that isn't ready, or all of a router."""
         self._preparing = [r for r in self._preparing if r.router != router or request_id not in (None, r.submit.id)]
 
-    def masks(self, requests: Sequence[Request], works: Sequence[Work]) -> Masks:
+    def masks(self, requests: Sequence[Request], works: Sequence[Work]) -> Masks | None:
         """What may come next in each work that samples under a grammar; the requests are the works', in their order.
 
-        A grammar that becomes too complex on the way is known by its matcher's error.
+        A grammar that becomes too complex on the way is known by ``Request.broken``.
         """
-        rows = [
-            (index, request.matcher, request)
-            for index, (request, work) in enumerate(zip(requests, works, strict=True))
-            if request.matcher is not None and work.samples
-        ]
-        if not rows:
-            return {}
+        matchers = {
+            at: request.matcher
+            for at, (request, work) in enumerate(zip(requests, works, strict=True))
+            if work.samples and request.matcher is not None
+        }
+        if not matchers:
+            return None
         import numpy
         from llguidance import LLExecutor
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 
         if self._executor is None:
             self._executor = LLExecutor()
-        bits = allocate_token_bitmask(len(rows), self._compiler.width)
-        fill_next_token_bitmask_par(self._executor, [(matcher, at) for at, (_, matcher, _) in enumerate(rows)], bits)
-        allowed = numpy.zeros((len(rows), self._vocab_size), bool)
-        known = min(self._vocab_size, self._compiler.width)
-        allowed[:, :known] = numpy.unpackbits(bits.view(numpy.uint8), 1, known, "little")
-        for row, (_, _, request) in zip(allowed, rows, strict=True):
-            ends = [token for token in _unwanted(request) if token < self._vocab_size]
-            if ends and row.sum() > row[ends].sum():
-                row[ends] = False
-        return {index: row for row, (index, _, _) in zip(allowed, rows, strict=True)}
+        words = allocate_token_bitmask(len(matchers), self._compiler.width)
+        rows = [(matcher, row) for row, matcher in enumerate(matchers.values())]
+        fill_next_token_bitmask_par(self._executor, rows, words)
+        bits = words.view(numpy.uint8)[:, : -(-self._vocab_size // 8)]
+        for row, at in zip(bits, matchers, strict=True):
+            _forbid(row, _unwanted(requests[at]))
+        return Masks(list(matchers), bits)
 
     def _prepare(self, request: Request) -> None:
-        error = None
         try:
-            request.matcher = self._compiler.compile(request)
+            request.follow(self._compiler.compile(request))
+            while (error := request.broken) is not None and request.renews(error):
+                request.follow(self._compiler.compile(request))
         except BaseException as failure:  # a panic of llguidance's is no Exception
             error = f"grammar: {failure}"
         self._prepared.put((request, error))
         self._wake()
 
 
-def _unwanted(request: Request) -> list[int]:
-    """End tokens that the request doesn't want, unless its grammar has nothing else left: ``ignore_eos``, and
-    ``min_tokens``."""
+def _unwanted(request: Request) -> set[int]:
+    """Tokens that would end a request before it wants to: by ``min_tokens``, and by ``ignore_eos``."""
     submit = request.submit
+    ends = set(submit.sampling.end_token_ids)
     if request.generated < submit.sampling.min_tokens:
-        return submit.sampling.end_token_ids
-    return [token for token in submit.sampling.end_token_ids if token not in submit.stop_token_ids]
+        return ends.union(submit.stop_token_ids)
+    return ends.difference(submit.stop_token_ids)
+
+
+def _forbid(row: Any, tokens: set[int]) -> None:
+    """Take tokens from a row of bits, unless nothing else is left."""
+    left = row.copy()
+    for token in tokens:
+        if 0 <= token < 8 * len(row):  # a model's files can name end tokens that it doesn't have
+            left[token >> 3] &= 0xFF ^ 1 << (token & 7)
+    if tokens and left.any():
+        row[:] = left
+
+
+def _size(seconds: float) -> int:
+    """Bytes that a compiled grammar may come to hold, by the processor time that it took to compile.
+
+    llguidance doesn't tell. Fresh from the compiler, grammars of all kinds have 30 to 280 kB for each millisecond (a
+    schema of five fields 60 kB in 0.3 ms, an enumeration of 20 000 texts 12 MB in 60 ms). Their lexers, which all
+    requests of a grammar share, grow by about 1 kB a state, up to the bound on these.
+    """
+    from tgi.core.grammar import LIMITS
+
+    return int(3e8 * seconds) + 1000 * LIMITS.max_lexer_states
 
 
 class _Compiler:
@@ -117,8 +138,10 @@ class _Compiler:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._fresh: OrderedDict[str, LLMatcher] = OrderedDict()
-        """Matchers that never move from the start, least recently used first."""
+        self._fresh: OrderedDict[str, tuple[LLMatcher, int]] = OrderedDict()
+        """Matchers that never move from the start, and their sizes; least recently used first."""
+        self._held = 0
+        """Sum of these sizes."""
 
     @property
     def width(self) -> int:
@@ -127,24 +150,32 @@ class _Compiler:
         return self._tokenizer.vocab_size
 
     def compile(self, request: Request) -> "LLMatcher":
-        """A matcher that has followed what the request has generated. Raises GrammarError."""
-        from tgi.core.grammar import check, start
+        """A matcher at the beginning of the request's grammar. Raises GrammarError."""
+        from tgi.core.grammar import start
 
         sampling = request.submit.sampling
+        tokenizer = self._load(sampling.end_token_ids)
+        if request.renewed:  # the lexer of those before has broken
+            self._keep(sampling.grammar, None)
+            return start(tokenizer, sampling.grammar)
         with self._lock:
-            fresh = self._fresh.get(sampling.grammar)
-        if fresh is None:
-            fresh = start(self._load(sampling.end_token_ids), sampling.grammar)
+            if sampling.grammar in self._fresh:
+                self._fresh.move_to_end(sampling.grammar)
+                return self._fresh[sampling.grammar][0].deep_copy()
+        begin = time.thread_time()
+        fresh = start(tokenizer, sampling.grammar)
+        self._keep(sampling.grammar, (fresh, _size(time.thread_time() - begin)))
+        return fresh.deep_copy()
+
+    def _keep(self, grammar: str, entry: "tuple[LLMatcher, int] | None") -> None:
+        """For requests to come; None to forget it."""
         with self._lock:
-            self._fresh[sampling.grammar] = fresh
-            self._fresh.move_to_end(sampling.grammar)
-            if len(self._fresh) > _KEPT:
-                self._fresh.popitem(last=False)
-            matcher = fresh.deep_copy()
-        for token in request.tokens[request.submit.prompt_length :]:
-            matcher.consume_token(token)
-        check(matcher)
-        return matcher
+            self._held -= self._fresh.pop(grammar, (None, 0))[1]
+            if entry is not None:
+                self._fresh[grammar] = entry
+                self._held += entry[1]
+            while self._held > _KEPT:
+                self._held -= self._fresh.popitem(last=False)[1][1]
 
     def _load(self, end_ids: Sequence[int]) -> "LLTokenizer":
         """Takes a fraction of a second the first time; the end tokens are the model's, the same every time."""

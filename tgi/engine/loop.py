@@ -65,13 +65,16 @@ class Loop:
         launched = self._runner.launch(works)
         forward = time.monotonic()
         masks = self._grammars.masks([chunk.request for chunk in plan.chunks], works)
+        masked = time.monotonic()
         results = self._runner.sample(launched, masks)
         sampled = time.monotonic()
         messages = self._scheduler.commit(plan, results)
-        self._send(messages, self._stats(plan, begin, planned, forward, sampled))
+        for request in plan.stuck:
+            self._grammars.prepare(request)
+        self._send(messages, self._stats(plan, begin, planned, forward, masked, sampled))
 
     def _submit(self, router: int, submit: Submit) -> None:
-        request = Request(router, submit, list(submit.token_ids))
+        request = Request(router, submit)
         named = itertools.chain(submit.token_ids, submit.sampling.logit_bias)
         if any(not 0 <= token < self._runner.vocab_size for token in named):
             self._add(request, "a token id lies outside the model's vocabulary")
@@ -99,7 +102,9 @@ class Loop:
         for router in {first} | deltas.keys() | faults.keys():
             self._mailbox.send(router, Step(deltas[router], faults[router], stats if router == first else None))
 
-    def _stats(self, plan: Plan, begin: float, planned: float, forward: float, sampled: float) -> StepStats:
+    def _stats(
+        self, plan: Plan, begin: float, planned: float, forward: float, masked: float, sampled: float
+    ) -> StepStats:
         prefills = sum(chunk.prefills for chunk in plan.chunks)
         return StepStats(
             prefill_rows=prefills,
@@ -112,4 +117,6 @@ class Loop:
             admitted=plan.admitted,
             planning=planned - begin,
             preempted=plan.preempted,
+            masks=masked - forward,
+            forced=plan.forced,
         )

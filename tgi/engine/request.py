@@ -1,9 +1,10 @@
 """One request inside the engine: a list of token ids that grows, and how far the cache has caught up with it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tgi.core.messages import FinishReason, Submit, Token
+from tgi.core.messages import FinishReason, Submit
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -16,12 +17,17 @@ class Request:
     router: int
     """Connection that submitted it."""
     submit: Submit
-    tokens: list[int]
+    tokens: list[int] = field(init=False)
     """Prompt and generated ids."""
+    told: int = field(init=False)
+    """Leading tokens that the router knows, or doesn't ask about. A token that a grammar forces is told with the step
+    that makes its log-probability known, as a prompt's are to who asks for them."""
+    finish: FinishReason | None = field(init=False)
+    """Why nothing can follow its tokens; it ends when all of them are told."""
     turn: tuple[int, int] = (0, 0)
     """(priority, order of arrival): the scheduler serves lower ones first."""
     computed: int = 0
-    """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``len(tokens)``."""
+    """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``goal``."""
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of ``tokens``, as far as they were needed."""
@@ -30,33 +36,92 @@ class Request:
     started: float = 0.0
     cached: int = 0
     """Prompt tokens found in the prefix cache at the first admission."""
-    scored: int = 1
-    """Prompt tokens whose log-probability was sent; the first has none."""
     done: bool = False
     matcher: "LLMatcher | None" = None
     """How far the generated tokens have come in the grammar, if there is one."""
+    renewed: int = 0
+    """Tokens that it had when it last needed a new matcher."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """The runtime's own notes on the request; see ``Work.scratch``."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.submit.token_ids)
+        self.told = 1 if self.submit.prompt_logprobs else len(self.tokens)  # the first has no log-probability
+        self.finish = self._end()
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.submit.prompt_length
 
-    def follow(self, token: Token | None) -> str | None:
-        """Let the grammar, if there is one, see the next token. Returns what has gone wrong with it."""
-        if self.matcher is None:
+    @property
+    def goal(self) -> int:
+        """Tokens to compute: all, but for a generated one that nothing follows."""
+        return len(self.tokens) - (self.finish is not None and self.generated > 0)
+
+    @property
+    def broken(self) -> str | None:
+        """How its grammar has failed, if it has: its mask and its last tokens then mean nothing."""
+        if self.matcher is None or not self.matcher.is_error():
             return None
         from tgi.core.grammar import failure
 
-        if token is not None:
-            self.matcher.consume_token(token.id)
-        error = failure(self.matcher)
-        return None if error is None else f"grammar: {error}"
+        return f"grammar: {failure(self.matcher)}"
 
-    def finish_reason(self) -> FinishReason | None:
-        """Why the request ends with the tokens it has, if it does. An end token in the last place counts as one."""
-        if self.generated and self.tokens[-1] in self.submit.stop_token_ids:
+    def extend(self, drawn: Sequence[int]) -> None:
+        """Append what was drawn, and the tokens that the grammar then leaves no choice about, as far as there is room.
+
+        The grammar may break with it.
+        """
+        for token in drawn:
+            self._append(token)
+        while self.matcher is not None and self.finish is None and (forced := self.matcher.compute_ff_tokens()):
+            for token in forced:
+                self._append(token)
+                if self.finish is not None:
+                    break
+
+    def follow(self, matcher: "LLMatcher") -> None:
+        """Take on a matcher at the beginning of the grammar, and lead it to where the request is.
+
+        What was forced is forced again, run by run, so that a run of which a part was told goes on as it would have.
+        """
+        self.matcher = matcher
+        prompt = self.submit.prompt_length
+        given = self.tokens[prompt:]
+        del self.tokens[prompt:]
+        self.finish = self._end()
+        while self.generated < len(given):
+            rest = given[self.generated :]
+            run = matcher.compute_ff_tokens()
+            if not run or run[: len(rest)] != rest[: len(run)]:
+                run = rest[:1]
+            for token in run:
+                self._append(token)
+                if self.finish is not None and self.generated >= len(given):
+                    break
+        self.extend([])
+
+    def renews(self, failure: str) -> bool:
+        """Whether a new matcher may help, which is then due.
+
+        The requests of one grammar share what its lexer has learnt, and the lexer's bounds: one that asks too much
+        breaks the matchers of all. With a lexer of its own a request goes on, unless it hasn't since the last time.
+        """
+        if not failure.startswith("grammar: lexer error") or len(self.tokens) <= self.renewed:
+            return False
+        self.renewed = len(self.tokens)
+        return True
+
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+        self.finish = self._end()
+
+    def _end(self) -> FinishReason | None:
+        """Why nothing can follow the tokens there are, if so. An end token in the last place counts as one."""
+        if self.generated > 0 and self.tokens[-1] in self.submit.stop_token_ids:
             return "eos_token"
         if self.matcher is not None and self.matcher.is_stopped():
-            return "eos_token"  # nothing can follow
+            return "eos_token"
         return "length" if self.generated >= self.submit.max_new_tokens else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tgi.core.config import BLOCK_SIZE
-from tgi.core.messages import Delta, Fault
+from tgi.core.messages import Delta, Fault, PromptToken, Token
 from tgi.core.plan import Sampled, Work
 from tgi.engine.blocks import BlockHasher, BlockPool
 from tgi.engine.request import Request
@@ -32,7 +32,16 @@ class Chunk:
     def work(self) -> Work:
         """The chunk as the runner sees it."""
         request = self.request
-        return Work(request.submit, request.tokens, self.start, self.length, request.blocks, request.scratch)
+        return Work(
+            request.submit,
+            request.tokens,
+            self.start,
+            self.length,
+            request.told,
+            self.start + self.length == len(request.tokens) and request.finish is None,
+            request.blocks,
+            request.scratch,
+        )
 
 
 @dataclass(slots=True)
@@ -42,6 +51,10 @@ class Plan:
     chunks: list[Chunk] = field(default_factory=list)
     admitted: int = 0
     preempted: int = 0
+    forced: int = 0
+    """Tokens that were told without having been drawn; known once the step is booked."""
+    stuck: list[Request] = field(default_factory=list)
+    """Requests that were taken out, because they need a new matcher; known once the step is booked."""
 
 
 class Scheduler:
@@ -98,7 +111,8 @@ class Scheduler:
             return Fault(submit.id, "a request is for an embedding or for tokens")
         if most > capacity:
             return Fault(submit.id, f"{most} tokens don't fit into the cache of {capacity} tokens")
-        request.turn = submit.priority, next(self._arrivals)
+        if not request.started:  # otherwise it comes back, to its old place
+            request.turn = submit.priority, next(self._arrivals)
         insort(self.waiting, request, key=_turn)
         return None
 
@@ -116,7 +130,7 @@ class Scheduler:
         at = 0
         while at < len(self.running) and budget:
             request = self.running[at]
-            length = min(len(request.tokens) - request.computed, budget)
+            length = min(request.goal - request.computed, budget)
             if not self._reserve(request, request.computed + length):
                 self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
@@ -129,7 +143,7 @@ class Scheduler:
                 break
             request = self.waiting.pop(0)
             insort(self.running, request, key=_turn)
-            length = min(len(request.tokens) - request.computed, budget)
+            length = min(request.goal - request.computed, budget)
             plan.chunks.append(Chunk(request, request.computed, length))
             plan.admitted += 1
             budget -= length
@@ -142,15 +156,30 @@ class Scheduler:
             request = chunk.request
             if request.done or request.computed != chunk.start:
                 continue  # cancelled or preempted while the step was under way
-            error = result.error or request.follow(result.token)
+            known = len(request.tokens) - request.told
+            broken = request.broken
+            tokens = result.tokens if broken is None else result.tokens[:known]
+            if drawn := [token.id for token in tokens[known:]]:
+                request.extend(drawn)
+                broken = request.broken
+            stuck = broken is not None and request.renews(broken)
+            error = result.error or (None if stuck else broken)
             if error is not None:
                 self._end(request)
                 out.append((request.router, Fault(request.submit.id, error)))
                 continue
             request.computed = chunk.start + chunk.length
             self._publish(request)
-            if (delta := self._delta(request, chunk, result)) is not None:
+            ends = not stuck and request.finish is not None and request.computed == request.goal
+            if (delta := self._delta(request, tokens, result.embedding, ends)) is not None:
+                plan.forced += len(delta.tokens) - len(drawn)
                 out.append((request.router, delta))
+            if ends:
+                self._end(request)
+            elif stuck:
+                self.running.remove(request)
+                self._release(request)
+                plan.stuck.append(request)
         return out
 
     def settle(self) -> str | None:
@@ -173,32 +202,27 @@ class Scheduler:
             assert queue == sorted(queue, key=_turn), "a queue is out of order"
             assert not any(request.done for request in queue), "a request that has ended is queued"
 
-    def _delta(self, request: Request, chunk: Chunk, result: Sampled) -> Delta | None:
-        submit = request.submit
-        index = request.generated
-        skip = request.scored - (chunk.start + 1)
-        scores = list(result.prompt[max(skip, 0) :])
-        request.scored += len(scores)
-        tokens = [] if result.token is None else [result.token]
-        finish = None
-        if request.computed == len(request.tokens):
-            request.tokens += [token.id for token in tokens]
-            finish = request.finish_reason()
-        if finish is not None:
-            self._end(request)
-        elif not tokens and not scores:
+    @staticmethod
+    def _delta(request: Request, tokens: Sequence[Token], embedding: Sequence[float], ends: bool) -> Delta | None:
+        """News of the tokens at ``request.told`` and on; None if there are none."""
+        submit, begin = request.submit, request.told
+        request.told += len(tokens)
+        given = max(begin, len(submit.token_ids))
+        fresh = list(tokens[given - begin :])
+        scores = [PromptToken(token.logprob, token.top) for token in tokens[: max(submit.prompt_length - begin, 0)]]
+        if not ends and not fresh and not scores:
             return None
-        return Delta(submit.id, index, tokens, finish, request.started, request.cached, scores, list(result.embedding))
+        finish = request.finish if ends else None
+        index = given - submit.prompt_length
+        return Delta(submit.id, index, fresh, finish, request.started, request.cached, scores, list(embedding))
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request its cached prefix and the blocks of all its tokens, if there are enough."""
         found: list[int] = []
-        # Prompt log-probabilities and a mean of hidden states are made of every token's.
-        whole = request.submit.prompt_logprobs or request.submit.pooling == "mean"
-        if self._prefix_caching and not whole:
+        if self._prefix_caching and request.submit.pooling != "mean":  # which is made of every token's hidden state
             self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
-            # At least one token must be computed: its logits give the next one.
-            found = self.pool.find(request.hashes[: (len(request.tokens) - 1) // BLOCK_SIZE])
+            # What is to be told needs the logits before it, and at least one token must be computed.
+            found = self.pool.find(request.hashes[: (min(request.told, request.goal) - 1) // BLOCK_SIZE])
         need = _blocks_for(len(request.tokens)) - len(found)
         if need > self.pool.free_without(found):
             return False

@@ -20,7 +20,9 @@ class Batch:
     segments: list[Segment]
 
     logit_rows: torch.Tensor
-    """Indices into T of the last token of each chunk that samples, in order."""
+    """Indices into T: the last token of each chunk that samples, in order, then those that score a known token."""
+    scored_ids: torch.Tensor
+    """The known tokens that the latter score; both lie in the works' order, as ``Work.scored`` has them."""
 
     @classmethod
     def build(cls, works: Sequence[Work], device: torch.device) -> "Batch":
@@ -28,6 +30,8 @@ class Batch:
         positions: list[int] = []
         segments: list[Segment] = []
         rows: list[int] = []
+        scoring: list[int] = []
+        scored: list[int] = []
         for work in works:
             end = work.start + work.length
             ids += work.tokens[work.start : end]
@@ -35,7 +39,10 @@ class Batch:
             segments.append(Segment(work.start, work.length, work.blocks))
             if work.samples:
                 rows.append(len(ids) - 1)
-        # One transfer for all three.
-        packed = torch.tensor(ids + positions + rows).to(device, non_blocking=True)
-        tokens = len(ids)
-        return cls(packed[:tokens], packed[tokens : 2 * tokens], segments, packed[2 * tokens :])
+            first = len(ids) - end
+            scoring += (first + position - 1 for position in work.scored)
+            scored += (work.tokens[position] for position in work.scored)
+        # One transfer for all.
+        packed = torch.tensor(ids + positions + rows + scoring + scored).to(device, non_blocking=True)
+        tokens, behind = len(ids), len(packed) - len(scored)
+        return cls(packed[:tokens], packed[tokens : 2 * tokens], segments, packed[2 * tokens : behind], packed[behind:])

@@ -1,48 +1,60 @@
-"""What a prompt yields beside the next token: the log-probabilities of its own tokens, and its embedding.
+"""What known tokens yield: log-probabilities of a prompt's tokens and of those that a grammar forces, and embeddings.
 
-Works on the last hidden states of one chunk at a time, so that memory is bounded whatever the prompt's length.
+Memory is bounded whatever a prompt's length.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tgi.core.config import SCORED_ROWS
-from tgi.core.messages import PromptToken
+from tgi.core.messages import Token
 from tgi.core.plan import Work
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of the n prompt tokens that follow a chunk's tokens."""
+    """Of the n known tokens that a step scores."""
 
     logprobs: torch.Tensor
     """[n]."""
     top_ids: torch.Tensor
-    """[n, top_n_tokens]."""
+    """[n, the largest top_n_tokens]."""
     top_logprobs: torch.Tensor
 
-    def tokens(self) -> list[PromptToken]:
-        """Waits for the device."""
-        tops = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
-        return [
-            PromptToken(logprob, list(zip(ids, values, strict=True)))
-            for logprob, (ids, values) in zip(self.logprobs.tolist(), tops, strict=True)
-        ]
+    def tokens(self, works: Sequence[Work]) -> list[list[Token]]:
+        """Those of each work, which stand in the order of the token axis. Waits for the device."""
+        rows = zip(self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        found = []
+        for work in works:
+            count, own = work.submit.sampling.top_n_tokens, itertools.islice(rows, len(work.scored))
+            found.append(
+                [
+                    Token(work.tokens[position], logprob, list(zip(ids[:count], values[:count], strict=True)))
+                    for position, (logprob, ids, values) in zip(work.scored, own, strict=True)
+                ]
+            )
+        return found
 
 
-def score(work: Work, hidden: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]) -> Scores | None:
-    """The scores that a chunk makes known, if any are asked for. hidden: [length, hidden size]; logits: the head."""
-    last = min(work.start + work.length, work.submit.prompt_length - 1)
-    if not work.submit.prompt_logprobs or work.start >= last:
-        return None
-    top = work.submit.sampling.top_n_tokens
-    targets = torch.tensor(work.tokens[work.start + 1 : last + 1], device=hidden.device)
-    parts = zip(torch.split(targets, SCORED_ROWS), torch.split(hidden[: len(targets)], SCORED_ROWS), strict=True)
-    # Each part's logits, the widest tensor there is, are gone before the next part's are made.
-    scored = [_score(logits(rows), ids, top) for ids, rows in parts]
-    return Scores(*(torch.cat(columns) for columns in zip(*scored, strict=True)))
+def score(
+    hidden: torch.Tensor, targets: torch.Tensor, top: int, head: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, Scores]:
+    """The logits of the first rows, and the scores of the targets by the rows behind these.
+
+    hidden: [rows, hidden size]; targets: [rows - first rows], the tokens that follow; top: how many of the likeliest
+    tokens; head: makes logits of hidden states. Reading its weights takes long, so the first rows share its first run.
+    """
+    count = len(hidden) - len(targets)
+    logits = head(hidden[: max(count, SCORED_ROWS)])
+    parts = [_score(logits[count:], targets[: len(logits) - count], top)]
+    # Each further part's logits, the widest tensor there is, are gone before the next part's are made.
+    for at in range(len(logits), len(hidden), SCORED_ROWS):
+        rows = head(hidden[at : at + SCORED_ROWS])
+        parts.append(_score(rows, targets[at - count : at - count + len(rows)], top))
+    return logits[:count], Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

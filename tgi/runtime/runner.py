@@ -26,8 +26,8 @@ class Launched:
     """Place on the token axis → index of the work."""
     logits: torch.Tensor
     """[rows, vocabulary] float32, one row for each work that samples, in ``order``."""
-    scores: Mapping[int, Scores]
-    """Index of the work → of the prompt tokens that follow its tokens."""
+    scores: Scores
+    """Of the known tokens that the works score, in ``order``."""
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
 
@@ -66,34 +66,35 @@ class Runner:
         """Start the forward of one step."""
         # Decoding requests stand together, longest first, so that attention can batch neighbours of like length.
         order = sorted(range(len(works)), key=lambda at: (works[at].length > 1, -works[at].start))
-        batch = Batch.build([works[at] for at in order], self._device)
+        ordered = [works[at] for at in order]
+        batch = Batch.build(ordered, self._device)
         hidden = self._model.forward(batch.token_ids, batch.positions, self._cache.attend(batch.segments))
-        scores, embeddings = {}, {}
+        embeddings = {}
         at = 0
-        for index in order:
-            work = works[index]
+        for index, work in zip(order, ordered, strict=True):
             rows, at = hidden[at : at + work.length], at + work.length
-            if (scored := score(work, rows, self._model.logits)) is not None:
-                scores[index] = scored
             if (pooled := pool(work, rows)) is not None:
                 embeddings[index] = pooled
-        return Launched(works, order, self._model.logits(hidden[batch.logit_rows]), scores, embeddings)
+        top = max((work.submit.sampling.top_n_tokens for work in works if work.scored), default=0)
+        logits, scores = score(hidden[batch.logit_rows], batch.scored_ids, top, self._model.logits)
+        return Launched(works, order, logits, scores, embeddings)
 
     @torch.inference_mode()
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works."""
-        rows = [index for index in launched.order if launched.works[index].samples]
-        allowed = [(masks or {}).get(index) for index in rows]
-        tokens = sample(launched.logits, [launched.works[index] for index in rows], allowed)
-        drawn = dict(zip(rows, tokens, strict=True))
-        return [self._sampled(launched, index, drawn.get(index)) for index in range(len(launched.works))]
+        works, order = launched.works, launched.order
+        rows = [index for index in order if works[index].samples]
+        if masks is not None:
+            masks = Masks([rows.index(index) for index in masks.rows], masks.bits)
+        drawn = dict(zip(rows, sample(launched.logits, [works[index] for index in rows], masks), strict=True))
+        known = dict(zip(order, launched.scores.tokens([works[index] for index in order]), strict=True))
+        return [self._sampled(launched, index, known[index], drawn.get(index)) for index in range(len(works))]
 
-    def _sampled(self, launched: Launched, index: int, token: Token | str | None) -> Sampled:
+    def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
         """All that one work yields."""
-        if isinstance(token, str):
-            return Sampled(error=token)
-        prompt = launched.scores[index].tokens() if index in launched.scores else []
+        if isinstance(drawn, str):
+            return Sampled(error=drawn)
         embedding: list[float] = launched.embeddings[index].tolist() if index in launched.embeddings else []
-        if not all(map(math.isfinite, itertools.chain((score.logprob for score in prompt), embedding))):
+        if not all(map(math.isfinite, itertools.chain((token.logprob for token in known), embedding))):
             return Sampled(error=NOT_A_NUMBER)
-        return Sampled(token, prompt, embedding)
+        return Sampled(known if drawn is None else [*known, drawn], embedding)

@@ -7,12 +7,11 @@ preemption and after a restart. Log-probabilities are the model's own, before al
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tgi.core.messages import Sampling, Token
-from tgi.core.plan import Work
+from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green
 
 NOT_A_NUMBER = "the model's output is not a number"
@@ -27,11 +26,12 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _BUCKET = 256
 """The draw first chooses a bucket of this many tokens, then the token in it."""
+_OF_BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8) & 1).bool(), 0.0, float("-inf"))
+"""What the eight bits of each byte of a mask add to eight logits: [256, 8]."""
 
 
-def sample(logits: torch.Tensor, works: Sequence[Work], allowed: Sequence[Any] = ()) -> list[Token | str]:
-    """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row; allowed: for each row None, or
-    the mask of its grammar as in ``Masks``; empty if no row has one.
+def sample(logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> list[Token | str]:
+    """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row; masks: of the rows that have one.
 
     A row whose logits are not numbers gets an error text instead of a token.
     """
@@ -41,13 +41,12 @@ def sample(logits: torch.Tensor, works: Sequence[Work], allowed: Sequence[Any] =
     raw = logits
     norm = raw.logsumexp(-1)
     changed = [(row, work) for row, work in enumerate(works) if _changes(work)]
-    masked = [(row, mask) for row, mask in enumerate(allowed) if mask is not None]
-    if changed or masked:
+    if changed:
         logits = logits.clone()
         for row, work in changed:
             _change(logits[row], work)
-        for row, mask in masked:
-            _restrict(logits[row], works[row], torch.from_numpy(mask).to(logits.device))
+    if masks is not None:
+        logits = _mask(logits, masks)
     ids = logits.argmax(-1)
     if drawn := [row for row, s in enumerate(samplings) if not s.greedy]:
         rows = torch.tensor(drawn, device=logits.device)
@@ -111,18 +110,22 @@ def _change(row: torch.Tensor, work: Work) -> None:
         row[[token for token in work.submit.stop_token_ids if 0 <= token < len(row)]] = float("-inf")
 
 
-def _restrict(row: torch.Tensor, work: Work, allowed: torch.Tensor) -> None:
-    """Leave one row of logits only what its grammar allows, in place. Where that is nothing but stop tokens, the
-    grammar wins over ``min_tokens``. allowed: bool [vocabulary]."""
-    if _may_not_stop(work) and not row[allowed].isfinite().any():
-        row[allowed] = 0.0
-    row.masked_fill_(~allowed, float("-inf"))
+def _mask(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """New logits, of which the rows that have a mask keep what it allows."""
+    device = logits.device
+    # Bytes travel, and each is looked up as eight numbers: a tenth of the time of bools and masked_fill.
+    bytes_ = torch.from_numpy(masks.bits).to(device, non_blocking=True)
+    bias = torch.nn.functional.embedding(bytes_.int(), _OF_BYTES.to(device)).flatten(1)[:, : logits.shape[1]]
+    return logits.index_add(0, torch.tensor(masks.rows, device=device), bias)
 
 
 def _may_not_stop(work: Work) -> bool:
-    """Whether ``min_tokens`` still keeps the stop tokens away: a matter of the position alone."""
-    submit = work.submit
-    return len(work.tokens) - submit.prompt_length < submit.sampling.min_tokens and bool(submit.stop_token_ids)
+    """Whether ``min_tokens`` still keeps the stop tokens away: a matter of the position alone. The mask of a grammar
+    sees to it by itself: it may leave nothing but to stop."""
+    submit, sampling = work.submit, work.submit.sampling
+    if not submit.stop_token_ids or sampling.grammar:
+        return False
+    return len(work.tokens) - submit.prompt_length < sampling.min_tokens
 
 
 def _penalizes(s: Sampling) -> bool:
