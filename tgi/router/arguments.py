@@ -9,7 +9,7 @@ format of calls and no request.
 import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tgi.router.lark import Lark
 
@@ -29,7 +29,7 @@ _NOTES = frozenset("$comment $defs $id $schema default definitions deprecated de
 
 
 class OddError(Exception):
-    """What the model writes are no arguments in this style."""
+    """The character that was sent can't stand there in this style."""
 
 
 class UnenforceableError(Exception):
@@ -43,7 +43,7 @@ class Style(Protocol):
 
     @property
     def begins(self) -> str:
-        """How all arguments begin; that is sent to the reader, too."""
+        """How all arguments begin, as far as that is the same; it is sent to the reader, too."""
 
     def spell(self, arguments: Mapping[str, Any]) -> str:
         """Arguments as the model would have written them."""
@@ -56,6 +56,17 @@ class Style(Protocol):
         raises UnenforceableError."""
 
 
+class Read(NamedTuple):
+    grown: str
+    """JSON that the arguments grow by."""
+    length: int
+    """How much of the text they are."""
+    ended: bool
+    """The last character was read."""
+    odd: bool
+    """What comes next makes no sense."""
+
+
 class Reader:
     """Reads one call's arguments."""
 
@@ -64,25 +75,28 @@ class Reader:
         self._run = style.read(self._out.append, schema)
         next(self._run)
 
-    def push(self, text: str) -> tuple[str, int | None]:
-        """JSON that the arguments grow by, and where in the text they end, if they do. Raises OddError."""
-        end = None
-        for at, character in enumerate(text, 1):
+    def push(self, text: str) -> Read:
+        length, ended, odd = len(text), False, False
+        for at, character in enumerate(text):
             try:
                 self._run.send(character)
             except StopIteration:
-                end = at
+                length, ended = at + 1, True
+                break
+            except OddError:
+                length, odd = at, True
                 break
         grown = "".join(self._out)
         self._out.clear()
-        return grown, end
+        return Read(grown, length, ended, odd)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
 class Json:
-    """The model's own characters, as they come."""
+    """The model's own characters, as they come, but for line ends and the like in strings, which it may have left as
+    they are."""
 
     marks = ""
     begins = "{"
@@ -94,7 +108,7 @@ class Json:
         depth, in_string, escaped = 0, False, False
         while True:
             character = yield
-            put(character)
+            put(_inner(character) if in_string and character < " " else character)
             if escaped:
                 escaped = False
             elif in_string:
@@ -128,7 +142,7 @@ def _json_schema(schema: Schema, lenient: bool) -> str:
 class Keyed:
     """Each argument under its name, in the order of the schema's properties."""
 
-    begins: str
+    opens: str
     key: tuple[str, str]
     """What stands before and behind a name."""
     separator: str
@@ -146,16 +160,20 @@ class Keyed:
     def marks(self) -> str:
         return "".join((*self.key, self.closes, *(self.quotes or ())))
 
+    @property
+    def begins(self) -> str:
+        return self.opens or self.key[0][:1]  # with which ``closes`` begins, too
+
     def spell(self, arguments: Mapping[str, Any]) -> str:
         members = (f"{self.key[0]}{name}{self.key[1]}{self._spell(value)}" for name, value in arguments.items())
-        return self.begins + self.separator.join(members) + self.closes
+        return self.opens + self.separator.join(members) + self.closes
 
     def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
         return _Raw(self, put, schema).read() if self.raw else _Literals(self, put).read()
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
         members = _Schema(self, lark, schema, lenient).members(schema, "$")
-        return f"{lark.spelled(self.begins)} {members} {lark.spelled(self.closes)}"
+        return f"{lark.spelled(self.opens)} {members} {lark.spelled(self.closes)}"
 
     def _spell(self, value: Any) -> str:
         if self.raw:
@@ -290,7 +308,8 @@ class _Literals:
         """The character that is looked at."""
 
     def read(self) -> Reading:
-        for expected in self._style.begins:
+        self._put("{")
+        for expected in self._style.opens:
             yield from self._advance()
             if self._next != expected:
                 raise OddError
@@ -305,8 +324,7 @@ class _Literals:
             self._next = yield
 
     def _members(self, closes: str, colon: str, depth: int) -> Reading:
-        """``name colon value, …`` up to ``closes``, at which it stops looking."""
-        self._put("{")
+        """``name colon value, …`` up to ``closes``, at which it stops looking, as JSON without the first brace."""
         first = True
         yield from self._space()
         while self._next != closes:
@@ -354,6 +372,7 @@ class _Literals:
         elif self._next in "\"'":
             yield from self._string(self._next)
         elif self._next == "{":
+            self._put("{")
             yield from self._advance()
             yield from self._members("}", ":", depth + 1)
             yield from self._advance()
@@ -405,23 +424,23 @@ class _Literals:
             if (yield) != expected:
                 raise OddError
         self._put('"')
-        yield from _upto(closes, lambda text: self._put(_inner(text)))
+        yield from _upto((closes,), lambda text: self._put(_inner(text)))
         self._put('"')
         yield from self._advance()
 
     def _word(self) -> Reading:
         word = ""
         while self._next not in ",)]}" + _SPACE:
-            word += self._next
-            if len(word) > _LONGEST_WORD:
+            if len(word) == _LONGEST_WORD or self._next in "([{\"'":
                 raise OddError
+            word += self._next
             yield from self._advance()
         if word in _PYTHON:
             word = spelled(_PYTHON[word])
-        try:
-            json.loads(word, parse_constant=_no_constant)
-        except ValueError:
-            raise OddError from None
+        elif not _is_json(word):
+            if not word:
+                raise OddError
+            word = spelled(word)  # a string whose quotation marks were forgotten
         self._put(word)
 
 
@@ -434,26 +453,30 @@ class _Raw:
         self._schema = schema
 
     def read(self) -> Reading:
-        (before, behind), (_, ends), closes = (
-            self._style.key,
-            self._style.quotes or ("", ""),
-            self._style.closes.strip(),
-        )
+        style = self._style
+        before, closes = style.key[0], style.closes.strip()
+        ends = (style.quotes or ("", ""))[1]
+        # Models leave out line ends, or write more of them.
+        named, *behind = style.key[1].split("\n")
+        skipped, marks = "\n" if behind == [""] else "", tuple({ends: None, ends.strip(): None})
         self._put("{")
         separator = ""
         while (yield from _one_of((before, closes))) == before:
             name: list[str] = []
-            yield from _upto(behind, name.append)
+            yield from _upto((named,), name.append)
+            for mark in filter(None, behind):
+                yield from _one_of((mark,))
             self._put(f"{separator}{spelled(''.join(name))}: ")
             separator = ", "
             if self._is_text("".join(name)):
                 self._put('"')
-                yield from _upto(ends, lambda piece: self._put(_inner(piece)))
+                yield from _upto(marks, lambda piece: self._put(_inner(piece)), skipped)
                 self._put('"')
             else:
                 value: list[str] = []
-                yield from _upto(ends, value.append)
-                self._put(_as_json("".join(value)))
+                yield from _upto(marks, value.append, skipped)
+                text = "".join(value)
+                self._put(text.strip() if _is_json(text) else spelled(_PYTHON.get(text.strip(), text)))
         self._put("}")
 
     def _is_text(self, name: str) -> bool:
@@ -479,28 +502,34 @@ def _one_of(marks: tuple[str, ...]) -> Generator[None, str, str]:
     return read
 
 
-def _upto(mark: str, put: Callable[[str], None]) -> Reading:
-    """Put out what stands before a mark, as soon as it can't be the mark."""
-    held = ""
+def _upto(marks: tuple[str, ...], put: Callable[[str], None], skipped: str = "") -> Reading:
+    """Put out what stands before the first of these marks, as soon as it can't be a mark; without what is to be skipped
+    at the beginning. Of marks that end together the first counts."""
+    firsts = {mark[0] for mark in marks}
+    longest = max(map(len, marks))
+    held = yield
+    held = held.removeprefix(skipped)
     while True:
-        held += yield
-        if held.endswith(mark):
+        if (mark := next(filter(held.endswith, marks), None)) is not None:
             put(held[: -len(mark)])
             return
-        # Never more is held than the mark's own beginning.
-        keep = next(
-            size for size in range(min(len(held), len(mark) - 1), -1, -1) if mark.startswith(held[len(held) - size :])
-        )
+        # Never more is held than the beginning of a mark.
+        keep = 0
+        if len(held) > 1 or held in firsts:
+            sizes = range(min(len(held), longest - 1), 0, -1)
+            keep = next((size for size in sizes if any(mark.startswith(held[-size:]) for mark in marks)), 0)
         if keep < len(held):
             put(held[: len(held) - keep])
             held = held[len(held) - keep :]
+        held += yield
 
 
-def _as_json(text: str) -> str:
+def _is_json(text: str) -> bool:
     try:
-        return spelled(json.loads(text, parse_constant=_no_constant))
-    except ValueError:
-        return spelled(_PYTHON.get(text, text))
+        json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 _PYTHON = {"True": True, "False": False, "None": None}
