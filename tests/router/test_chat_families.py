@@ -27,6 +27,9 @@ READ_PARTS = ONLY_PARTS | {"gemma3", "glm4", "llama32_vision", "mistral_tekken"}
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "command_r": [{"citation_mode": "accurate"}],
+    "deepseek_v31": [{"thinking": True}],
+    "gemma4": [{"enable_thinking": True}],
+    "glm45": [{"enable_thinking": False}],
     "glm4": [{"enable_thinking": False}, {"enable_thinking": True}],
     "gpt_oss": [{"reasoning_effort": "high", "model_identity": "Du bist ein Modell."}],
     "granite3": [{"thinking": True}, {"controls": {"citations": True, "length": "short"}}],
@@ -269,6 +272,8 @@ def test_which_templates_take_what() -> None:
                 takers.add(name)
     both = {"command_r.tool_use", "deepseek_v3", "glm4", "gpt_oss", "granite3", "hermes2_pro.tool_use", "jamba"}
     both |= {"llama31", "mistral_v3", "nemotron", "qwen2", "qwen3"}
-    assert taken["takes_tools"] == both - {"deepseek_v3"} | {"phi4_mini", "smollm3"}
+    both |= {"command_r7b", "deepseek_v31", "functiongemma", "gemma4", "glm45", "granite_20b", "internlm3", "kimi_k2"}
+    both |= {"llama32_pythonic", "llama4", "magistral", "nemotron_nano", "qwen3_coder"}
+    assert taken["takes_tools"] == both - {"deepseek_v3"} | {"lfm2", "phi4_mini", "smollm2_tools", "smollm3"}
     assert taken["takes_calls"] == both
     assert taken["takes_documents"] == {"command_r.rag", "granite3"}

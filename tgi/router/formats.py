@@ -237,6 +237,14 @@ CALLS = (
     replace(_LIST, name="jamba", signs=("<tool_calls>",), opens="<tool_calls>[", closes="]</tool_calls>"),
     replace(_LIST, name="nemotron", signs=("<TOOLCALL>",), opens="<TOOLCALL>[", closes="]</TOOLCALL>"),
     Calls(
+        name="nemotron_mini",
+        signs=("<toolcall>",),
+        head='<toolcall> {"name": ',
+        middle=', "arguments": ',
+        tail="} </toolcall>",
+        between="\n",
+    ),
+    Calls(
         name="internlm",
         signs=("<|action_start|>",),
         head='<|action_start|><|plugin|>\n{"name": ',
