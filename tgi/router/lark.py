@@ -49,12 +49,17 @@ class Lark:
 
     def upto(self, marks: Sequence[str], *, anchored: bool = False) -> str:
         """Any text, or only white space, and then these in a row, where they come first."""
-        first, *rest = marks
         before = _SPACE if anchored else _TEXT
-        aside = self._before if anchored else self._aside
-        if first not in self._special:
-            return f"{aside} {self._regex(before, marks)}"
-        return f"{aside} /{before}/ {self._token(first)} {self._regex('', rest) if rest else ''}"
+        parts = [self._before if anchored else self._aside]
+        for special, run in groupby(marks, self._special.__contains__):
+            if special:
+                for mark in run:
+                    parts.append(f"/{before}/ {self._token(mark)}")
+                    before = _SPACE
+            else:
+                parts.append(self._regex(before, list(run)))
+                before = _SPACE
+        return " ".join(parts)
 
     def json(self, schema: str) -> str:
         return self.rule(f"%json {schema}")
