@@ -13,7 +13,6 @@ import openai
 import pydantic
 import pytest
 from huggingface_hub import InferenceClient
-from llguidance import LLMatcher, LLTokenizer
 from msgspec.structs import replace
 from openai.types.responses import Response, ResponseStreamEvent
 
@@ -21,7 +20,9 @@ from tests import small_tokenizers
 from tests.router import serving
 from tests.router.serving import LIMITS, Router, events, settings
 from tests.router.test_http_anthropic import named_events
+from tgi.core.grammar import load_tokenizer, start
 from tgi.core.messages import Thinking
+from tgi.core.vocabulary import Vocabulary
 
 ROOM = replace(LIMITS, max_input_tokens=2000, max_total_tokens=4000, max_batch_prefill_tokens=4000)
 
@@ -332,13 +333,11 @@ def judge(router: Router) -> Any:
     submit = router.engine.submits[-1]
     assert submit.sampling.grammar
     tokenizer = router.service.tokenizer
-    (end,) = submit.sampling.end_token_ids
-    file = Path(router.settings.model.folder) / "tokenizer.json"
-    vocabulary = LLTokenizer(file.read_text(), eos_token=end)
+    vocabulary = Vocabulary.load(Path(router.settings.model.folder))
+    known = load_tokenizer(vocabulary, vocabulary.size, submit.sampling.end_token_ids)
 
     def accepts(text: str) -> bool:
-        matcher = LLMatcher(vocabulary, submit.sampling.grammar)
-        assert not matcher.is_error(), matcher.get_error()
+        matcher = start(known, submit.sampling.grammar)
         ids = tokenizer.encode(text, add_special_tokens=False)
         return matcher.validate_tokens(ids) == len(ids) and matcher.consume_tokens(ids) and matcher.is_accepting()
 
@@ -375,21 +374,9 @@ def test_a_format_holds_behind_the_reasoning(router: Router, thought: str, answe
     assert not accepts(f"{thought}{answers}{JSON} and so on")
     assert not accepts(f'{thought}{answers}{{"city": "Bonn"}}')
     assert not accepts(f"It is cold.{answers}{JSON}")
-    for path, fields in (
-        (
-            "/v1/responses",
-            {"input": "hello", "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}},
-        ),
-        (
-            "/v1/messages",
-            {
-                "max_tokens": 99,
-                "messages": [QUESTION],
-                "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
-            },
-        ),
-    ):
-        router.http.post(path, json={"model": "m", **fields}).raise_for_status()
+    form = {"type": "json_schema", "name": "x", "schema": SCHEMA}
+    for response in (respond(router, text={"format": form})[0], converse(router, output_config={"format": form})):
+        assert response
         assert judge(router)(f"{thought}{answers}{JSON}")
 
 

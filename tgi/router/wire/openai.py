@@ -229,7 +229,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     reasoning_effort: str | None = None
     """For templates that read it. Where a template can only turn reasoning on and off, "none" is off."""
     enable_thinking: bool | None = None
-    """Turns reasoning on or off, where the template can."""
+    """Turns reasoning on or off: by the template's switch; where it has none, reasoning is closed where it begins."""
     thinking_budget: U32 | None = None
     """Tokens of reasoning; then it is brought to an end, and the answer begins."""
     include_reasoning: bool | None = None
