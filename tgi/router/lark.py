@@ -22,8 +22,12 @@ class Lark:
         self._lines: list[str] = []
         self._aside = self._before = ""
         if free:
-            self._before = self.rule(f"<[{_ranges(free)}]>*")
-            self._aside = self.rule(f"({ANY} <[{_ranges(free)}]>)*")
+            # llguidance follows one only of two ranges that a token is in: those that are spelled stand by themselves.
+            apart = set(special.values()) & set(free)
+            sets = filter(None, [set(free) - apart, *({id} for id in sorted(apart))])
+            one = self.rule(" | ".join(f"<[{_ranges(ids)}]>" for ids in sets))
+            self._before = self.rule(f"{one}*")
+            self._aside = self.rule(f"({ANY} {one})*")
 
     def __str__(self) -> str:
         return "\n".join(self._lines)
