@@ -380,20 +380,46 @@ def test_a_format_holds_behind_the_reasoning(router: Router, thought: str, answe
         assert judge(router)(f"{thought}{answers}{JSON}")
 
 
-def test_a_required_call_may_be_thought_about(qwen: Router, deepseek: Router) -> None:
-    for router, opens, call in (
-        (qwen, "<think>", CALL),
-        (deepseek, "", '{"name": "weather", "parameters": {"city": "Rome"}}'),
-    ):
-        router.says(f"{opens}so</think>\n\n{call}</s>")
-        answer = choice(router, tools=TOOLS, tool_choice="required")
-        assert answer["message"]["reasoning_content"] == "so"
-        assert answer["message"]["tool_calls"][0]["function"]["arguments"] == JSON
-        accepts = judge(router)
-        assert accepts(f"{opens}so</think>\n\n{call}")
-        assert accepts(call) == (opens != "")
-        assert not accepts(f"{opens}so</think>\n\nIt is cold.")
-        assert not accepts(f"{opens}so</think>")
+GPT_CALL = f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{JSON}<|call|>"
+CALLS = [
+    ("qwen", "<think>so</think>\n\n", "", CALL),
+    ("deepseek", "so</think>\n\n", "", '{"name": "weather", "parameters": {"city": "Rome"}}'),
+    (
+        "gpt",
+        "<|channel|>analysis<|message|>so<|end|><|start|>assistant",
+        "<|channel|>final<|message|>",
+        GPT_CALL,
+    ),
+]
+
+
+@pytest.mark.parametrize(("router", "thought", "answers", "call"), CALLS, indirect=["router"])
+def test_a_required_call_may_be_thought_about(router: Router, thought: str, answers: str, call: str) -> None:
+    router.says(f"{thought}{call}</s>")
+    answer = choice(router, tools=TOOLS, tool_choice="required")
+    assert answer["finish_reason"] == "tool_calls"
+    assert answer["message"]["reasoning_content"] == "so"
+    assert answer["message"]["tool_calls"][0]["function"]["arguments"] == JSON
+    accepts = judge(router)
+    assert accepts(f"{thought}{call}")
+    assert accepts(call) == thought.startswith("<")
+    assert not accepts(f"{thought}{answers}It is cold.")
+    assert not accepts(thought)
+    assert not accepts(f"{thought}{call.replace('Rome', 'Bonn')}")
+
+
+@pytest.mark.parametrize(("router", "thought", "answers", "call"), CALLS, indirect=["router"])
+def test_a_call_on_offer_may_be_thought_about(router: Router, thought: str, answers: str, call: str) -> None:
+    router.says(f"{thought}{answers}It is cold.</s>")
+    answer = choice(router, tools=TOOLS)
+    assert answer["message"] == {"role": "assistant", "content": "It is cold.", "reasoning_content": "so"}
+    accepts = judge(router)
+    for reply in (f"{thought}{answers}It is cold.", f"{thought}{call}"):
+        assert accepts(reply), reply
+    if thought.startswith("<"):
+        assert accepts(f"{answers}It is cold.")
+        assert accepts(call)
+    assert not accepts(f"{thought}{call.replace('Rome', 'Bonn')}")
 
 
 # --- Requests --------------------------------------------------------------------------------------------------------
