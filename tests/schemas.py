@@ -53,7 +53,7 @@ def draw(tokenizer: LLTokenizer, grammar: str, chance: random.Random, most: int 
     """Tokens of a text, by chance and the grammar alone; None for one that would have more. Ends of strings and objects
     are likelier than chance has them: tokens of text are many."""
     (end,) = tokenizer.eos_tokens
-    closing = {tokenizer.tokenize_str(mark)[0] for mark in '"}]'}
+    closing = {token for mark in '"}]' for token in tokenizer.tokenize_str(mark)}
     matcher, ids = start(tokenizer, grammar), list[int]()
     while len(ids) < most:
         mask = numpy.frombuffer(matcher.compute_bitmask(), numpy.uint8)

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+import random
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import msgspec
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from tests import small_tokenizers
+from tests import schemas, small_tokenizers
 from tests.router.serving import Router, settings, until
 from tgi.core.errors import RequestError
-from tgi.core.grammar import start
+from tgi.core.grammar import load_tokenizer, spells_all, start
+from tgi.core.vocabulary import Vocabulary
 from tgi.router.grammar import LONGEST, Grammars, Verdict, Wish, grammar_of, wish_of
-from tgi.router.trial import judge
+from tgi.router.stream import Detokenizer
+from tgi.router.tokenizer import Tokenizer
+from tgi.router.trial import composed, judge
 from tgi.router.wire.base import Unreadable, decode
 from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, RegexGrammar
 from tgi.router.wire.native import GenerateParameters
@@ -245,7 +250,7 @@ def test_no_choice():
 @pytest.fixture(scope="module")
 def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
     folder = small_tokenizers.write(tmp_path_factory.mktemp("grammars"))
-    grammars = Grammars(folder / "tokenizer.json", [2])
+    grammars = Grammars(folder, None, [2])
     yield grammars
     grammars.close()
 
@@ -420,13 +425,112 @@ def test_a_process_that_is_lost_again_refuses_that_once(grammars: Grammars, monk
     assert isinstance(found, str)
 
 
-def test_a_tokenizer_that_cannot_be_used(tmp_path: Path):
-    folder = small_tokenizers.write(tmp_path, "words")
-    grammars = Grammars(folder / "tokenizer.json", [2])
+def test_a_model_without_an_end_token(tmp_path: Path):
+    grammars = Grammars(small_tokenizers.write(tmp_path), None, [])
     try:
-        assert "this model's tokenizer can't be used with grammars" in refusal(grammars, Wish("regex", "a"))
+        assert "this model has no end token" in refusal(grammars, Wish("regex", "a"))
     finally:
         grammars.close()
+
+
+# --- Every tokenizer -------------------------------------------------------------------------------------------------
+
+
+def loaded(folder: Path, kind: str, width: int | None = None, ends: Sequence[int] = (END,)) -> LLTokenizer:
+    vocabulary = Vocabulary.load(small_tokenizers.write(folder, kind))
+    return load_tokenizer(vocabulary, width or vocabulary.size, ends)
+
+
+@pytest.mark.parametrize("kind", small_tokenizers.KINDS)
+def test_what_is_drawn_reads_as_the_grammar_says_with_every_tokenizer(tmp_path: Path, kind: str):
+    tokens = loaded(tmp_path, kind)
+    tokenizer = Tokenizer.load(tmp_path)
+    whole = spells_all(tokens)
+    assert whole == (kind.startswith(("byte", "llama", "gemma")) or kind == "unigram_bytes")
+    assert tokens.is_canonical
+    patterns = ["( ?[a-z]+){1,6}", " the( cat| dog)* sat", "( [a-z]{1,5}){3}"]
+    if whole:
+        patterns += [
+            r"\{\"name\": \"[^\"\\\x00-\x1f]{0,9}\"\}",
+            r"(é|你好|\n|😀){1,4}",
+            "<think>[a-c]*</think>",
+            "  a{3} +b",
+        ]
+    chance, drawn = random.Random(kind), 0
+    for pattern in patterns:
+        verdict = judge(tokens, Wish("regex", pattern), forcing=whole)
+        if not whole and "satisfies" in verdict.error:
+            continue  # no word begins with a space, or all do
+        assert not verdict.error
+        for prompt in (tokenizer.encode("the cat", add_special_tokens=True), [1], []):
+            ids = schemas.draw(tokens, verdict.grammar, chance, most=2000)
+            assert ids is not None
+            detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=True, spelled=True)
+            text = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+            assert re.fullmatch(pattern, text), (pattern, text)
+            drawn += 1
+    assert drawn == 21 if whole else drawn >= 3
+
+
+@pytest.mark.parametrize(
+    "kind", ["byte_level", "byte_level_prefix", "byte_level_added", "llama", "gemma", "unigram_bytes"]
+)
+def test_forced_tokens_spell_what_is_forced(tmp_path: Path, kind: str):
+    tokens = loaded(tmp_path, kind)
+    text = '{"the name": "größe 你好 </s> <think>"}'
+    matcher = start(tokens, composed(Wish("choice", json.dumps([text + "a", text + "b"]))))
+    spelled = b""
+    while forced := matcher.compute_ff_tokens():
+        assert not any(map(tokens.is_special_token, forced))
+        spelled += tokens.decode_bytes(forced)
+        assert matcher.consume_tokens(forced)
+    assert text.encode().startswith(spelled)
+    assert len(spelled) > len(text.encode()) - 12
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_added", "llama"])
+@pytest.mark.parametrize("more", [-40, 0, 40])
+def test_fewer_and_more_logits_than_tokens(tmp_path: Path, kind: str, more: int):
+    vocabulary = Vocabulary.load(small_tokenizers.write(tmp_path, kind))
+    size = vocabulary.size
+    tokens = loaded(tmp_path, kind, size + more, [END, size - 50, size + 30])
+    assert tokens.vocab_size == size + more
+    assert tokens.eos_tokens == [END, size - 50] + [size + 30] * (more > 30)
+    matcher = start(tokens, composed(Wish("regex", "(.|\n)*")))
+    for text in ("", "the cat", "größe 你好"):
+        ids = tokens.tokenize_str(text)
+        assert max(ids, default=0) < min(size, size + more)
+        assert matcher.consume_tokens(ids)
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        allowed = {token for token in range(tokens.vocab_size) if mask >> token & 1}
+        ends = {token for token in allowed if token >= size or tokens.is_special_token(token)}
+        assert ends == set(tokens.eos_tokens) - ({size - 50} - vocabulary.special_ids)
+
+
+def test_marks_that_are_not_special_are_text(tmp_path: Path):
+    tokens = loaded(tmp_path, "byte_level_added")
+    vocabulary = Vocabulary.load(tmp_path)
+    matcher = start(tokens, composed(Wish("regex", "<think>x|</s>")))
+    assert matcher.validate_tokens([vocabulary.added["<think>"]]) == 1
+    assert matcher.validate_tokens([vocabulary.added["</s>"]]) == 0
+    assert matcher.validate_tokens(tokens.tokenize_str("</s>")) == 4
+    special = start(tokens, composed(Wish("grammar", 'start: <|im_end|> "a"')))
+    assert special.validate_tokens([vocabulary.added["<|im_end|>"]]) == 1
+
+
+def test_what_only_the_config_calls_special_is_special(tmp_path: Path):
+    folder = small_tokenizers.write(tmp_path, "byte_level", tokenizer_config={"pad_token": "<think>"})
+    grammars = Grammars(folder, None, [END])
+    own = tmp_path / "own.json"
+    own.write_text('{"pad_token": null}')
+    others = Grammars(folder, str(own), [END])
+    try:
+        (found,) = compile_by(grammars, Wish("grammar", 'start: <think> "a"'))
+        assert isinstance(found, str)
+        assert "unknown special token" in refusal(others, Wish("grammar", 'start: <think> "a"'))
+    finally:
+        grammars.close()
+        others.close()
 
 
 # --- Over HTTP -------------------------------------------------------------------------------------------------------

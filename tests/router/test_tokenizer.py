@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.small_tokenizers import KINDS, serialized, write
 from tgi.core.errors import StartupError
-from tgi.router.tokenizer import BYTE_ALPHABET, SHORT, Tokenizer
+from tgi.core.vocabulary import BYTE_ALPHABET
+from tgi.router.tokenizer import SHORT, Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

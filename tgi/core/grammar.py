@@ -2,10 +2,12 @@
 accepted the other can run. Imported only where a grammar has arrived; knows no request.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import cast
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from tgi.core.vocabulary import Vocabulary
 
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 """llguidance's own bounds, but for the memory of one grammar: a state has 1 to 2 kB."""
@@ -15,22 +17,62 @@ class GrammarError(Exception):
     """llguidance can't do this; the text says why, in one line."""
 
 
-def load_tokenizer(path: Path, vocab_size: int | None, end_ids: Sequence[int]) -> LLTokenizer:
-    """Read tokenizer.json. ``vocab_size``: the width of the model's logits; None for the tokenizer's own size.
+def load_tokenizer(vocabulary: Vocabulary, width: int, end_ids: Sequence[int]) -> LLTokenizer:
+    """The tokens that grammars are about. ``width``: of the model's logits, which can be more or fewer than there are
+    tokens. ``end_ids``: the tokens that a grammar allows where it may end.
 
-    ``end_ids``: the tokens that a grammar allows where it may end. Without any, llguidance guesses one.
+    The vocabulary is for nothing else any more: it reads special tokens as plain text.
     """
-    text = path.read_text(encoding="utf-8")
-    ends = [id for id in end_ids if vocab_size is None or 0 <= id < vocab_size] or None
-    try:
-        if vocab_size is None:
-            return LLTokenizer(text, eos_token=ends)
-        try:
-            return LLTokenizer(text, n_vocab=vocab_size, eos_token=ends)
-        except ValueError:  # some models have fewer logits than their tokenizer has tokens
-            return LLTokenizer(text, eos_token=ends)
-    except ValueError as error:
-        raise GrammarError(f"this model's tokenizer can't be used with grammars: {error}") from None
+    ends = [id for id in end_ids if 0 <= id < width]
+    if not ends:
+        raise GrammarError("this model has no end token, which grammars need")
+    vocabulary.backend.encode_special_tokens = True
+    encoder = _Encoder(vocabulary, width)
+    tokenizer = LLTokenizer(cast("TokenizerWrapper", encoder), eos_token=ends)
+    encoder.fallback = tokenizer.greedy_tokenize
+    return tokenizer
+
+
+def spells_all(tokenizer: LLTokenizer) -> bool:
+    """Whether each byte of UTF-8 is a token, so that every text has tokens."""
+    bytes_ = (bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1))
+    return all(tokenizer.decode_bytes(tokenizer.tokenize_bytes(byte)) == byte for byte in bytes_)
+
+
+class _Encoder:
+    """What llguidance asks of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    eos_token_id = 0
+    """One must be named; the tokenizer's own replace it."""
+
+    def __init__(self, vocabulary: Vocabulary, width: int) -> None:
+        special = vocabulary.special_ids
+        tokens = [vocabulary.token_bytes(id) for id in range(min(width, vocabulary.size))]
+        # No text has the byte 0xFF: llguidance marks special tokens with it.
+        tokens = [b"" if token[:1] == b"\xff" and id not in special else token for id, token in enumerate(tokens)]
+        self.tokens = tokens + [b""] * (width - len(tokens))
+        self.special_token_ids = sorted(id for id in special if id < width)
+        self.fallback: Callable[[str], list[int]] | None = None
+        self._plain = {id for id, token in enumerate(tokens) if token and id not in special}
+        self._backend = vocabulary.backend
+        self._leads = [(lead, self._encode(lead)) for lead in ("", "\n", "a")]
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of a text that continues another, as the model would write them: without the space that some put in
+        front of all text, and without what others do to it."""
+        assert self.fallback is not None
+        for lead, before in self._leads:
+            ids = self._encode(lead + text)
+            rest = ids[len(before) :]
+            plain = ids[: len(before)] == before and self._plain.issuperset(rest)
+            if plain and b"".join(map(self.tokens.__getitem__, rest)) == text.encode():
+                return rest
+        return self.fallback(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
 
 
 def start(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

@@ -5,11 +5,13 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from tgi.core import child
 from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Loading, Ready
+from tgi.core.vocabulary import Vocabulary
 from tgi.engine.mailbox import Mailbox
 from tgi.engine.scheduler import Scheduler
 
@@ -44,7 +46,9 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         BLOCK_SIZE,
     )
     report(Ready())
-    Loop(mailbox, scheduler, runner, Path(settings.model.folder) / "tokenizer.json").run()
+    config = settings.tokenizer_config_path
+    vocabulary = partial(Vocabulary.load, Path(settings.model.folder), None if config is None else Path(config))
+    Loop(mailbox, scheduler, runner, vocabulary).run()
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def build(settings: Settings) -> Service:
     folder, path = Path(settings.model.folder), settings.tokenizer_config_path
     tokenizer = Tokenizer.load(folder, None if path is None else Path(path))
     metrics = Metrics(settings.limits)
-    grammars = Grammars(folder / "tokenizer.json", tokenizer.eos_ids) if settings.grammars else None
+    grammars = Grammars(folder, path, tokenizer.eos_ids) if settings.grammars else None
     watermark = settings.watermark_gamma, settings.watermark_delta
     formats = {
         name: format_of(source, tokenizer.added, settings.tool_call_parser, settings.reasoning_parser).spelled_with(

@@ -126,9 +126,9 @@ class Grammars:
     """Judges the grammars for one model: at once those judged before, the others one by one, off the event loop, in a
     process that is started for the first."""
 
-    def __init__(self, tokenizer: Path, end_ids: Collection[int]) -> None:
-        """``tokenizer``: a tokenizer.json; ``end_ids``: the model's end tokens."""
-        self._worker = Worker("tgi.router.trial", str(tokenizer), *map(str, sorted(end_ids)))
+    def __init__(self, folder: Path, config_path: str | None, end_ids: Collection[int]) -> None:
+        """``folder`` and ``config_path`` of the vocabulary; ``end_ids``: the model's end tokens."""
+        self._worker = Worker("tgi.router.trial", str(folder), config_path or "", *map(str, sorted(end_ids)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._verdicts: OrderedDict[Wish, Verdict] = OrderedDict()
         """Least recently used first."""

@@ -31,6 +31,7 @@ class Transcript:
             generation.token_ids,
             skip_special_tokens=generation.skip_special_tokens,
             shown=generation.shown,
+            spelled=bool(generation.sampling.grammar),
         )
         self._stops = Stops(generation.stop, keep=generation.keep_stop)
         self._hidden_ends = frozenset(() if generation.keep_stop else generation.stop_token_ids)
@@ -71,14 +72,15 @@ class Detokenizer:
         *,
         skip_special_tokens: bool,
         shown: frozenset[int] = frozenset(),
+        spelled: bool = False,
     ) -> None:
-        """``shown``: special tokens that aren't skipped."""
+        """``shown``: special tokens that aren't skipped. ``spelled``: by a grammar, to which every space counts."""
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # A generation continues its prompt's text, so a leading space stays. Special tokens are no text, whether they
         # are shown or not: both views of one generation have the same spaces.
-        self._first = all(id in tokenizer.special_ids for id in prompt_ids)
+        self._first = not spelled and all(id in tokenizer.special_ids for id in prompt_ids)
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; "" while a character is incomplete."""

@@ -15,7 +15,8 @@ import llguidance
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from tgi.core.grammar import GrammarError, check, load_tokenizer, start
+from tgi.core.grammar import GrammarError, check, load_tokenizer, spells_all, start
+from tgi.core.vocabulary import Vocabulary
 from tgi.router.grammar import EXHAUSTED, Verdict, Wish
 from tgi.router.schema import Place, children, path, pointer
 from tgi.router.worker import bound, serve
@@ -36,10 +37,10 @@ WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
 
-def judge(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
-    """Compile a grammar, and look whether tokens can follow it."""
+def judge(tokenizer: LLTokenizer, wish: Wish, *, forcing: bool = True) -> Verdict:
+    """Compile a grammar, and look whether tokens can follow it. ``forcing``: see ``composed``."""
     try:
-        grammar = composed(wish)
+        grammar = composed(wish, forcing=forcing)
     except ValueError as failure:
         return Verdict(error=" ".join(str(failure).split()))
     error = _error(tokenizer, grammar)
@@ -87,10 +88,14 @@ class Parts(msgspec.Struct):
     grammars: list[Part]
 
 
-def composed(wish: Wish) -> str:
-    """The grammar as llguidance reads it. Raises ValueError for what is no grammar."""
+def composed(wish: Wish, *, forcing: bool = True) -> str:
+    """The grammar as llguidance reads it. Raises ValueError for what is no grammar.
+
+    ``forcing``: where all that can follow is one text, its tokens are the tokenizer's. Not for vocabularies that don't
+    spell every text: there the tokens of a longer text may do what those of the one can't.
+    """
     text = wish.text if wish.format == "json_schema" else llguidance.grammar_from(wish.format, wish.text)
-    if wish.format == "llguidance" and not wish.frame:
+    if wish.format == "llguidance" and not wish.frame and forcing:
         return text
     if wish.format == "json_schema":
         parts = [Part(json_schema=msgspec.Raw(text.encode()))]
@@ -101,6 +106,10 @@ def composed(wish: Wish) -> str:
     if wish.frame:
         parts[0].name = "answer"
         parts.insert(0, Part("frame", wish.frame))
+    if not forcing:
+        first = parts[0]
+        lark = first.lark_grammar or f"start: %json {bytes(first.json_schema or b'{}').decode()}"
+        parts[0] = Part(first.name, f'%llguidance {{"no_forcing": true}}\n{lark}')
     return msgspec.json.encode(Parts(parts)).decode()
 
 
@@ -139,9 +148,9 @@ def _apart(work: Callable[[], msgspec.Struct | str]) -> bytes:
     return answer if status == 0 else b""
 
 
-def tried(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
+def tried(tokenizer: LLTokenizer, wish: Wish, *, forcing: bool = True) -> Verdict:
     """``judge`` and ``locate``, each in a fork."""
-    answer = _apart(lambda: judge(tokenizer, wish))
+    answer = _apart(lambda: judge(tokenizer, wish, forcing=forcing))
     if not answer:
         return Verdict(error=EXHAUSTED)
     verdict = msgspec.msgpack.decode(answer, type=Verdict)
@@ -152,17 +161,20 @@ def tried(tokenizer: LLTokenizer, wish: Wish) -> Verdict:
     return verdict
 
 
-def main(tokenizer_path: str, *end_ids: str) -> None:
-    """The process: ``python -m tgi.router.trial TOKENIZER_JSON [END_TOKEN_ID …]``."""
-    error, tokenizer = "", None
+def main(folder: str, config_path: str, *end_ids: str) -> None:
+    """The process: ``python -m tgi.router.trial MODEL_FOLDER TOKENIZER_CONFIG|"" [END_TOKEN_ID …]``."""
+    vocabulary = Vocabulary.load(Path(folder), Path(config_path) if config_path else None)
+    error, tokenizer, forcing = "", None, False
     try:
-        tokenizer = load_tokenizer(Path(tokenizer_path), None, [int(id) for id in end_ids])
-    except (GrammarError, OSError, ValueError) as failure:
+        tokenizer = load_tokenizer(vocabulary, vocabulary.size, [int(id) for id in end_ids])
+        forcing = spells_all(tokenizer)
+    except GrammarError as failure:
         error = str(failure)
 
     def answer(question: bytes) -> bytes:
         wish = msgspec.msgpack.decode(question, type=Wish)
-        return msgspec.msgpack.encode(Verdict(error=error) if tokenizer is None else tried(tokenizer, wish))
+        verdict = Verdict(error=error) if tokenizer is None else tried(tokenizer, wish, forcing=forcing)
+        return msgspec.msgpack.encode(verdict)
 
     serve(answer)
 
