@@ -35,7 +35,10 @@ SCHEMA = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": SCHEMA}}]
+FUNCTION = {"name": "weather", "description": "The weather.", "parameters": SCHEMA}
+TOOLS: list[Any] = [{"type": "function", "function": FUNCTION}]
+RESPONSE_TOOLS: list[Any] = [{"type": "function", **FUNCTION}]
+CLAUDE_TOOLS: list[Any] = [{"name": "weather", "input_schema": SCHEMA}]
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
 
@@ -189,13 +192,12 @@ def test_all_dialects_tell_the_same(
     items = []
     for item in response.output:
         assert item.type in ("reasoning", "message")
-        (part,) = item.content  # type: ignore[union-attr, misc]  # both have one
+        (part,) = item.content
         assert part.type == ("reasoning_text" if item.type == "reasoning" else "output_text")
-        items.append(("reasoning" if item.type == "reasoning" else "text", part.text))  # type: ignore[union-attr]
+        items.append(("reasoning" if item.type == "reasoning" else "text", part.text))
     message = converse(router)
     blocks = [
-        ("reasoning", block.thinking) if block.type == "thinking" else ("text", block.text)  # type: ignore[union-attr]
-        for block in message.content
+        ("reasoning", block.thinking) if block.type == "thinking" else ("text", block.text) for block in message.content
     ]
     assert items == blocks == expected
     assert message.usage.output_tokens_details is not None
@@ -203,7 +205,7 @@ def test_all_dialects_tell_the_same(
     assert router.chat().json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": count}
 
 
-def respond(router: Router, **fields: Any) -> tuple[Response, int]:
+def respond(router: Router, **fields: Any) -> tuple[Any, int]:
     """The response, and how many tokens were reasoning, after a look at whether its stream says the same."""
     fields = {"model": "m", "input": "hello"} | fields
     raw = router.http.post("/v1/responses", json=fields).raise_for_status()
@@ -222,7 +224,7 @@ def respond(router: Router, **fields: Any) -> tuple[Response, int]:
     return whole, whole.usage.output_tokens_details.reasoning_tokens
 
 
-def converse(router: Router, **fields: Any) -> anthropic.types.Message:
+def converse(router: Router, **fields: Any) -> Any:
     """Anthropic's message, by its client, after a look at whether its stream says the same."""
     asked: dict[str, Any] = {"model": "m", "max_tokens": 500, "messages": [QUESTION]} | fields
     with anthropic.Anthropic(base_url=router.url, api_key="-", max_retries=0) as client:
@@ -245,7 +247,7 @@ def test_cut_in_reasoning(qwen: Router) -> None:
     assert "Let me see.".startswith(answer["message"]["reasoning_content"])
     response, count = respond(qwen, max_output_tokens=5)
     (item,) = response.output
-    assert (response.status, item.type, item.status, count) == ("incomplete", "reasoning", "incomplete", 5)  # type: ignore[union-attr]  # all that we make have one
+    assert (response.status, item.type, item.status, count) == ("incomplete", "reasoning", "incomplete", 5)
     message = converse(qwen, max_tokens=5)
     assert [block.type for block in message.content] == ["thinking"]
     assert message.stop_reason == "max_tokens"
@@ -284,9 +286,9 @@ def test_logprobs_of_a_response_spell_out_its_text(qwen: Router, gpt: Router) ->
     ):
         router.says(says)
         (_, message), _ = respond(router, include=["message.output_text.logprobs"])[0].output, None
-        (part,) = message.content  # type: ignore[union-attr, misc]  # a message
-        spelled = "".join(entry.token for entry in part.logprobs or [])  # type: ignore[union-attr]  # a text
-        assert spelled == part.text == "It is cold."  # type: ignore[union-attr]
+        (part,) = message.content
+        spelled = "".join(entry.token for entry in part.logprobs or [])
+        assert spelled == part.text == "It is cold."
 
 
 # --- Tools -----------------------------------------------------------------------------------------------------------
@@ -300,18 +302,17 @@ def test_reasoning_then_a_call(qwen: Router) -> None:
     assert message["reasoning_content"] == "I could <tool_call>call</tool_call>."
     assert message["content"] is None
     assert [call["function"]["name"] for call in message["tool_calls"]] == ["weather"]
-    response, _ = respond(qwen, tools=[{"type": "function", **TOOLS[0]["function"]}])  # type: ignore[dict-item]
+    response, _ = respond(qwen, tools=RESPONSE_TOOLS)
     assert [item.type for item in response.output] == ["reasoning", "function_call"]
-    tool = {"name": "weather", "input_schema": SCHEMA}
-    blocks = converse(qwen, tools=[tool]).content
+    blocks = converse(qwen, tools=CLAUDE_TOOLS).content
     assert [block.type for block in blocks] == ["thinking", "tool_use"]
-    assert blocks[1].input == {"city": "Rome"}  # type: ignore[union-attr]  # a call
+    assert blocks[1].input == {"city": "Rome"}
 
 
 def test_allowed_tools(qwen: Router) -> None:
     """Of the functions that the model is shown some may be called."""
     other = {"type": "function", "name": "time", "parameters": {"type": "object", "properties": {}}}
-    tools = [{"type": "function", **TOOLS[0]["function"]}, other]  # type: ignore[dict-item]
+    tools = [*RESPONSE_TOOLS, other]
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
     qwen.says(f"<think>so</think>{CALL}</s>")
     response, _ = respond(qwen, tools=tools, tool_choice=allowed)
@@ -450,16 +451,18 @@ def test_a_template_with_a_switch(qwen: Router) -> None:
     usual = prompt(qwen)
     off = {"enable_thinking": False}
     assert prompt(qwen, **off) == usual + EMPTY
-    for fields in (
+    silent: list[dict[str, Any]] = [
         {"reasoning_effort": "none"},
         {"chat_template_kwargs": off},
         {"chat_template_kwargs": off, "enable_thinking": True},
         off | {"reasoning_effort": "high"},
         off | {"reasoning_effort": "none"},
-    ):
+    ]
+    for fields in silent:
         assert prompt(qwen, **fields) == usual + EMPTY, fields
         assert budget(qwen) is None
-    for fields in ({"enable_thinking": True}, {"reasoning_effort": "low"}, {"chat_template_kwargs": {}}):
+    loud: list[dict[str, Any]] = [{"enable_thinking": True}, {"reasoning_effort": "low"}, {"chat_template_kwargs": {}}]
+    for fields in loud:
         assert prompt(qwen, **fields) == usual, fields
 
 
@@ -644,12 +647,11 @@ def test_clouds(qwen: Router) -> None:
 
 def test_what_a_stored_response_thought_is_told(qwen: Router) -> None:
     """Behind a call: the template shows no reasoning before the last question."""
-    tools = [{"type": "function", **TOOLS[0]["function"]}]  # type: ignore[dict-item]
     qwen.says(f"<think>\nWhere?\n</think>\n\n{CALL}</s>")
     with openai.OpenAI(base_url=f"{qwen.url}/v1", api_key="-", max_retries=0) as client:
-        asked: dict[str, Any] = {"model": "m", "tools": tools}
+        asked: dict[str, Any] = {"model": "m", "tools": RESPONSE_TOOLS}
         first = client.responses.create(**asked, input="hello", store=True)
-        result = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "sunny"}  # type: ignore[union-attr]
+        result: Any = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "sunny"}
         qwen.says("It is cold.</s>")
         client.responses.create(**asked, input=[result], previous_response_id=first.id)
         told = f"<|im_start|>assistant\n<think>\nWhere?\n</think>\n\n{CALL}<|im_end|>"
@@ -663,29 +665,27 @@ def test_encrypted_reasoning_comes_back(qwen: Router) -> None:
     """Clients that keep nothing on the server may send only what they are told is encrypted."""
     include = ["reasoning.encrypted_content"]
     qwen.says(f"<think>\nWo? Größe ☃\n</think>\n\n{CALL}</s>")
-    tools = [{"type": "function", **TOOLS[0]["function"]}]  # type: ignore[dict-item]
-    response, _ = respond(qwen, include=include, tools=tools)
+    response, _ = respond(qwen, include=include, tools=RESPONSE_TOOLS)
     thought, call = response.output
     assert thought.type == "reasoning"
     assert thought.encrypted_content
-    assert respond(qwen, tools=tools)[0].output[0].encrypted_content is None  # type: ignore[union-attr]
+    assert respond(qwen, tools=RESPONSE_TOOLS)[0].output[0].encrypted_content is None
     bare = {"type": "reasoning", "id": "rs_1", "summary": []}
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}  # type: ignore[union-attr]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     for encrypted, told in ((thought.encrypted_content, "Wo? Größe ☃"), ("gAAAA", ""), ("tgi:☃", ""), ("tgi:/w==", "")):
         items = [QUESTION, bare | {"encrypted_content": encrypted}, call.to_dict(), result]
         qwen.says("</s>")
-        respond(qwen, input=items, tools=tools)
+        respond(qwen, input=items, tools=RESPONSE_TOOLS)
         assert f"<think>\n{told}\n</think>" in last_prompt(qwen) if told else "Wo?" not in last_prompt(qwen)
 
 
 def test_thinking_blocks_come_back(qwen: Router) -> None:
-    tool = {"name": "weather", "input_schema": SCHEMA}
     qwen.says(f"<think>\nWhere?\n</think>\n\n{CALL}</s>")
-    message = converse(qwen, tools=[tool])
-    result = {"type": "tool_result", "tool_use_id": message.content[-1].id, "content": "sunny"}  # type: ignore[union-attr]
+    message = converse(qwen, tools=CLAUDE_TOOLS)
+    result = {"type": "tool_result", "tool_use_id": message.content[-1].id, "content": "sunny"}
     said = {"role": "assistant", "content": [block.to_dict() for block in message.content]}
     qwen.says("</s>")
-    converse(qwen, tools=[tool], messages=[QUESTION, said, {"role": "user", "content": [result]}])
+    converse(qwen, tools=CLAUDE_TOOLS, messages=[QUESTION, said, {"role": "user", "content": [result]}])
     assert f"<think>\nWhere?\n</think>\n\n{CALL}<|im_end|>" in last_prompt(qwen)
 
 
@@ -700,8 +700,8 @@ def test_openai(qwen: Router) -> None:
     qwen.says(f"<think>\nso\n</think>\n\n{JSON}</s>")
     asked: dict[str, Any] = {"model": "m", "messages": [QUESTION]}
     with openai.OpenAI(base_url=f"{qwen.url}/v1", api_key="-", max_retries=0) as client:
-        answer = client.chat.completions.create(**asked, reasoning_effort="high").choices[0].message
-        assert (answer.content, answer.reasoning_content) == (JSON, "so")  # type: ignore[attr-defined]  # an extra field
+        answer: Any = client.chat.completions.create(**asked, reasoning_effort="high").choices[0].message
+        assert (answer.content, answer.reasoning_content) == (JSON, "so")
         chunks = client.chat.completions.create(**asked, stream=True, extra_body={"enable_thinking": True})
         deltas = [chunk.choices[0].delta for chunk in chunks]
         assert "".join(delta.content or "" for delta in deltas) == JSON

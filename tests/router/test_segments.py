@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tgi.router.conversation import CallDelta, Said
+from tgi.router.conversation import Said
 from tgi.router.pipeline import Piece
+from tgi.router.reply import CallDelta
 from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, whole
 from tgi.router.wire.native import Token
 from tgi.router.wire.openai import FinishReason
