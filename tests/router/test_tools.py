@@ -1,23 +1,29 @@
-"""Tools: what the model is told, what its reply must spell, and what is read in it."""
+"""Tools: what the model is told, and what its reply must spell, in every format."""
 
 import asyncio
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
 
+import jsonschema
 import msgspec
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
 
 from tests import small_tokenizers
+from tests.router.test_reply import Folded, fold
 from tgi.core.errors import RequestError
-from tgi.router.conversation import Call
+from tgi.core.grammar import load_tokenizer
+from tgi.core.vocabulary import Vocabulary
+from tgi.router.arguments import Json, Keyed
+from tgi.router.formats import CALLS, Format, format_of
 from tgi.router.grammar import Grammars
-from tgi.router.tools import MOST_CALLS, TOOL_PROMPT, ReplyParser, Tools, spelled, tools_of
+from tgi.router.reply import MOST_CALLS, ReplyParser
+from tgi.router.tools import TOOL_PROMPT, ReplyGrammar, Tools, tools_of
 from tgi.router.wire.openai import ChatRequest
 
 WEATHER = {
@@ -32,6 +38,11 @@ WEATHER = {
 }
 TIME = {"name": "time", "parameters": {"properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]}}
 NOTHING = {"name": "nothing"}
+PLAIN = {
+    "name": "weather",
+    "parameters": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]},
+}
+"""What all formats can be held to."""
 
 
 def offer(*functions: dict[str, Any], **fields: Any) -> Tools | None:
@@ -94,25 +105,80 @@ def test_text_is_no_grammar() -> None:
 
 # --- What the reply must spell ---------------------------------------------------------------------------------------
 
-TOKENIZER = small_tokenizers.byte_level()
-VOCABULARY = LLTokenizer(TOKENIZER.to_str(), eos_token=TOKENIZER.token_to_id("</s>"))
-SPECIAL = {"<s>": 1, "<|im_end|>": TOKENIZER.token_to_id("<|im_end|>")}
+ROWS = {row.name: row for row in CALLS}
+JSON_ROWS = [row for row in CALLS if isinstance(row.style, Json)]
+KEYED_ROWS = [row for row in CALLS if isinstance(row.style, Keyed)]
+END = "</s>"
+
+Marks = Literal["special", "added", "absent"]
+"""What the marks of a format are to the tokenizer."""
 
 
-def matcher(tools: Tools) -> LLMatcher:
-    found = LLMatcher(VOCABULARY, tools.grammar(SPECIAL.values()))
-    assert not found.is_error(), found.get_error()
-    return found
+class Model(NamedTuple):
+    """A format, and a vocabulary that its marks are part of, or not."""
+
+    format: Format
+    tokenizer: Tokenizer
+    vocabulary: LLTokenizer
+    special: dict[str, int]
+
+    def grammar(self, *, thinking: bool = False) -> ReplyGrammar:
+        return ReplyGrammar(
+            self.format, thinking, {self.special[END]}, set(self.special.values()) - {self.special[END]}
+        )
+
+    def matcher(self, tools: Tools, *, thinking: bool = False) -> LLMatcher:
+        found = LLMatcher(self.vocabulary, self.grammar(thinking=thinking).of(tools), log_level=0)
+        assert not found.is_error(), found.get_error()
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """As the parser is given it."""
+        hidden = set(self.special.values()) - set(self.format.special.values())
+        return self.tokenizer.decode([id for id in ids if id not in hidden], skip_special_tokens=False)
+
+    def accepts(self, tools: Tools, text: str, *, thinking: bool = False) -> bool:
+        """Whether this may be the whole reply."""
+        state, ids = self.matcher(tools, thinking=thinking), self.encode(text)
+        return state.try_consume_tokens(ids) == len(ids) and state.is_accepting()
+
+    def read(self, tools: Tools, text: str, *, thinking: bool = False) -> Folded:
+        return fold(ReplyParser(self.format, tools.schemas, thinking=thinking), [text])
+
+
+@cache
+def model(calls: str, reasoning: str = "none", marks: Marks = "absent") -> Model:
+    format = format_of("", (), calls, reasoning)
+    tokenizer = small_tokenizers.byte_level()
+    found = [word for part in spellings(format) for word in re.findall(r"<[^<>\s]+>|\[[A-Z_/]+\]", part)]
+    if marks == "special":
+        tokenizer.add_special_tokens(found)
+    elif marks == "added":
+        tokenizer.add_tokens(found)
+    special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    copy = Vocabulary(Tokenizer.from_str(tokenizer.to_str()), {})
+    vocabulary = load_tokenizer(copy, copy.size, [special[END]])
+    return Model(format.spelled_with(special), tokenizer, vocabulary, special)
+
+
+def spellings(format: Format) -> list[str]:
+    calls, reasoning = format.calls, format.reasoning
+    parts = [calls.opens, calls.head, calls.middle, calls.tail, calls.between, calls.closes, calls.style.marks]
+    if reasoning is not None:
+        parts += [reasoning.opens, reasoning.closes, reasoning.joint, reasoning.answers]
+    return parts
+
+
+TOOLS = model("tgi")
+PARIS = '{"name": "weather", "parameters": {"city": "Paris", "days": 7}}'
+UTC = '{"name": "time", "parameters": {"zone": "UTC"}}'
 
 
 def accepts(tools: Tools, text: str) -> bool:
-    """Whether this may be the whole reply."""
-    state, ids = matcher(tools), TOKENIZER.encode(text, add_special_tokens=False).ids
-    return state.try_consume_tokens(ids) == len(ids) and state.is_accepting()
-
-
-PARIS = '{"name": "weather", "parameters": {"city": "Paris", "days": 7}}'
-UTC = '{"name": "time", "parameters": {"zone": "UTC"}}'
+    return TOOLS.accepts(tools, text)
 
 
 def test_required_is_calls() -> None:
@@ -142,6 +208,92 @@ def test_schemas_hold() -> None:
         assert not accepts(tools, f'{{"name": "{name}", "parameters": {arguments}}}')
 
 
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("marks", get_args(Marks))
+@pytest.mark.parametrize("reasoning", ["none", "think"])
+def test_what_is_accepted(name: str, marks: Marks, reasoning: str) -> None:
+    """Calls as the row spells them, behind text where it may be, and text of any kind."""
+    told = model(name, reasoning, marks)
+    row = told.format.calls
+    calls = [
+        ("weather", {"city": 'Par"is\n☃', "days": 7}),
+        ("time", {"zone": "UTC"}),
+        ("nothing", {}),
+        ("weather", {"city": ""}),
+    ]
+    one, all = row.spelled(calls[:1]), row.spelled(calls)
+    before = "" if reasoning == "none" else "<think>Hm. {</think>\n\n"
+    for choice in ("auto", "required"):
+        several = offered(PLAIN, TIME, NOTHING, tool_choice=choice, parallel_tool_calls=True)
+        single = offered(PLAIN, TIME, NOTHING, tool_choice=choice, parallel_tool_calls=False)
+        default = offered(PLAIN, TIME, NOTHING, tool_choice=choice)
+        assert told.accepts(several, before + one) and told.accepts(several, before + all)
+        assert told.accepts(single, before + one) and not told.accepts(single, before + all)
+        assert told.accepts(default, before + all) == row.taught
+        assert told.accepts(several, "Sure.\n" + all) == (choice == "auto")  # in anchored formats this is text
+        if before:
+            assert told.accepts(several, before.removeprefix("<think>") + all, thinking=True)
+            assert told.accepts(several, all)
+        for wrong in ("", "Hello", one[:-1], one + " and so on"):
+            if not (wrong == one[:-1] and told.encode(one)[-1] in told.special.values()):
+                assert not told.accepts(offered(PLAIN, TIME, NOTHING, tool_choice="required"), before + wrong), wrong
+    named = offered(PLAIN, TIME, NOTHING, tool_choice="weather", parallel_tool_calls=True)
+    assert told.accepts(named, before + one) and not told.accepts(named, before + all)
+    assert not told.accepts(named, before + row.spelled(calls[1:2]))
+    auto = offered(PLAIN, TIME, NOTHING)
+    for text in (
+        "",
+        " ",
+        "Hello",
+        "a { b",
+        "[1]",
+        "if a < b: <b>",
+        "\n\n☃\t\0[]",
+        '"name"',
+        "```json",
+        "to=",
+        row.opens[:2],
+    ):
+        if not (name == "tgi" and text.startswith("{")):
+            assert told.accepts(auto, before + text), text
+    assert not told.accepts(auto, before + one + " and so on")
+
+
+def test_auto_is_text_or_calls() -> None:
+    tools = offered(WEATHER, TIME, parallel_tool_calls=True)
+    for right in ("", "  ", "Hello", f" \n{PARIS}", f"{PARIS}\n{UTC}", f"See: {PARIS}", "\n\n☃ {}\t\0[]", "[{"):
+        assert accepts(tools, right), right
+    for wrong in ("{", "{}", " { ", f"{PARIS} and so on"):
+        assert not accepts(tools, wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "text"),
+    [
+        ("hermes", "<tool_call>", "<tool_calls>"),
+        ("mistral", "a [TOOL_CALLS]", "[TOOL]"),
+        ("llama3_json", '{"name": ', '{"named": 1}'),
+        ("llama3_json", ' {"type" : "function", "name":', '{"type": "function", "x": 1}'),
+        ("pythonic", "[ weather (", "[weathers("),
+        ("command_r", 'Action:\n```json\n[ {"tool_name": "weather"', 'Action: ```json [{"tool_name": "answer"'),
+        ("gpt_oss", "<|channel|>commentary to=functions.", "<|channel|>commentary to=other"),
+        ("gpt_oss", "<|channel|>analysis to=functions.", "<|channel|>analysis"),
+        ("gpt_oss", " to=functions.", "to=function"),
+        ("gemma", "```tool_code\nweather(", "```tool_code\nprint("),
+    ],
+)
+def test_what_opens_a_call_must_finish_it(name: str, call: str, text: str) -> None:
+    for marks in get_args(Marks):
+        told, tools = model(name, "none", marks), offered(PLAIN, TIME)
+        assert told.accepts(tools, text)
+        state = told.matcher(tools)
+        for id in told.encode(call):
+            assert state.consume_token(id)
+        assert not state.is_accepting()
+        for id in told.encode("☃"):
+            assert state.try_consume_tokens([id]) == 0
+
+
 def test_several_calls_must_be_asked_for() -> None:
     for choice in ("auto", "required"):
         for parallel in (None, False, True):
@@ -158,14 +310,6 @@ def test_a_named_function_is_called_once(choice: Any) -> None:
         assert not accepts(tools, wrong)
 
 
-def test_auto_is_text_or_calls() -> None:
-    tools = offered(WEATHER, TIME, parallel_tool_calls=True)
-    for right in ("", "  ", "Hello", f" \n{PARIS}", f"{PARIS}\n{UTC}", f"See: {PARIS}", "\n\n☃ {}\t\0[]", "[{"):
-        assert accepts(tools, right), right
-    for wrong in ("{", "{}", " { ", f"{PARIS} and so on"):
-        assert not accepts(tools, wrong), wrong
-
-
 def test_special_tokens_are_left_to_text() -> None:
     for text in ("<s>", "<s>Hello<|im_end|>{}<s>", " <|im_end|>"):
         assert accepts(offered(WEATHER), text)
@@ -177,7 +321,18 @@ def test_names_of_all_kinds() -> None:
         tools = offered({"name": name}, tool_choice="required")
         call = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "parameters": {{}}}}'
         assert accepts(tools, call)
-        assert fold(tools.parser(), [call]) == ("", [(name, "{}")], True)
+        assert TOOLS.read(tools, call).told == ("", "", [[name, "{}"]], True)
+    for row in CALLS:
+        for names in (["get-weather"], ["mcp.tool/x:y"], ["get", "get_x", "g"], ["größe_2"]):
+            for choice in ("auto", "required"):
+                tools = offered(*({"name": name} for name in names), tool_choice=choice, parallel_tool_calls=True)
+                calls = row.spelled([(name, {}) for name in names])
+                assert model(row.name).accepts(tools, calls), (row.name, names)
+                assert [call[0] for call in model(row.name).read(tools, calls).calls] == names
+        for name in ("a b", "f(", '"', "", "x\n"):
+            if not row.quoted:
+                with pytest.raises(RequestError, match="can't be told"):
+                    model(row.name).grammar().of(offered({"name": name}))
 
 
 def test_schemas_that_leave_their_object_open() -> None:
@@ -196,9 +351,13 @@ def test_schemas_that_leave_their_object_open() -> None:
 @pytest.fixture(scope="module")
 def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
     folder = small_tokenizers.write(tmp_path_factory.mktemp("tokenizer"), "byte_level")
-    grammars = Grammars(folder / "tokenizer.json", [2])
+    grammars = Grammars(folder, None, [2])
     yield grammars
     grammars.close()
+
+
+def enforce(grammars: Grammars, tools: Tools, calls: str = "tgi") -> str:
+    return asyncio.run(tools.enforced(model(calls).grammar(), grammars.compile))
 
 
 @pytest.mark.parametrize(
@@ -209,22 +368,25 @@ def grammars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
         ({"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "/$defs/b"),
         ({"properties": {"a": {"type": "string", "pattern": "("}}}, "regex"),
+        ({"properties": {"a": {"extends": {}}}}, '["extends"] at `$.properties.a`'),
         ({"properties": 3}, "properties"),
         ({"required": 3}, "required"),
         ({"required": [[]]}, "required"),
     ],
 )
 def test_schemas_that_cannot_be_enforced(grammars: Grammars, schema: dict[str, Any], reason: str) -> None:
-    tools = offered(TIME, {"name": "f", "parameters": schema})
-    with pytest.raises(RequestError, match=re.escape(reason)) as error:
-        asyncio.run(tools.enforced([1], grammars.compile))
-    assert error.value.message.startswith("Input validation error: the parameters of tool `f`: ")
+    for calls in ("tgi", "hermes", "pythonic"):
+        tools = offered(TIME, {"name": "f", "parameters": schema})
+        with pytest.raises(RequestError, match=re.escape(reason) if calls != "pythonic" else "tool `f`") as error:
+            enforce(grammars, tools, calls)
+        assert error.value.message.startswith("Input validation error: the parameters of tool `f`: ")
 
 
 def test_grammars_that_can_be_enforced(grammars: Grammars) -> None:
-    for choice in ("auto", "required", "time"):
-        tools = offered(WEATHER, TIME, NOTHING, tool_choice=choice)
-        assert asyncio.run(tools.enforced([1], grammars.compile)) == tools.grammar([1])
+    for row in CALLS:
+        for choice in ("auto", "required", "time"):
+            tools = offered(WEATHER | {"strict": False}, TIME, NOTHING, tool_choice=choice)
+            assert enforce(grammars, tools, row.name) == model(row.name).grammar().of(tools)
 
 
 def test_lenience_must_be_asked_for(grammars: Grammars) -> None:
@@ -234,127 +396,154 @@ def test_lenience_must_be_asked_for(grammars: Grammars) -> None:
     assert not accepts(tools, '{"name": "f", "parameters": {"a": ["1"]}}')
     for strict in (True, None):
         with pytest.raises(RequestError, match="uniqueItems"):
-            tools = offered({"name": "f", "parameters": schema, "strict": strict})
-            asyncio.run(tools.enforced((), grammars.compile))
+            enforce(grammars, offered({"name": "f", "parameters": schema, "strict": strict}))
 
 
-@given(st.integers(0, 2**32), st.sampled_from(["auto", "required", "time"]))
-def test_whatever_the_grammar_allows_is_read(seed: int, choice: str) -> None:
-    """A model that draws any token the grammar allows: its calls are read, and hold what their schemas say."""
-    tools = offered(WEATHER, TIME, NOTHING, tool_choice=choice)
-    state, draw, ids = matcher(tools), random.Random(seed), list[int]()
-    for _ in range(300):
-        mask = state.compute_bitmask()
-        allowed = [id for id in range(VOCABULARY.vocab_size) if mask[id // 8] >> id % 8 & 1]
-        # An end, or a call, is likelier than one token among many.
-        id = draw.choice([id for id in allowed if id in (2, TOKENIZER.token_to_id("{"))] or allowed)
-        if id == 2:
-            break
+def test_many_tools(grammars: Grammars) -> None:
+    """A hundred realistic ones are no trouble in any format."""
+    functions = [{**WEATHER, "name": f"tool_{at}", "strict": False} for at in range(100)]
+    for name in ("hermes", "command_r", "pythonic", "qwen3_coder", "functiongemma"):
+        enforce(grammars, offered(*functions), name)
+        assert model(name).accepts(offered(*functions), ROWS[name].spelled([("tool_77", {"city": "a"})]))
+
+
+# --- Walks -----------------------------------------------------------------------------------------------------------
+
+TREE = {"type": "object", "properties": {"leaf": {"type": "integer"}, "inner": {"$ref": "#/$defs/tree"}}}
+EVERYWHERE = {
+    "name": "plain",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string", "description": "Any."},
+            "count": {"type": "integer", "minimum": 1, "maximum": 99},
+            "ratio": {"type": "number"},
+            "on": {"type": "boolean"},
+            "unit": {"enum": ["C", "F", 'a "b"']},
+            "level": {"enum": [1, None, "x", True]},
+            "fixed": {"const": "one"},
+            "perhaps": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            "either": {"type": ["boolean", "null"]},
+            "numbers": {"type": "array", "items": {"type": "integer"}},
+            "day": {"$ref": "#/$defs/Day"},
+        },
+        "required": ["count", "unit"],
+        "$defs": {"Day": {"type": "string", "enum": ["mon", "tue"]}},
+    },
+}
+"""All of it can be enforced in every style."""
+DEEP = {
+    "name": "plain_deep",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "tree": {"$ref": "#/$defs/tree"},
+            "list": {
+                "type": "array",
+                "items": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+            },
+        },
+        "$defs": {"tree": TREE},
+    },
+}
+IN_JSON = {
+    "name": "only-json",
+    "parameters": {
+        "properties": {
+            "code": {"type": "string", "pattern": "^[a-z]{2}[0-9]+$"},
+            "short": {"type": "string", "minLength": 2, "maxLength": 4},
+            "map": {"type": "object", "additionalProperties": {"type": "integer"}},
+            "pair": {
+                "type": "array",
+                "prefixItems": [{"type": "integer"}, {"type": "boolean"}],
+                "items": False,
+                "minItems": 2,
+            },
+            "date": {"type": "string", "format": "date"},
+        },
+        "required": ["code", "pair"],
+        "additionalProperties": {"type": "null"},
+    },
+}
+NONE = {"name": "none"}
+
+
+def walk(told: Model, tools: Tools, draw: random.Random, begin: str, *, thinking: bool) -> str | None:
+    """A reply of a model that draws any token the grammar allows, and now and then something that leads somewhere.
+    None if it found no end."""
+    state, ids = told.matcher(tools, thinking=thinking), list[int]()
+    calls = told.format.calls
+    crumbs = [
+        *spellings(told.format),
+        calls.tail.strip(),
+        calls.closes.strip(),
+        '"',
+        "}",
+        "]",
+        ")",
+        *(calls.style.marks.split("\n")),
+    ]
+    tries = [told.encode(crumb) for crumb in crumbs if crumb]
+    for id in told.encode(begin):
+        assert state.consume_token(id), begin
         ids.append(id)
+    end = told.special[END]
+    for step in range(600):
+        if state.is_stopped() or (state.is_accepting() and draw.random() < (0.05 if step < 20 else 0.5)):
+            return told.decode(ids)
+        if draw.random() < 0.4:
+            some = draw.choice(tries)
+            if state.deep_copy().try_consume_tokens(some) == len(some):
+                assert state.try_consume_tokens(some) == len(some)
+                ids += some
+                continue
+        mask = state.compute_bitmask()
+        allowed = [id for id in range(told.vocabulary.vocab_size) if mask[id // 8] >> id % 8 & 1 and id != end]
+        if not allowed:
+            assert state.is_accepting()
+            return told.decode(ids)
+        id = draw.choice(allowed)
         assert state.consume_token(id)
-    else:
-        return
-    text, calls, complete = fold(tools.parser(), [TOKENIZER.decode(ids)])
-    assert not text
-    assert complete == bool(calls)
-    assert calls or choice == "auto"
-    for name, arguments in calls:
-        values = json.loads(arguments)
-        match name:
-            case "weather":
-                assert values.keys() <= {"city", "days"}
-                assert len(values["city"]) <= 9
-                assert 1 <= values.get("days", 1) <= 7
-            case "time":
-                assert values in ({"zone": "UTC"}, {"zone": "CET"})
-            case "nothing":
-                assert values == {}
+        ids.append(id)
+    return None
 
 
-# --- What is read in it ----------------------------------------------------------------------------------------------
-
-Folded = tuple[str, list[tuple[str, str]], bool]
-
-
-def fold(parser: ReplyParser, pieces: Iterable[str]) -> Folded:
-    """All text, the calls as (name, arguments), and whether they are complete."""
-    text, calls = "", list[Call]()
-    for parsed in [*map(parser.push, pieces), parser.finish()]:
-        text += parsed.text
-        for delta in parsed.calls:
-            if delta.index == len(calls):
-                assert delta.id is not None and delta.name is not None
-                calls.append(Call(delta.id, delta.name))
-            else:
-                assert delta.index == len(calls) - 1 and delta.id is delta.name is None
-            assert delta.arguments
-            calls[delta.index].arguments += delta.arguments
-    assert len({call.id for call in calls}) == len(calls)
-    return text, [(call.name, call.arguments) for call in calls], parser.complete
-
-
-def read(text: str) -> Folded:
-    return fold(ReplyParser(["weather", "time"]), [text])
-
-
-@pytest.mark.parametrize(
-    ("reply", "text", "calls", "complete"),
-    [
-        ("", "", [], False),
-        ("Hello { you", "Hello { you", [], False),
-        (" \n", " \n", [], False),
-        (PARIS, "", [("weather", '{"city": "Paris", "days": 7}')], True),
-        (f" {UTC}\n{UTC} ", "", [("time", '{"zone": "UTC"}')] * 2, True),
-        ('{\n"name":"time","arguments" : {"zone":\n"}\\"{"} } ', "", [("time", '{"zone":\n"}\\"{"}')], True),
-        # Cut short
-        (PARIS[:20], PARIS[:20], [], False),
-        (PARIS[:45], "", [("weather", '{"city": "P')], False),
-        (PARIS[:-1], "", [("weather", '{"city": "Paris", "days": 7}')], True),
-        (f"{UTC}\n{UTC[:9]}", "", [("time", '{"zone": "UTC"}')], True),
-        # No calls
-        (f"So: {PARIS}", f"So: {PARIS}", [], False),
-        ('{"name": "else", "parameters": {}}', '{"name": "else", "parameters": {}}', [], False),
-        ('{"name": "time", "parameters": []}', '{"name": "time", "parameters": []}', [], False),
-        ('{"parameters": {}, "name": "time"}', '{"parameters": {}, "name": "time"}', [], False),
-        (" {}", " {}", [], False),
-        (f"{UTC} and {UTC}", f" and {UTC}", [("time", '{"zone": "UTC"}')], True),
-        ('{"name": "time", "parameters": {}, "id": 3}', ', "id": 3}', [("time", "{}")], True),
-    ],
-)
-def test_replies(reply: str, text: str, calls: list[tuple[str, str]], complete: bool) -> None:
-    assert read(reply) == (text, calls, complete)
-
-
-FRAGMENTS = st.lists(
-    st.sampled_from([PARIS, UTC, "\n", " ", "{", "}", '"', "\\", '{"name": "', "weather", '", "parameters": {', "☃"])
-    | st.text(max_size=5)
-).map("".join)
-
-
-@given(st.data(), FRAGMENTS)
-@example(None, PARIS)
-def test_any_cutting_reads_the_same(data: st.DataObject | None, reply: str) -> None:
-    pieces = list(reply)
-    if data is not None:
-        cuts = sorted(data.draw(st.lists(st.integers(0, len(reply)))))
-        pieces = [reply[a:b] for a, b in zip([0, *cuts], [*cuts, len(reply)], strict=True)]
-    assert fold(ReplyParser(["weather", "time"]), pieces) == read(reply)
-
-
-def test_arguments_come_as_they_are_written() -> None:
-    parser = ReplyParser(["weather"])
-    deltas = [delta for character in PARIS for delta in parser.push(character).calls]
-    assert [delta.arguments for delta in deltas] == list('{"city": "Paris", "days": 7}')
-
-
-def test_without_tools_nothing_is_held_back() -> None:
-    parser = ReplyParser([])
-    for piece in (" ", "{", '"name"', PARIS):
-        assert parser.push(piece) == (piece, [])
-    assert parser.finish() == ("", [])
-
-
-def test_calls_are_spelled_as_they_are_read() -> None:
-    calls = [("weather", {"city": "Größe ☃"}), ("time", {"zone": "UTC"})]
-    text = spelled({"name": name, "arguments": arguments} for name, arguments in calls)
-    assert read(text) == ("", [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls], True)
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("marks", get_args(Marks))
+def test_whatever_the_grammar_allows_is_read(name: str, marks: Marks) -> None:
+    """Replies that are drawn under the grammar: all their calls are of the tools, and hold what their schemas say."""
+    draw = random.Random(f"{name} {marks}")
+    row, finished = ROWS[name], 0
+    functions = [EVERYWHERE, DEEP, NONE] + ([IN_JSON] if isinstance(row.style, Json) else [])
+    own = "gpt_oss" if name == "gpt_oss" else "think"
+    for at in range(12):
+        choice = ["auto", "required", "plain"][at % 3]
+        reasoning, thinking = [("none", False), (own, False), (own, True)][at // 3 % 3]
+        parallel = draw.choice([None, True, False])
+        told = model(name, reasoning, marks)
+        tools = offered(*functions, tool_choice=choice, parallel_tool_calls=parallel)
+        begin = ""
+        if thinking:
+            begin = "Hm." + told.format.reasoning.closes + told.format.reasoning.joint
+        if choice == "auto" and draw.random() < 0.7:
+            called = draw.choice(functions)["name"]
+            begin += (
+                row.opens + row.head.replace("#", "0") + row.called(called) + row.middle.replace("#", "0").rstrip("\n")
+            )
+        text = walk(told, tools, draw, begin, thinking=thinking)
+        if text is None:
+            continue
+        finished += 1
+        found = told.read(tools, text, thinking=thinking)
+        assert found.complete == bool(found.calls), text
+        if choice != "auto":
+            assert found.calls and not found.text, text
+        if choice == "plain":
+            assert [call[0] for call in found.calls] == ["plain"]
+        if not (row.taught if parallel is None else parallel):
+            assert len(found.calls) <= 1
+        for called, arguments, _ in found.calls:
+            (function,) = (one for one in functions if one["name"] == called)
+            schema = function.get("parameters", {"additionalProperties": False})
+            jsonschema.validate(json.loads(arguments), schema)
+    assert finished >= 6

@@ -7,11 +7,14 @@ format of calls and no request.
 """
 
 import json
+import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from tgi.core.errors import RequestError
 from tgi.router.lark import Lark
+from tgi.router.schema import enforced
 
 Schema = Mapping[str, Any]
 Reading = Generator[None, str, None]
@@ -33,7 +36,7 @@ class OddError(Exception):
 
 
 class UnenforceableError(Exception):
-    """Something in a schema can't be held to in this style; the text is its JSON path."""
+    """Something in a schema can't be held to; the text says what and where."""
 
 
 class Style(Protocol):
@@ -131,8 +134,16 @@ def spelled(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _json_schema(schema: Schema, lenient: bool) -> str:
-    return json.dumps({**schema, "x-guidance": LAYOUT | {"lenient": lenient}})
+def _json_schema(schema: Schema, lenient: bool, path: str = "$") -> str:
+    """As llguidance is to read it; ``path``: where in the whole it stands."""
+    try:
+        return enforced({"x-guidance": LAYOUT | {"lenient": lenient}, **schema})
+    except RequestError as error:
+        raise UnenforceableError(error.detail.replace("at `$", f"at `{path}")) from None
+
+
+def _unspelled(path: str) -> UnenforceableError:
+    return UnenforceableError(f"`{path}` can't be enforced as this model writes calls")
 
 
 # --- One by one ------------------------------------------------------------------------------------------------------
@@ -209,6 +220,8 @@ class _Schema:
         self._lark = lark
         self._root = root
         self._lenient = lenient
+        self._named: dict[str, str] = {}
+        """Reference → the rule for what it leads to."""
 
     def members(self, schema: Schema, path: str, depth: int = 0) -> str:
         """The properties of an object, those that aren't required with or without, in the schema's order."""
@@ -217,9 +230,9 @@ class _Schema:
             self._refuse(f"{path}.additionalProperties")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
-            raise UnenforceableError(path)
-        if unknown := [name for name in required if name not in properties]:
-            self._refuse(f"{path}.required.{unknown[0]}")
+            raise _unspelled(path)
+        if any(not isinstance(name, str) or name not in properties for name in required):
+            self._refuse(f"{path}.required")
         # From the last to the first: what may follow when nothing stands there yet, and behind a member.
         first = more = '""'
         for name, value in reversed(properties.items()):
@@ -237,8 +250,12 @@ class _Schema:
         """A value, and what closes it."""
         style, lark = self._style, self._lark
         if depth > DEEPEST:
-            raise UnenforceableError(path)
-        schema, path = self._resolved(schema, path)
+            raise _unspelled(path)
+        schema = {} if schema is True else schema
+        if not isinstance(schema, dict):
+            raise _unspelled(path)
+        if "$ref" in schema:
+            return self._referred(schema, path)
         opens, closes = style.quotes or ("", "")
         choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if isinstance(choices, list) and choices:
@@ -255,7 +272,7 @@ class _Schema:
             return lark.either(self._value({**schema, "type": one}, path, depth + 1) for one in kind)
         if kind == "string" and style.quotes is not None:
             self._only(schema, path, {"type"})
-            return f"{lark.spelled(opens) if opens else ''} {lark.upto([closes])}"
+            return f"{lark.spelled(opens) if opens else ''} {lark.closed([closes.strip()])}"
         if kind == "boolean" and not style.raw:
             return lark.either(map(lark.spelled, style.words[:2]))
         if kind == "null" and not style.raw:
@@ -269,25 +286,24 @@ class _Schema:
         if style.inner and kind not in ("integer", "number"):
             self._refuse(path)  # of anything, strings in it wouldn't be strings in this style
         definitions = {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
-        value = lark.json(_json_schema({**definitions, **schema}, self._lenient))
+        value = lark.json(_json_schema({**definitions, **schema}, self._lenient, path))
         return f"{value} {lark.spelled(closes)}" if style.raw else value
 
-    def _resolved(self, schema: Any, path: str) -> tuple[dict[str, Any], str]:
-        """Follow references to the definitions of the whole."""
-        for _ in range(DEEPEST):
-            schema = {} if schema is True else schema
-            if not isinstance(schema, dict):
-                raise UnenforceableError(path)
-            if "$ref" not in schema:
-                return schema, path
-            root, *steps = str(schema["$ref"]).split("/")
+    def _referred(self, schema: Schema, path: str) -> str:
+        """What a reference to a part of the whole leads to, itself perhaps."""
+        reference = schema["$ref"]
+        if schema.keys() - {"$ref"} - _NOTES or not isinstance(reference, str):
+            raise _unspelled(f"{path}.$ref")
+        if reference not in self._named:
+            start, *steps = reference.split("/")
             found: Any = self._root
             for step in steps:
                 found = found.get(step) if isinstance(found, dict) else None
-            if root != "#" or found is None or schema.keys() - {"$ref"} - _NOTES:
-                raise UnenforceableError(f"{path}.$ref")
-            schema, path = found, ".".join(("$", *steps))
-        raise UnenforceableError(f"{path}.$ref")
+            if start != "#" or found is None:
+                raise _unspelled(f"{path}.$ref")
+            self._named[reference] = self._lark.name()
+            self._lark.rule(self._value(found, ".".join(("$", *steps)), 0), self._named[reference])
+        return self._named[reference]
 
     def _only(self, schema: Schema, path: str, known: set[str]) -> None:
         for key in schema.keys() - known - _NOTES:
@@ -295,7 +311,7 @@ class _Schema:
 
     def _refuse(self, path: str) -> None:
         if not self._lenient:
-            raise UnenforceableError(path)
+            raise _unspelled(path)
 
 
 class _Literals:
@@ -336,31 +352,32 @@ class _Literals:
                 if self._next == closes:  # Python's last comma
                     break
             name = yield from self._name(colon)
-            self._put(("" if first else ", ") + spelled(name) + ": ")
+            self._put(f'{"" if first else ", "}"{name}": ')
             yield from self._value(depth)
             yield from self._space()
             first = False
         self._put("}")
 
     def _name(self, colon: str) -> Generator[None, str, str]:
-        name = ""
+        """As it stands in a JSON string."""
+        read: list[str] = []
         if self._next in "\"'":
-            quote = self._next
-            while (character := (yield)) != quote:
-                name += character
-            yield from self._advance()
+            yield from self._quoted(self._next, read.append)
             yield from self._space()
         else:
             while self._next != colon:
                 if self._next in "{}[](),":
                     raise OddError
-                name += self._next
+                read.append(self._next)
                 yield from self._advance()
-        if self._next != colon or not (name := name.strip()):
+            read = [_inner("".join(read).strip())]
+            if not read[0]:
+                raise OddError
+        if self._next != colon:
             raise OddError
         yield from self._advance()
         yield from self._space()
-        return name
+        return "".join(read)
 
     def _value(self, depth: int) -> Reading:
         """A value; afterwards the character behind it is looked at."""
@@ -370,7 +387,9 @@ class _Literals:
         if marks is not None and self._next == marks[0][0]:
             yield from self._marked(marks)
         elif self._next in "\"'":
-            yield from self._string(self._next)
+            self._put('"')
+            yield from self._quoted(self._next, self._put)
+            self._put('"')
         elif self._next == "{":
             self._put("{")
             yield from self._advance()
@@ -401,21 +420,20 @@ class _Literals:
         self._put("]")
         yield from self._advance()
 
-    def _string(self, quote: str) -> Reading:
-        self._put('"')
+    def _quoted(self, quote: str, put: Callable[[str], None]) -> Reading:
+        """Put out what a quotation mark ends, as it stands in a JSON string."""
         while (character := (yield)) != quote:
-            if character == "\\":
-                character = yield
-                if character in "uxU":
-                    code = ""
-                    for _ in range({"x": 2, "u": 4, "U": 8}[character]):
-                        code += yield
-                    self._put(_unicode(code))
-                else:
-                    self._put(_inner(_ESCAPES.get(character, character)))
+            if character != "\\":
+                put(_inner(character))
+                continue
+            character = yield
+            if character in "uxU":
+                code = ""
+                for _ in range({"x": 2, "u": 4, "U": 8}[character]):
+                    code += yield
+                put(_unicode(code))
             else:
-                self._put(_inner(character))
-        self._put('"')
+                put(_inner(_ESCAPES.get(character, character)))
         yield from self._advance()
 
     def _marked(self, marks: tuple[str, str]) -> Reading:
@@ -473,11 +491,22 @@ class _Raw:
                 yield from _upto(marks, lambda piece: self._put(_inner(piece)), skipped)
                 self._put('"')
             else:
-                value: list[str] = []
-                yield from _upto(marks, value.append, skipped)
-                text = "".join(value)
+                text = yield from self._json(marks, skipped)
                 self._put(text.strip() if _is_json(text) else spelled(_PYTHON.get(text.strip(), text)))
         self._put("}")
+
+    def _json(self, marks: tuple[str, ...], skipped: str) -> Generator[None, str, str]:
+        """A value, which a mark in one of its strings doesn't end."""
+        whole, within = "", False
+        while True:
+            read: list[str] = []
+            mark = yield from _upto(marks, read.append, "" if whole else skipped)
+            part = "".join(read)
+            within ^= sum(found == '"' for found in _QUOTES.findall(part)) % 2 == 1
+            whole += part
+            if not (within and whole.lstrip()[:1] in ("{", "[", '"')):
+                return whole
+            whole += mark
 
     def _is_text(self, name: str) -> bool:
         properties = self._schema.get("properties")
@@ -502,9 +531,12 @@ def _one_of(marks: tuple[str, ...]) -> Generator[None, str, str]:
     return read
 
 
-def _upto(marks: tuple[str, ...], put: Callable[[str], None], skipped: str = "") -> Reading:
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)
+
+
+def _upto(marks: tuple[str, ...], put: Callable[[str], None], skipped: str = "") -> Generator[None, str, str]:
     """Put out what stands before the first of these marks, as soon as it can't be a mark; without what is to be skipped
-    at the beginning. Of marks that end together the first counts."""
+    at the beginning. Returns the mark; of those that end together the first counts."""
     firsts = {mark[0] for mark in marks}
     longest = max(map(len, marks))
     held = yield
@@ -512,7 +544,7 @@ def _upto(marks: tuple[str, ...], put: Callable[[str], None], skipped: str = "")
     while True:
         if (mark := next(filter(held.endswith, marks), None)) is not None:
             put(held[: -len(mark)])
-            return
+            return mark
         # Never more is held than the beginning of a mark.
         keep = 0
         if len(held) > 1 or held in firsts:

@@ -130,7 +130,10 @@ _LLAMA = Calls(
 CALLS = (
     replace(
         _HARMONY,
-        also=(replace(_HARMONY, head=" to=functions.", middle="<|channel|>commentary <|constrain|>json<|message|>"),),
+        also=(
+            replace(_HARMONY, head="<|channel|>analysis to=functions."),
+            replace(_HARMONY, head=" to=functions.", middle="<|channel|>commentary <|constrain|>json<|message|>"),
+        ),
     ),
     Calls(
         name="kimi_k2",

@@ -20,21 +20,28 @@ class Lark:
         self._ends = frozenset(ends)
         self._marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self._lines: list[str] = []
+        self._names = 0
         self._aside = self._before = ""
         if free:
             # llguidance follows one only of two ranges that a token is in: those that are spelled stand by themselves.
             apart = set(special.values()) & set(free)
             sets = filter(None, [set(free) - apart, *({id} for id in sorted(apart))])
             one = self.rule(" | ".join(f"<[{_ranges(ids)}]>" for ids in sets))
-            self._before = self.rule(f"{one}*")
             self._aside = self.rule(f"({ANY} {one})*")
+            if hidden := set(free) - set(special.values()):
+                self._before = self.rule(f"<[{_ranges(hidden)}]>*")
 
     def __str__(self) -> str:
         return "\n".join(self._lines)
 
+    def name(self) -> str:
+        """Of a rule that will be added."""
+        self._names += 1
+        return f"r{self._names}"
+
     def rule(self, right: str, name: str = "", *, lazy: bool = False) -> str:
         """Add a rule; returns its name. ``lazy``: a regex that ends as early as it can."""
-        name = name or f"r{len(self._lines)}"
+        name = name or self.name()
         self._lines.append(f"{name}{'[lazy]' if lazy else ''}: {right}")
         return name
 
@@ -52,9 +59,14 @@ class Lark:
         return f"{self._aside} {ANY}"
 
     def upto(self, marks: Sequence[str], *, anchored: bool = False) -> str:
-        """Any text, or only white space, and then these in a row, where they come first."""
+        """Any text, or only white space, and then these in a row, where they come first. Special tokens that aren't
+        spelled with may stand before."""
+        return f"{self._before if anchored else self._aside} {self.closed(marks, anchored=anchored)}"
+
+    def closed(self, marks: Sequence[str], *, anchored: bool = False) -> str:
+        """The same without special tokens."""
         before = _SPACE if anchored else _TEXT
-        parts = [self._before if anchored else self._aside]
+        parts = list[str]()
         for special, run in groupby(marks, self._special.__contains__):
             if special:
                 for mark in run:

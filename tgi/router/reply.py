@@ -141,11 +141,12 @@ class ReplyParser:
 
     def _open(self) -> None:
         """Reasoning comes first, or not at all."""
-        found, end, possible = _match(self._held, [(self._reasoning.opens,)]) if self._reasoning else ([], 0, False)
-        if found:
+        opens = [(word,) for word in words(self._reasoning.opens)] if self._reasoning else []
+        found, end, possible = _match(self._held, opens)
+        if opens and len(found) == len(opens):
             self._take(end)
             self._reading, self._trims = "reasoning", True
-        elif not possible:
+        elif not (opens and possible):
             self._reading = "beginning"
 
     def _reason(self) -> None:

@@ -3,8 +3,9 @@
 Knows tools, formats and grammars; knows no token, template or dialect.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from tgi.router.formats import PLACE, Calls, Format, words
 from tgi.router.grammar import UNSUPPORTED, Wish, grammar_of
 from tgi.router.lark import Lark
 from tgi.router.reply import MOST_CALLS
+from tgi.router.schema import enforced
 from tgi.router.wire.openai import ChatRequest, Function, ToolSelection
 
 TOOL_PROMPT = (
@@ -25,11 +27,6 @@ TOOL_PROMPT = (
 """TGI's words, for a model whose template has none of its own."""
 
 _OR_TEXT = "If no function helps, respond in plain text.\n"
-
-_CLOSED_WITH = frozenset(
-    "$defs $id $schema default definitions description examples properties required title type".split()
-)
-"""Keywords that leave it to us whether an object has more properties than those named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +70,19 @@ class Tools:
 
         ``compile`` raises RequestError for what the engine can't take.
         """
+        text = grammar.of(self)
         try:
-            return await compile(Wish("llguidance", grammar.of(self)))
+            return await compile(Wish("llguidance", text))
         except RequestError as error:
             if error.detail == UNSUPPORTED:
                 raise
         for function in self.usable:
             try:
                 schema = _schema(function) | {"x-guidance": {"lenient": function.strict is False}}
-                await compile(Wish("json_schema", msgspec.json.encode(schema).decode()))
+                await compile(Wish("json_schema", enforced(schema)))
+                await compile(Wish("llguidance", grammar.of(replace(self, allowed=[function.name]))))
             except RequestError as error:
-                raise RequestError(error.kind, f"the parameters of tool `{function.name}`: {error.detail}") from None
+                raise _about(function, error.detail) from None
         raise RequestError(VALIDATION, "`tools` are too complex together")
 
 
@@ -135,31 +134,30 @@ _SPACE = r"/[ \n]{0,4}/"
 
 def _reply(lark: Lark, calls: Calls, tools: Tools) -> str:
     """Calls, or, unless they are required, text or calls."""
-    opening = calls.opens + calls.head
     arguments = {function.name: _arguments(lark, calls, function) for function in tools.usable}
 
     def rest(name: str, middle: str) -> str:
         return f"{_numbered(lark, middle)} {arguments[name]} {lark.spelled(calls.tail)}"
 
-    def call(before: str) -> str:
+    def call(before: str, way: Calls = calls) -> str:
         begin = _numbered(lark, before)
-        return lark.either(
-            f"{begin} {lark.spelled(calls.called(name))} {rest(name, calls.middle)}" for name in arguments
-        )
+        return lark.either(f"{begin} {lark.spelled(way.called(name))} {rest(name, way.middle)}" for name in arguments)
 
-    if tools.required:
-        first = call(opening)
-    elif calls.trigger == "word":
-        word = words(opening)[0]
-        first = f"{lark.upto([word], anchored=calls.anchored)} {call(opening[len(word) :])}"
-    elif calls.trigger == "head":
-        first = f"{lark.upto(words(opening), anchored=calls.anchored)} {call(opening[len(opening.rstrip()) :])}"
-    else:
-        ends, middle = ([], calls.middle) if calls.quoted else (words(calls.middle), "")
-        first = lark.either(
-            f"{lark.upto([*words(opening), calls.called(name), *ends], anchored=calls.anchored)} {rest(name, middle)}"
+    def begun(way: Calls) -> str:
+        """The first call, behind what the model writes before it by itself."""
+        opening = way.opens + way.head
+        if way.trigger == "word":
+            word = words(opening)[0]
+            return f"{lark.upto([word], anchored=way.anchored)} {call(opening[len(word) :])}"
+        if way.trigger == "head":
+            return f"{lark.upto(words(opening), anchored=way.anchored)} {call(opening[len(opening.rstrip()) :], way)}"
+        ends, middle = ([], way.middle) if way.quoted else (words(way.middle), "")
+        return lark.either(
+            f"{lark.upto([*words(opening), way.called(name), *ends], anchored=way.anchored)} {rest(name, middle)}"
             for name in arguments
         )
+
+    first = call(calls.opens + calls.head) if tools.required else lark.either(map(begun, (calls, *calls.also)))
     parallel = not tools.named and (calls.taught if tools.parallel is None else tools.parallel)
     more = f"{call(calls.between + calls.head)}{{0,{MOST_CALLS - 1}}}" if parallel else ""
     whole = f"{first} {more} {lark.spelled(calls.closes)}"
@@ -170,17 +168,24 @@ def _numbered(lark: Lark, spelling: str) -> str:
     return f" {_PLACES} ".join(lark.spelled(part) if part else "" for part in spelling.split(PLACE)) or '""'
 
 
-_PLACES = r"/1[0-5]|[0-9]/"
+_PLACES = r"/0|[1-9][0-9]{0,2}/"
 
 
 def _arguments(lark: Lark, calls: Calls, function: Function) -> str:
+    if not (calls.quoted or _PLAIN.fullmatch(function.name)):
+        raise RequestError(VALIDATION, f"the name of tool `{function.name}` can't be told as this model writes calls")
     try:
         return lark.either([calls.style.rule(lark, _schema(function), function.strict is False)])
     except UnenforceableError as error:
-        raise RequestError(
-            VALIDATION,
-            f"the parameters of tool `{function.name}`: `{error}` can't be enforced as this model writes calls",
-        ) from None
+        raise _about(function, str(error)) from None
+
+
+_PLAIN = re.compile(r"[\w.:/+-]+")
+"""A name that needs no quotation marks."""
+
+
+def _about(function: Function, detail: str) -> RequestError:
+    return RequestError(VALIDATION, f"the parameters of tool `{function.name}`: {detail}")
 
 
 def tools_of(request: ChatRequest) -> Tools | None:
@@ -241,9 +246,7 @@ def _schema(function: Function) -> dict[str, Any]:
     if isinstance(schema["type"], list) and "object" in schema["type"]:
         schema["type"] = "object"
     if schema["type"] != "object":
-        raise RequestError(
-            VALIDATION, f'the parameters of tool `{function.name}`: the type of all together must be "object"'
-        )
+        raise _about(function, 'the type of all together must be "object"')
     properties, required = schema.get("properties", {}), schema.get("required", [])
     named = isinstance(properties, dict) and isinstance(required, list) and set(map(str, required)) <= properties.keys()
     if named and schema.keys() <= _CLOSED_WITH:
