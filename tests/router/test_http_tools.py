@@ -12,6 +12,7 @@ from huggingface_hub import InferenceClient
 from msgspec.structs import replace
 
 from tests.router.serving import LIMITS, TEMPLATE, Router, events, settings
+from tests.router.test_chat_families import SOURCES
 from tgi.router.tools import TOOL_PROMPT
 
 ROOM = replace(LIMITS, max_input_tokens=2000, max_total_tokens=4000, max_batch_prefill_tokens=4000, max_batch_size=8)
@@ -159,7 +160,7 @@ def test_the_engine_is_told_the_grammar(router: Router) -> None:
         return router.engine.submits[-1].sampling.grammar
 
     assert grammar() == grammar(tools=[]) == grammar(tools=TOOLS, tool_choice="none") == ""
-    assert '{\\"name\\": \\"weather\\"' in grammar(tools=TOOLS)
+    assert r'"\"weather\""' in grammar(tools=TOOLS)
     assert (
         grammar(tools=TOOLS) == grammar(tools=TOOLS, tool_choice="auto") != grammar(tools=TOOLS, tool_choice="weather")
     )
@@ -204,7 +205,7 @@ def test_a_choice_without_tools_is_not_looked_at(router: Router) -> None:
         ({"tools": [{"function": {"name": "f", "parameters": "{}"}}]}, "tools[0].function.parameters"),
         ({"tools": [{"function": {"name": "f", "parameters": {"type": "array"}}}]}, "tool `f`"),
         ({"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}]}, "$.properties.a"),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "`allowed_tools`"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"functions": [FUNCTION]}, "`functions`"),
         ({"function_call": "auto"}, "`function_call`"),
@@ -307,6 +308,102 @@ def test_names_and_ids_reach_the_template(tmp_path: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("tests.router.serving.TEMPLATE", NAMES)
     with Router(settings(tmp_path, ROOM)) as router:
         assert prompt(router, RESULT, tools=None) == "<1|weather>"
+
+
+# --- In the model's own format ---------------------------------------------------------------------------------------
+
+HERMES, MISTRAL, KIMI = (SOURCES[name] for name in ("qwen3", "mistral_v3", "kimi_k2"))
+TWO = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+SPOKEN = f"Let me look. {TWO}\n{TWO}</s>"
+
+
+def model(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, template: str, **changes: Any) -> Router:
+    monkeypatch.setattr("tests.router.serving.TEMPLATE", template)
+    return Router(settings(tmp_path, ROOM, **changes))
+
+
+def test_native_calls(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model(tmp_path, monkeypatch, HERMES) as router:
+        router.says(SPOKEN)
+        answer = choice(router)
+        assert answer["message"]["content"] == "Let me look."
+        assert [call["function"]["arguments"] for call in answer["message"]["tool_calls"]] == ['{"city": "Rome"}'] * 2
+        assert answer["finish_reason"] == "tool_calls"
+        grammar = {}
+        for parallel in (None, True, False):
+            router.chat(tools=TOOLS, parallel_tool_calls=parallel).raise_for_status()
+            grammar[parallel] = router.engine.submits[-1].sampling.grammar
+        assert grammar[None] == grammar[True] != grammar[False]
+        answer = choice(router, tool_choice="none")
+        assert answer["message"]["content"] == SPOKEN.removesuffix("</s>")
+        assert answer["finish_reason"] == "stop"
+        assert router.engine.submits[-1].sampling.grammar == ""
+        answer = choice(router, tools=[{"type": "function", "function": {"name": "other"}}])
+        assert answer["message"]["content"] == SPOKEN.removesuffix("</s>")
+
+
+def test_only_allowed_tools_are_called(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"type": "function", "function": {"name": "other"}}
+    with model(tmp_path, monkeypatch, HERMES) as router:
+        router.says(SPOKEN)
+        named = [{"type": "function", "function": {"name": "other"}}]
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": named}}
+        answer = choice(router, tools=[*TOOLS, other], tool_choice=allowed)
+        assert "tool_calls" not in answer["message"]
+        assert "weather" not in router.engine.submits[-1].sampling.grammar
+
+
+def test_a_native_call_cut_short(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model(tmp_path, monkeypatch, HERMES) as router:
+        ids = router.says(SPOKEN)
+        for most in range(1, len(ids)):
+            answer = router.chat(tools=TOOLS, max_tokens=most).json()["choices"][0]
+            assert answer["finish_reason"] == "length"
+        answer = choice(router, stop="Ro")
+        assert answer["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+        assert answer["finish_reason"] == "stop"
+
+
+def test_without_grammars(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nothing enforces is refused where it was asked for, and otherwise read."""
+    with model(tmp_path, monkeypatch, HERMES, grammars=False) as router:
+        router.says(SPOKEN)
+        assert len(choice(router)["message"]["tool_calls"]) == 2
+        assert router.engine.submits[-1].sampling.grammar == ""
+        for fields in ({"tool_choice": "required"}, {"tool_choice": "weather"}, {"parallel_tool_calls": False}):
+            response = router.chat(tools=TOOLS, **fields)
+            assert (response.status_code, "grammar is not supported" in response.text) == (422, True)
+    with model(tmp_path / "other", monkeypatch, PLAIN, grammars=False) as router:
+        assert "grammar is not supported" in router.chat(tools=TOOLS).text
+
+
+def test_ids_as_the_template_wants_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call and its result have the same one, whoever made it."""
+    with model(tmp_path, monkeypatch, MISTRAL) as router:
+        text = prompt(router, QUESTION, ASSISTANT, RESULT)
+        (id,) = set(re.findall(r'id": "([^"]*)"', text))
+        assert re.fullmatch("[0-9a-zA-Z]{9}", id)
+        assert text.count(id) == 2
+        router.says('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}]</s>')
+        call = choice(router)["message"]["tool_calls"][0]
+        text = prompt(router, QUESTION, ASSISTANT | {"tool_calls": [call]}, RESULT | {"tool_call_id": call["id"]})
+        assert len(call["id"]) == 9 and text.count(call["id"]) == 2
+    with model(tmp_path / "kimi", monkeypatch, KIMI) as router:
+        opens, call = (
+            "<|tool_calls_section_begin|>",
+            "<|tool_call_begin|>functions.weather:3<|tool_call_argument_begin|>",
+        )
+        router.says(f"{opens}{call}{{}}<|tool_call_end|><|tool_calls_section_end|></s>")
+        assert router.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"][0]["id"] == "functions.weather:3"
+
+
+def test_a_parser_of_the_operators_choice(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model(tmp_path, monkeypatch, PLAIN, tool_call_parser="pythonic") as router:
+        router.says("[weather(city='Rome', days=2)]</s>")
+        (call,) = choice(router)["message"]["tool_calls"]
+        assert call["function"] == {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}
+        text = prompt(router, ASSISTANT, RESULT, tools=None)
+        assert text == '<assistant>[weather(city="Rome")]<tool>sunny'
 
 
 # --- Clients ---------------------------------------------------------------------------------------------------------

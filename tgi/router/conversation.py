@@ -150,8 +150,9 @@ async def _generation(
     validator, tokenizer, format = service.validator, service.tokenizer, prompt.format
     grammar = ReplyGrammar(format, prompt.thinking, tokenizer.eos_ids, tokenizer.special_ids - tokenizer.eos_ids)
     own = ""
-    # Without grammars a model that was taught to call tools may still do so.
-    if tools is not None and (validator.has_grammars or tools.required or not format.calls.taught):
+    # Without grammars a model that was taught to call tools may still do so, as often as it likes.
+    free = format.calls.taught and not (tools is None or tools.required or tools.parallel is False)
+    if tools is not None and (validator.has_grammars or not free):
         own = await tools.enforced(grammar, validator.compile)
     return await validator.validate(
         prompt.text,
