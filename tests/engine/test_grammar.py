@@ -18,6 +18,7 @@ from tests import small_tokenizers
 from tests.engine.fake_runner import FakeRunner
 from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, ToRouter
 from tgi.core.plan import Masks, Sampled, Work
+from tgi.core.vocabulary import Vocabulary
 from tgi.engine.loop import Loop
 from tgi.engine.mailbox import Mailbox
 from tgi.engine.scheduler import Scheduler
@@ -83,11 +84,12 @@ class Engine:
     """The loop, stepped until all requests have ended."""
 
     def __init__(self, folder: Path, blocks: int = 64, tokenizer: str | None = None) -> None:
-        path = folder / "tokenizer.json"
-        path.write_text(tokenizer or TOKENIZER.to_str(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer or TOKENIZER.to_str(), encoding="utf-8")
         self.post = Post()
         self.scheduler = Scheduler(blocks=blocks, step_tokens=64, max_running=16)
-        self.loop = Loop(cast(Mailbox, self.post), self.scheduler, cast(Any, Runner(blocks)), path)
+        self.loop = Loop(
+            cast(Mailbox, self.post), self.scheduler, cast(Any, Runner(blocks)), lambda: Vocabulary.load(folder)
+        )
         self.preempted = 0
 
     def run(self, *submits: Submit) -> dict[int, list[Delta]]:
@@ -255,10 +257,9 @@ def test_a_grammar_that_fails_on_the_way_is_a_fault_of_its_request_alone(engine:
     assert engine.deltas[-1].id == 2 and engine.deltas[-1].finish == "eos_token"
 
 
-def test_a_tokenizer_that_llguidance_cannot_read_is_a_fault_of_those_with_a_grammar(tmp_path: Path):
-    engine = Engine(tmp_path, tokenizer=small_tokenizers.words().to_str())
-    answers = engine.run(submit(1, PLATE), submit(2, "", 7))
-    assert "tokenizer" in engine.faults[1]
+def test_a_model_without_an_end_token_is_a_fault_of_those_with_a_grammar(engine: Engine):
+    answers = engine.run(submit(1, PLATE, ends=[]), submit(2, "", 7))
+    assert "no end token" in engine.faults[1]
     assert len(ids(answers[2])) == 7
 
 

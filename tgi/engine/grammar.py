@@ -1,4 +1,5 @@
-"""Grammars of running requests: matchers are made ready beside the step loop, masks while the device works.
+"""Grammars of running requests, and budgets of their reasoning: made ready beside the step loop, masks while the device
+works.
 
 Knows requests and llguidance, which is loaded for the first grammar; knows no device.
 """
@@ -8,12 +9,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from tgi.core.plan import Masks, Work
+from tgi.core.vocabulary import Vocabulary
 from tgi.engine.request import Request
+from tgi.engine.thinking import Thoughts
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -28,9 +30,10 @@ _KEPT = 1 << 29
 class Grammars:
     """Makes requests ready for their grammars, and says what may come next."""
 
-    def __init__(self, tokenizer: Path, vocab_size: int, wake: Callable[[], None]) -> None:
-        """``vocab_size``: the width of the logits. ``wake`` is called, by another thread, when ``ready`` has news."""
-        self._compiler = _Compiler(tokenizer, vocab_size)
+    def __init__(self, vocabulary: Callable[[], Vocabulary], vocab_size: int, wake: Callable[[], None]) -> None:
+        """``vocabulary`` loads it; ``vocab_size``: the width of the logits. ``wake`` is called, by another thread, when
+        ``ready`` has news."""
+        self._compiler = _Compiler(vocabulary, vocab_size)
         self._vocab_size = vocab_size
         self._wake = wake
         self._threads: ThreadPoolExecutor | None = None
@@ -90,9 +93,9 @@ class Grammars:
 
     def _prepare(self, request: Request) -> None:
         try:
-            request.follow(self._compiler.compile(request))
+            request.follow(*self._compiler.watch(request))
             while (error := request.broken) is not None and request.renews(error):
-                request.follow(self._compiler.compile(request))
+                request.follow(*self._compiler.watch(request))
         except BaseException as failure:  # a panic of llguidance's is no Exception
             error = f"grammar: {failure}"
         self._prepared.put((request, error))
@@ -133,11 +136,11 @@ def _size(seconds: float) -> int:
 class _Compiler:
     """Grammars to matchers, on any thread. What was compiled before only costs a copy."""
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
-        self._path = path
+    def __init__(self, vocabulary: Callable[[], Vocabulary], vocab_size: int) -> None:
+        self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
+        self._tokenizer: tuple[Vocabulary, LLTokenizer] | None = None
         self._fresh: OrderedDict[str, tuple[LLMatcher, int]] = OrderedDict()
         """Matchers that never move from the start, and their sizes; least recently used first."""
         self._held = 0
@@ -147,14 +150,25 @@ class _Compiler:
     def width(self) -> int:
         """Tokens that a mask tells of. Only once something has been compiled."""
         assert self._tokenizer is not None
-        return self._tokenizer.vocab_size
+        return self._tokenizer[1].vocab_size
 
-    def compile(self, request: Request) -> "LLMatcher":
-        """A matcher at the beginning of the request's grammar. Raises GrammarError."""
+    def watch(self, request: Request) -> "tuple[LLMatcher | None, Thoughts | None]":
+        """What watches over a reply, at its beginning. Raises GrammarError."""
+        sampling = request.submit.sampling
+        vocabulary, tokenizer = self._load(sampling.end_token_ids)
+        thoughts = None
+        if sampling.thinking is not None:
+
+            def encode(text: str) -> list[int]:
+                return [mark] if (mark := vocabulary.added.get(text)) is not None else tokenizer.tokenize_str(text)
+
+            thoughts = Thoughts(sampling.thinking, vocabulary.token_bytes, encode)
+        return self._matcher(request, tokenizer) if sampling.grammar else None, thoughts
+
+    def _matcher(self, request: Request, tokenizer: "LLTokenizer") -> "LLMatcher":
         from tgi.core.grammar import start
 
         sampling = request.submit.sampling
-        tokenizer = self._load(sampling.end_token_ids)
         if request.renewed:  # the lexer of those before has broken
             self._keep(sampling.grammar, None)
             return start(tokenizer, sampling.grammar)
@@ -177,11 +191,12 @@ class _Compiler:
             while self._held > _KEPT:
                 self._held -= self._fresh.popitem(last=False)[1][1]
 
-    def _load(self, end_ids: Sequence[int]) -> "LLTokenizer":
+    def _load(self, end_ids: Sequence[int]) -> "tuple[Vocabulary, LLTokenizer]":
         """Takes a fraction of a second the first time; the end tokens are the model's, the same every time."""
         from tgi.core.grammar import load_tokenizer
 
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = load_tokenizer(self._path, self._vocab_size, end_ids)
+                vocabulary = self._vocabulary()
+                self._tokenizer = vocabulary, load_tokenizer(vocabulary, self._vocab_size, end_ids)
             return self._tokenizer

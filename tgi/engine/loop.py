@@ -4,9 +4,10 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable
 
 from tgi.core.messages import Cancel, Delta, Fault, Ping, Pong, Step, StepStats, Submit
+from tgi.core.vocabulary import Vocabulary
 from tgi.engine.grammar import Grammars
 from tgi.engine.mailbox import Gone, Mailbox
 from tgi.engine.request import Request
@@ -19,12 +20,14 @@ log = logging.getLogger(__name__)
 class Loop:
     """take messages → schedule → launch → masks → sample → commit → send."""
 
-    def __init__(self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner, tokenizer: Path) -> None:
-        """``tokenizer``: the model's tokenizer.json, for grammars."""
+    def __init__(
+        self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner, vocabulary: Callable[[], Vocabulary]
+    ) -> None:
+        """``vocabulary`` loads the model's tokens, for grammars."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._runner = runner
-        self._grammars = Grammars(tokenizer, runner.vocab_size, mailbox.wake)
+        self._grammars = Grammars(vocabulary, runner.vocab_size, mailbox.wake)
 
     def run(self) -> None:
         """Until the process ends. An error of one request ends that request; any other error ends the engine."""
@@ -78,7 +81,7 @@ class Loop:
         named = itertools.chain(submit.token_ids, submit.sampling.logit_bias)
         if any(not 0 <= token < self._runner.vocab_size for token in named):
             self._add(request, "a token id lies outside the model's vocabulary")
-        elif submit.sampling.grammar:
+        elif submit.sampling.grammar or submit.sampling.thinking is not None:
             self._grammars.prepare(request)
         else:
             self._add(request)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tgi.core.messages import FinishReason, Submit
+from tgi.engine.thinking import Thoughts
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -39,6 +40,8 @@ class Request:
     done: bool = False
     matcher: "LLMatcher | None" = None
     """How far the generated tokens have come in the grammar, if there is one."""
+    thoughts: Thoughts | None = None
+    """How far they have come in their reasoning, if there is a budget for it."""
     renewed: int = 0
     """Tokens that it had when it last needed a new matcher."""
     scratch: dict[str, Any] = field(default_factory=dict)
@@ -68,31 +71,31 @@ class Request:
         return f"grammar: {failure(self.matcher)}"
 
     def extend(self, drawn: Sequence[int]) -> None:
-        """Append what was drawn, and the tokens that the grammar then leaves no choice about, as far as there is room.
+        """Append what was drawn, and the tokens about which there is no choice then, as far as there is room.
 
         The grammar may break with it.
         """
         for token in drawn:
             self._append(token)
-        while self.matcher is not None and self.finish is None and (forced := self.matcher.compute_ff_tokens()):
+        while self.finish is None and (forced := self._forced()):
             for token in forced:
                 self._append(token)
                 if self.finish is not None:
                     break
 
-    def follow(self, matcher: "LLMatcher") -> None:
-        """Take on a matcher at the beginning of the grammar, and lead it to where the request is.
+    def follow(self, matcher: "LLMatcher | None", thoughts: Thoughts | None = None) -> None:
+        """Take on what watches over the reply, at its beginning, and lead it to where the request is.
 
         What was forced is forced again, run by run, so that a run of which a part was told goes on as it would have.
         """
-        self.matcher = matcher
+        self.matcher, self.thoughts = matcher, thoughts
         prompt = self.submit.prompt_length
         given = self.tokens[prompt:]
         del self.tokens[prompt:]
         self.finish = self._end()
         while self.generated < len(given):
             rest = given[self.generated :]
-            run = matcher.compute_ff_tokens()
+            run = self._forced()
             if not run or run[: len(rest)] != rest[: len(run)]:
                 run = rest[:1]
             for token in run:
@@ -112,10 +115,17 @@ class Request:
         self.renewed = len(self.tokens)
         return True
 
+    def _forced(self) -> list[int]:
+        if self.matcher is not None and (run := self.matcher.compute_ff_tokens()):
+            return run
+        return self.thoughts.forced(self.generated) if self.thoughts is not None else []
+
     def _append(self, token: int) -> None:
         self.tokens.append(token)
         if self.matcher is not None:
             self.matcher.consume_token(token)
+        if self.thoughts is not None:
+            self.thoughts.see(token)
         self.finish = self._end()
 
     def _end(self) -> FinishReason | None:

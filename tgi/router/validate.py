@@ -185,7 +185,7 @@ class Validator:
         if parameters.watermark:
             sampling = msgspec.structs.replace(sampling, watermark=self._watermark)
         if thinking is not None:
-            sampling = msgspec.structs.replace(sampling, thinking=thinking)
+            sampling = msgspec.structs.replace(sampling, thinking=thinking, end_token_ids=sorted(eos_ids))
         return Generation(
             parameters=parameters,
             text=prompt if isinstance(prompt, str) else await self._decode(token_ids),
