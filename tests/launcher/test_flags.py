@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.tgi_names import TGI_NAMES
+from tgi.core.config import CALL_PARSERS, REASONING_PARSERS
 from tgi.launcher import flags
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import FLAGS, PROGRAMS, VARIABLES, Command, Flag, Options, check, parse
+from tgi.router import formats
 
 # Every flag of TGI's launcher with its default there; None: unset. Ours differs where the comment says so.
 TGI = {
@@ -188,6 +190,10 @@ def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
     added = {"--device": "auto", "--tool-call-parser": "auto", "--reasoning-parser": "auto"}
     assert ours == {**TGI, **added, "--max-image-fetch-size": 1 << 30}
     assert {flag.key for flag in VALUED} == VALUES.keys()
+
+
+def test_the_formats_of_replies_are_the_routers() -> None:
+    assert (CALL_PARSERS, REASONING_PARSERS) == (formats.CALL_NAMES, formats.REASONING_NAMES)
 
 
 def test_every_name_of_tgi_is_known() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 
 CALL_PARSERS = tuple(
-    "gpt_oss kimi_k2 deepseek_v3 deepseek_v31 mistral_v11 mistral command_r7b command_r functiongemma gemma4 gemma "
-    "phi4_mini granite granite_20b jamba nemotron internlm qwen3_coder glm45 smollm hermes lfm2 llama4_pythonic "
-    "pythonic llama3_json xlam tgi".split()
+    "gpt_oss kimi_k2 deepseek_v3 deepseek_v31 mistral_v11 mistral command_r7b command_r functiongemma gemma4 "
+    "gemma functools phi4_mini granite granite_20b jamba nemotron nemotron_mini internlm qwen3_coder glm45 smollm "
+    "hermes lfm2 llama4_pythonic pythonic llama3_json xlam tgi".split()
 )
 """The names of ``router.formats.CALLS``."""
 
