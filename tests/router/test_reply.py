@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tgi.router.formats import CALL_NAMES, CALLS, REASONING, Calls, Format, format_of
-from tgi.router.reply import MOST_SPACE, Parsed, ReplyParser
+from tgi.router.lark import MOST_SPACE
+from tgi.router.reply import Parsed, ReplyParser
 
 WEATHER = {
     "type": "object",

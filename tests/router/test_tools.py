@@ -516,9 +516,9 @@ def test_whatever_the_grammar_allows_is_read(name: str, marks: Marks) -> None:
     row, finished = ROWS[name], 0
     functions = [EVERYWHERE, DEEP, NONE] + ([IN_JSON] if isinstance(row.style, Json) else [])
     own = "gpt_oss" if name == "gpt_oss" else "think"
-    for at in range(12):
+    for at in range(6):
         choice = ["auto", "required", "plain"][at % 3]
-        reasoning, thinking = [("none", False), (own, False), (own, True)][at // 3 % 3]
+        reasoning, thinking = draw.choice([("none", False), (own, False), (own, True)])
         parallel = draw.choice([None, True, False])
         told = model(name, reasoning, marks)
         tools = offered(*functions, tool_choice=choice, parallel_tool_calls=parallel)
@@ -546,4 +546,4 @@ def test_whatever_the_grammar_allows_is_read(name: str, marks: Marks) -> None:
             (function,) = (one for one in functions if one["name"] == called)
             schema = function.get("parameters", {"additionalProperties": False})
             jsonschema.validate(json.loads(arguments), schema)
-    assert finished >= 6
+    assert finished >= 3

@@ -9,6 +9,9 @@ from itertools import groupby
 
 ANY = r"/(.|\n)*/"
 
+MOST_SPACE = 20
+"""White space that may stand between the words of a spelling."""
+
 
 class Lark:
     """Rules, added one by one, and expressions to make them of."""
@@ -92,7 +95,7 @@ class Lark:
 
 
 _TEXT = r"(.|\n)*"
-_SPACE = r"[ \t\r\n]*"
+_SPACE = rf"[ \t\r\n]{{0,{MOST_SPACE}}}"
 
 
 def _quoted(text: str) -> str:

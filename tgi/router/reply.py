@@ -13,12 +13,10 @@ from typing import Literal, NamedTuple
 
 from tgi.router.arguments import Reader, Schema
 from tgi.router.formats import PLACE, PLACES, Calls, Format, placed, words
+from tgi.router.lark import MOST_SPACE
 
 MOST_CALLS = 16
 """Calls in one reply: a model that never stops calling is stopped there."""
-
-MOST_SPACE = 64
-"""White space that may stand between the words of a spelling, and that is held back for what may follow it."""
 
 _BITE = 1024
 """Characters that are looked at together, so that whatever comes the work for each is bounded."""

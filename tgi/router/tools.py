@@ -143,25 +143,30 @@ def _reply(lark: Lark, calls: Calls, tools: Tools) -> str:
         begin = _numbered(lark, before)
         return lark.either(f"{begin} {lark.spelled(way.called(name))} {rest(name, way.middle)}" for name in arguments)
 
+    parallel = not tools.named and (calls.taught if tools.parallel is None else tools.parallel)
+    more = f"{call(calls.between + calls.head)}{{0,{MOST_CALLS - 1}}}" if parallel else ""
+    behind = lark.either([f"{more} {lark.spelled(calls.closes)}"])
+
     def begun(way: Calls) -> str:
-        """The first call, behind what the model writes before it by itself."""
+        """Calls behind what the model writes before the first by itself."""
         opening = way.opens + way.head
         if way.trigger == "word":
             word = words(opening)[0]
-            return f"{lark.upto([word], anchored=way.anchored)} {call(opening[len(word) :])}"
+            return f"{lark.upto([word], anchored=way.anchored)} {call(opening[len(word) :])} {behind}"
+        before = lark.upto(words(opening), anchored=way.anchored)
         if way.trigger == "head":
-            return f"{lark.upto(words(opening), anchored=way.anchored)} {call(opening[len(opening.rstrip()) :], way)}"
+            return f"{before} {call(opening[len(opening.rstrip()) :], way)} {behind}"
         ends, middle = ([], way.middle) if way.quoted else (words(way.middle), "")
-        return lark.either(
-            f"{lark.upto([*words(opening), way.called(name), *ends], anchored=way.anchored)} {rest(name, middle)}"
-            for name in arguments
+        named = lark.either(
+            f"{lark.closed([way.called(name), *ends], anchored=True)} {rest(name, middle)}" for name in arguments
         )
+        again = lark.name()
+        others = lark.text() if way.anchored else f"{again} | {lark.text()}"
+        return lark.rule(f"{before} ({named} {behind} | {others})", again)
 
-    first = call(calls.opens + calls.head) if tools.required else lark.either(map(begun, (calls, *calls.also)))
-    parallel = not tools.named and (calls.taught if tools.parallel is None else tools.parallel)
-    more = f"{call(calls.between + calls.head)}{{0,{MOST_CALLS - 1}}}" if parallel else ""
-    whole = f"{first} {more} {lark.spelled(calls.closes)}"
-    return whole if tools.required else lark.either([whole, lark.text()])
+    if tools.required:
+        return f"{call(calls.opens + calls.head)} {behind}"
+    return lark.either([*map(begun, (calls, *calls.also)), lark.text()])
 
 
 def _numbered(lark: Lark, spelling: str) -> str:
