@@ -188,7 +188,7 @@ ERRORS = [
     everywhere(
         26,
         "cannot compile regex from schema: regex parse error: (?=a) ^^^ error: look-around, including look-ahead and "
-        "look-behind, is not supported",
+        "look-behind, is not supported at `$.properties.a`",
         {"grammar": {"type": "json", "value": {"properties": {"a": {"type": "string", "pattern": "(?=a)"}}}}},
     ),
 ]
@@ -434,6 +434,10 @@ OPENAI_FIELDS = [
     enforced("guided_regex", "a+"),
     enforced("guided_choice", ["a", "b"]),
     enforced("guided_grammar", 'root ::= "a"'),
+    enforced("structured_outputs", {"regex": "a+"}),
+    Field(
+        "guided_whitespace_pattern", " ", lambda seen: '" "' in seen.submit.sampling.grammar, True, {"guided_json": {}}
+    ),
     Field("max_tokens", 2, lambda seen: seen.submit.max_new_tokens, 2),
     Field("include_stop_str_in_output", True, lambda seen: seen.text, " the lazy", {"stop": ["azy"]}),
     Field("n", 2, lambda seen: len(seen.answer["choices"]), 2),
@@ -491,7 +495,11 @@ CHAT_FIELDS = [
 ]
 
 REFUSED: dict[str, Any] = {"adapter_id": "x"}
-REFUSED_IN_CHAT = REFUSED | {
+REFUSED_BY_OPENAIS_ROUTES = REFUSED | {
+    "guided_decoding_backend": "outlines",
+    "structural_tag": {"type": "structural_tag"},
+}
+REFUSED_IN_CHAT = REFUSED_BY_OPENAIS_ROUTES | {
     "best_of": 2,
     "functions": [{"name": "f"}],
     "function_call": "auto",
@@ -532,7 +540,7 @@ class Family:
 
 FAMILIES = [
     Family(NATIVE[0], (GenerateParameters,), NATIVE_FIELDS, REFUSED),
-    Family(COMPLETIONS[0], (CompletionRequest,), COMPLETION_FIELDS, REFUSED, ANY, ("suffix",)),
+    Family(COMPLETIONS[0], (CompletionRequest,), COMPLETION_FIELDS, REFUSED_BY_OPENAIS_ROUTES, ANY, ("suffix",)),
     Family(CHAT[0], (ChatRequest,), CHAT_FIELDS, REFUSED_IN_CHAT, ANY, ("include_reasoning", "separate_reasoning")),
 ]
 

@@ -22,13 +22,14 @@ from tgi.router.stream import Detokenizer
 from tgi.router.tokenizer import Tokenizer
 from tgi.router.trial import composed, judge
 from tgi.router.wire.base import Unreadable, decode
-from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, RegexGrammar
+from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, JsonObjectGrammar, RegexGrammar
 from tgi.router.wire.native import GenerateParameters
 from tgi.router.wire.openai import OpenAIRequest
 from tgi.router.worker import LostError
 
 END = 2
-TOKENIZER = LLTokenizer(small_tokenizers.serialized("byte_level"), eos_token=[END])
+VOCABULARY = Vocabulary(small_tokenizers.byte_level(), {})
+TOKENIZER = load_tokenizer(VOCABULARY, VOCABULARY.size, [END])
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
 
 
@@ -84,6 +85,92 @@ def test_the_extras_of_other_servers():
     assert openai(guided_regex="a+") == RegexGrammar(value="a+")
     assert openai(guided_choice=["a", "b"]) == ChoiceGrammar(value=["a", "b"])
     assert openai(guided_grammar="root ::= x") == FreeGrammar(value="root ::= x")
+    assert openai(structured_outputs={"json": POINT, "disable_fallback": True}) == JsonGrammar(value=POINT)
+    assert openai(structured_outputs={"regex": "a+"}) == RegexGrammar(value="a+")
+    assert openai(structured_outputs={"choice": ["a", "b"]}) == ChoiceGrammar(value=["a", "b"])
+    assert openai(structured_outputs={"grammar": "root ::= x"}) == FreeGrammar(value="root ::= x")
+    assert openai(structured_outputs={"json_object": True}) == JsonObjectGrammar()
+    assert openai(structured_outputs={"json_object": False}) is openai(structured_outputs={}) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": POINT},
+        {"guided_json": json.dumps(POINT)},
+        {"structured_outputs": {"json": POINT}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}}},
+        {"response_format": {"type": "json_object", "value": POINT}},
+    ],
+)
+def test_white_space_of_other_servers(fields: dict[str, Any]):
+    assert accepts(compiled(openai(**fields)), '{"x":\n 1}')
+    structured = fields.get("structured_outputs", {})
+    for layout, good, bad in [
+        ({"guided_whitespace_pattern": "[ ]?"}, '{"x": 1}', '{"x":\n 1}'),
+        ({"structured_outputs": structured | {"whitespace_pattern": r"\t*"}}, '{"x":\t\t1}', '{"x": 1}'),
+        ({"structured_outputs": structured | {"disable_any_whitespace": True}}, '{"x":1}', '{"x": 1}'),
+    ]:
+        spelling = compiled(openai(**fields | layout))
+        assert accepts(spelling, good) and not accepts(spelling, bad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"guided_json": {}, "structured_outputs": {"json": {}}},
+            "`guided_json` and `structured_outputs.json` must not",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+            "`structured_outputs.regex` and `structured_outputs.choice` must not",
+        ),
+        ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "`guided_whitespace_pattern` is of no effect"),
+        (
+            {"structured_outputs": {"whitespace_pattern": " "}},
+            "`structured_outputs.whitespace_pattern` is of no effect",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}},
+            "`structured_outputs.disable_any_whitespace` must be all",
+        ),
+        (
+            {"guided_json": {"x-guidance": {"whitespace_flexible": True}}, "guided_whitespace_pattern": " "},
+            "`guided_whitespace_pattern` must be all",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other(fields: dict[str, Any], words: str):
+    with pytest.raises(RequestError, match=words):
+        openai(**fields)
+
+
+def test_white_space_that_is_none(grammars: Grammars):
+    with pytest.raises(RequestError, match="white space"):
+        wish_of(openai(guided_json=POINT, guided_whitespace_pattern="x*"))
+
+
+def test_strict_false_leaves_to_the_model_what_cannot_be_enforced():
+    schema = POINT | {"not": {}, "format": "unknown"}
+    for strict, good in ((False, True), (True, False), (None, False)):
+        named = {"name": "point", "schema": schema, "strict": strict}
+        for shape in ("json_schema", "value"):
+            grammar = openai(response_format={"type": "json_schema", shape: named})
+            if good:
+                spelling = compiled(grammar)
+                assert accepts(spelling, '{"x": 1}') and not accepts(spelling, '{"y": 1}')
+            else:
+                with pytest.raises(RequestError, match="Unknown format"):
+                    wish_of(grammar)
+    own = {"name": "point", "schema": schema | {"x-guidance": {"lenient": False}}, "strict": False}
+    with pytest.raises(RequestError, match="Unknown format"):
+        wish_of(openai(response_format={"type": "json_schema", "json_schema": own}))
+
+
+def test_a_schema_in_a_string_with_a_key_that_comes_twice():
+    with pytest.raises(RequestError, match="duplicate field `type`"):
+        wish_of(JsonGrammar(value='{"type": "integer", "type": "string"}'))
 
 
 def test_text_and_nothing_are_no_grammar():
@@ -130,10 +217,62 @@ def test_white_space_comes_to_an_end():
 
 
 def test_choices_are_taken_as_they_are():
-    options = ["a", "é", "😀", 'x"y\n', "a/b", r"\d", "", " a", "(", "a|b"]
+    options = [
+        "a",
+        "é",
+        "😀",
+        'x"y\n',
+        "a/b",
+        r"\d",
+        "",
+        " a",
+        "(",
+        "a|b",
+        "a",
+        "\0\x7f\u2028",
+        "\t",
+        "{}",
+        "//",
+        "#",
+        "<s>",
+    ]
     spelling = compiled(native({"type": "choice", "value": options}))
     assert all(accepts(spelling, option) for option in options)
-    assert not any(accepts(spelling, text) for text in ("b", "1", "aa", "a "))
+    assert not any(accepts(spelling, text) for text in ("b", "1", "aa", "a ", "x", "<"))
+
+
+def test_choices_of_nothing_and_of_many(grammars: Grammars):
+    assert accepts(compiled(ChoiceGrammar(value=[""])), "") and not accepts(compiled(ChoiceGrammar(value=[""])), "a")
+    many = [f"choice {number}" for number in range(10_000)]
+    (spelling,) = compile_by(grammars, wish_of(ChoiceGrammar(value=many)))
+    assert isinstance(spelling, str)
+    assert accepts(spelling, many[7777]) and not accepts(spelling, "choice 10000") and not accepts(spelling, "choice ")
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ('start: expr\nexpr: NUM ("+" NUM)*\nNUM: /[0-9]+/', ["1", "1+23"], ["1+", ""]),
+        ('start: WORD "!"\nWORD: /[a-z]+/ & ~/no/\n%ignore / +/', ["yes!", "yes !"], ["no!", "!"]),
+        ('start[lazy]: /[a-z]*b/  // "stop=" and temperature= in a comment', ["ab"], ["a"]),
+        ('start: "temperature=" /stop=[0-9]/', ["temperature=stop=1"], ["stop=1"]),
+        ('%llguidance {"no_forcing": true}\nstart: %json {"type": "integer", "maximum": 5} "!"', ["5!"], ["6!", "5"]),
+        ('start: a | %json true\na: "x"', ["x", "[1]"], ["y"]),
+        (
+            'start: %json {"properties": {"a": {"format": "date"}}, "type": "object"}',
+            ['{"a": "2024-02-29"}'],
+            ['{"a": "x"}'],
+        ),
+        ('?start: "a" -> b', ["a"], ["b"]),
+        ('root ::= expr\nexpr ::= num ("+" num)*  # comment "\nnum ::= [0-9]+', ["1", "1+23"], ["1+", ""]),
+        ('root ::= "\\x41\\u00e9\\U0001F600\\"\\\\\\n" [\\u00e9\\x5d]{2}', ['Aé😀"\\\né]'], ["Aé😀"]),
+        ('root ::= (\n  "a" |\n  "b"?\n) [^a-c"/]{1,2}', ["ad", "b😀", "xy"], ["aa", '"']),
+        ('root ::= "(" root ")" | ""', ["", "(())"], ["(", ")"]),
+    ],
+)
+def test_grammars_of_the_clients_own(text: str, good: list[str], bad: list[str]):
+    spelling = compiled(FreeGrammar(value=text))
+    assert [text for text in good + bad if accepts(spelling, text)] == good
 
 
 @pytest.mark.parametrize(
@@ -324,6 +463,19 @@ def test_keywords_are_passed_over_for_who_says_so(grammars: Grammars):
         (Wish("regex", r"(a)\1"), "backreferences are not supported"),
         (Wish("grammar", "start: ("), NOT_VALID),
         (Wish("grammar", "nothing"), NOT_VALID),
+        (Wish("grammar", ""), "no start rule"),
+        (Wish("grammar", 'root ::= "a'), "Unexpected end of input"),
+        (Wish("grammar", "root ::= undefined"), "Rule 'undefined' not found"),
+        (Wish("grammar", 'root ::= "a" root'), "Too many items"),
+        (Wish("grammar", 'root ::= a-b a_b\na-b ::= "x"\na_b ::= "y"'), "already exists"),
+        (Wish("grammar", 'start: "a" b'), 'unknown name: "b"'),
+        (Wish("grammar", 'start[stop="x"]: /a*/'), "`stop` is not supported"),
+        (Wish("grammar", "start: a\na[temperature=0.5]: /a*/"), "`temperature` is not supported"),
+        (Wish("grammar", '%llguidance {"test_trace": true}\nstart: "a"'), "`test_trace` is not supported"),
+        (Wish("grammar", 'start: %json {"minProperties": 3}'), "`minProperties` is more than"),
+        (Wish("grammar", "start: %json {"), NOT_VALID),
+        (Wish("grammar", "start: %json " + "[" * 5000), NOT_VALID),
+        (Wish("grammar", '{"grammars": [{"json_schema": {"not": {}}}]}'), NOT_VALID),
         (Wish("grammar", 'start: %json {"not": {}}'), 'Unimplemented keys: ["not"]'),
         (Wish("grammar", "start: <nobody>"), "unknown special token"),
         (Wish("grammar", "start: start"), "no text satisfies it"),
@@ -564,6 +716,8 @@ def test_the_engine_is_told(router: Router):
         {"guided_choice": ['{"x": 1}', '{"x": 2}']},
         {"guided_regex": r'\{"x": [0-9]+\}'},
         {"guided_grammar": 'root ::= "{\\"x\\": " [0-9] "}"'},
+        {"guided_json": POINT, "guided_whitespace_pattern": " ?", "guided_decoding_backend": "guidance"},
+        {"structured_outputs": {"json": POINT}},
     ],
 )
 def test_openais_routes(router: Router, fields: dict[str, Any]):
@@ -583,6 +737,14 @@ def test_openais_routes(router: Router, fields: dict[str, Any]):
         ({"response_format": {"type": "json", "value": {"not": {}}}}, CANNOT),
         ({"response_format": {"type": "json_object"}, "guided_json": {}}, "must not both be set"),
         ({"grammar": {"type": "json", "value": 1}}, "grammar is not supported"),
+        ({"guided_decoding_backend": "outlines"}, "`guided_decoding_backend` is not supported"),
+        ({"structural_tag": {}}, "`structural_tag` is not supported"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "`structured_outputs.structural_tag` is not supported"),
+        (
+            {"structured_outputs": {"json": {}, "disable_additional_properties": True}},
+            "`structured_outputs.disable_additional_properties` is not supported",
+        ),
+        ({"response_format": {"type": "structural_tag", "structures": []}}, "structural_tag"),
     ],
 )
 def test_refusals_on_openais_routes(router: Router, fields: dict[str, Any], detail: str):

@@ -5,16 +5,17 @@ import random
 from typing import Any
 
 import pytest
-from llguidance import LLTokenizer
 
 from tests import schemas, small_tokenizers
 from tgi.core.errors import RequestError
-from tgi.core.grammar import start
+from tgi.core.grammar import load_tokenizer, start
+from tgi.core.vocabulary import Vocabulary
 from tgi.router.grammar import Verdict, Wish
 from tgi.router.schema import UNENFORCEABLE, enforced
 from tgi.router.trial import tried
 
-TOKENIZER = LLTokenizer(small_tokenizers.serialized("byte_level"), eos_token=[2])
+VOCABULARY = Vocabulary(small_tokenizers.byte_level(), {})
+TOKENIZER = load_tokenizer(VOCABULARY, VOCABULARY.size, [2])
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}

@@ -3,7 +3,6 @@ tries grammars; loads neither llguidance nor a tokenizer.
 """
 
 import asyncio
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection
@@ -16,6 +15,7 @@ from msgspec import UNSET
 
 from tgi.core.errors import VALIDATION, RequestError
 from tgi.router.schema import INVALID, UNENFORCEABLE, enforced
+from tgi.router.wire.base import Unreadable, check_keys
 from tgi.router.wire.grammar import (
     ChoiceGrammar,
     FreeGrammar,
@@ -26,7 +26,7 @@ from tgi.router.wire.grammar import (
     RegexGrammar,
     TextFormat,
 )
-from tgi.router.wire.openai import OpenAIRequest
+from tgi.router.wire.openai import OpenAIRequest, StructuredOutputs
 from tgi.router.worker import LostError, Worker
 
 LONGEST = 1 << 18
@@ -59,44 +59,93 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
 def grammar_of(request: OpenAIRequest) -> Grammar | None:
     """What an OpenAI request says its answers must spell, in whichever of the fields. RequestError if several do."""
-    format, given = request.response_format, dict[str, Grammar]()
-    if format is not None and not isinstance(format, TextFormat):
-        given["response_format"] = format
-    if request.grammar is not None:
-        given["grammar"] = request.grammar
-    if request.guided_json is not None:
-        given["guided_json"] = JsonGrammar(value=request.guided_json)
-    if request.guided_regex is not None:
-        given["guided_regex"] = RegexGrammar(value=request.guided_regex)
-    if request.guided_choice is not None:
-        given["guided_choice"] = ChoiceGrammar(value=request.guided_choice)
-    if request.guided_grammar is not None:
-        given["guided_grammar"] = FreeGrammar(value=request.guided_grammar)
+    format, structured = request.response_format, request.structured_outputs or StructuredOutputs()
+    fields: dict[str, Grammar | None] = {
+        "response_format": None if isinstance(format, TextFormat) else format,
+        "grammar": request.grammar,
+        **_grammars(
+            "guided_", request.guided_json, request.guided_regex, request.guided_choice, request.guided_grammar
+        ),
+        **_grammars("structured_outputs.", structured.json, structured.regex, structured.choice, structured.grammar),
+        "structured_outputs.json_object": JsonObjectGrammar() if structured.json_object else None,
+    }
+    given = {name: grammar for name, grammar in fields.items() if grammar is not None}
     if len(given) > 1:
         first, second, *_ = given
         raise _invalid(f"`{first}` and `{second}` must not both be set")
-    return next(iter(given.values()), None)
+    grammar = next(iter(given.values()), None)
+    layout = {
+        "guided_whitespace_pattern": request.guided_whitespace_pattern,
+        "structured_outputs.whitespace_pattern": structured.whitespace_pattern,
+        "structured_outputs.disable_any_whitespace": structured.disable_any_whitespace or None,
+    }
+    for name, value in layout.items():
+        if value is not None:
+            grammar = _laid_out(grammar, name, value)
+    return grammar
+
+
+def _grammars(
+    where: str, json: Any, regex: str | None, choice: list[str] | None, grammar: str | None
+) -> dict[str, Grammar | None]:
+    """Other servers' four fields; ``where`` is what their names begin with."""
+    return {
+        f"{where}json": None if json is None else JsonGrammar(value=json),
+        f"{where}regex": None if regex is None else RegexGrammar(value=regex),
+        f"{where}choice": None if choice is None else ChoiceGrammar(value=choice),
+        f"{where}grammar": None if grammar is None else FreeGrammar(value=grammar),
+    }
+
+
+def _laid_out(grammar: Grammar | None, field: str, value: str | bool) -> JsonGrammar:
+    """The same with white space as a field has it. Raises RequestError where there is no JSON to lay out."""
+    if not isinstance(grammar, JsonGrammar | JsonObjectGrammar | JsonSchemaGrammar):
+        raise _invalid(f"`{field}` is of no effect without a JSON schema")
+    schema = _schema(grammar)
+    before = schema.get("x-guidance", {})
+    if not isinstance(before, dict) or before.keys() & {"whitespace_flexible", "whitespace_pattern"}:
+        raise _invalid(f"`{field}` must be all that is said of white space")
+    guidance = {"whitespace_flexible": False} if value is True else {"whitespace_pattern": value}
+    return JsonGrammar(value=schema | {"x-guidance": before | guidance})
 
 
 def wish_of(grammar: Grammar) -> Wish:
     """Raises RequestError for what can be seen to be wrong without llguidance."""
     match grammar:
-        case JsonGrammar(value=value):
-            return _schema_wish(_parsed(value))
-        case JsonObjectGrammar(value=value):
-            return _schema_wish({"type": "object"} if value is UNSET else _parsed(value))
-        case JsonSchemaGrammar(value=value, json_schema=named):
-            given = value or named
-            assert given is not None
-            return _schema_wish(given.schema)
+        case JsonGrammar() | JsonObjectGrammar() | JsonSchemaGrammar():
+            return Wish("json_schema", enforced(_schema(grammar)))
         case RegexGrammar(value=value):
             return Wish("regex", value)
         case ChoiceGrammar(value=value):
             if not value:
                 raise _invalid(f"{INVALID}a choice needs something to choose from")
-            return Wish("choice", json.dumps(value))
+            return Wish("choice", msgspec.json.encode(value).decode())
         case FreeGrammar(value=value):
             return Wish("grammar", value)
+
+
+def _schema(grammar: JsonGrammar | JsonObjectGrammar | JsonSchemaGrammar) -> dict[str, Any]:
+    schema: Any
+    lenient = False
+    match grammar:
+        case JsonGrammar(value=value):
+            schema = _parsed(value)
+        case JsonObjectGrammar(value=value):
+            schema = {"type": "object"} if value is UNSET else _parsed(value)
+        case JsonSchemaGrammar(value=value, json_schema=named):
+            given = value or named
+            assert given is not None
+            schema, lenient = given.schema, given.strict is False
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise _invalid(f"{INVALID}a schema is an object or `true`")
+    if "properties" in schema and "type" not in schema:
+        # TGI takes only schemas with properties, and means objects; the standard would let other values pass.
+        schema = {"type": "object"} | schema
+    if lenient and isinstance(guidance := schema.get("x-guidance", {}), dict):
+        schema = schema | {"x-guidance": {"lenient": True} | guidance}
+    return dict(schema)
 
 
 def _parsed(value: Any) -> Any:
@@ -106,20 +155,13 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         raise _invalid(UNSUPPORTED)
     try:
-        return msgspec.json.decode(value)
+        parsed = msgspec.json.decode(value)
+        check_keys(value.encode())
     except (msgspec.DecodeError, RecursionError) as error:
         raise _invalid(INVALID + str(error)) from None
-
-
-def _schema_wish(schema: Any) -> Wish:
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise _invalid(f"{INVALID}a schema is an object or `true`")
-    if "properties" in schema and "type" not in schema:
-        # TGI takes only schemas with properties, and means objects; the standard would let other values pass.
-        schema = {"type": "object"} | schema
-    return Wish("json_schema", enforced(schema))
+    except Unreadable as error:
+        raise _invalid(INVALID + error.message.rpartition(": ")[2]) from None
+    return parsed
 
 
 class Grammars:

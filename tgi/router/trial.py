@@ -4,6 +4,7 @@ so that no grammar, whatever it does to llguidance, harms the router or the engi
 Is asked wishes and answers verdicts, as ``worker`` has it. Knows llguidance; knows no request.
 """
 
+import json
 import os
 import random
 import sys
@@ -11,12 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import llguidance
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
+from tgi.core.errors import RequestError
 from tgi.core.grammar import GrammarError, check, load_tokenizer, spells_all, start
 from tgi.core.vocabulary import Vocabulary
+from tgi.router.freeform import lark_of
 from tgi.router.grammar import EXHAUSTED, Verdict, Wish
 from tgi.router.schema import Place, children, path, pointer
 from tgi.router.worker import bound, serve
@@ -41,8 +43,9 @@ def judge(tokenizer: LLTokenizer, wish: Wish, *, forcing: bool = True) -> Verdic
     """Compile a grammar, and look whether tokens can follow it. ``forcing``: see ``composed``."""
     try:
         grammar = composed(wish, forcing=forcing)
-    except ValueError as failure:
-        return Verdict(error=" ".join(str(failure).split()))
+    except (RecursionError, RequestError, ValueError) as failure:
+        reason = failure.detail if isinstance(failure, RequestError) else str(failure)
+        return Verdict(error=" ".join(reason.split()))
     error = _error(tokenizer, grammar)
     return Verdict(grammar) if error is None else Verdict(error=error)
 
@@ -94,15 +97,24 @@ def composed(wish: Wish, *, forcing: bool = True) -> str:
     ``forcing``: where all that can follow is one text, its tokens are the tokenizer's. Not for vocabularies that don't
     spell every text: there the tokens of a longer text may do what those of the one can't.
     """
-    text = wish.text if wish.format == "json_schema" else llguidance.grammar_from(wish.format, wish.text)
+    text = wish.text
     if wish.format == "llguidance" and not wish.frame and forcing:
         return text
-    if wish.format == "json_schema":
-        parts = [Part(json_schema=msgspec.Raw(text.encode()))]
-    elif wish.format in ("choice", "grammar") or not text.startswith("{"):
-        parts = [Part(lark_grammar=text)]
-    else:
-        parts = msgspec.json.decode(text, type=Parts).grammars
+    match wish.format:
+        case "json_schema":
+            parts = [Part(json_schema=msgspec.Raw(text.encode()))]
+        case "regex":
+            parts = msgspec.json.decode(LLMatcher.grammar_from_regex(text), type=Parts).grammars
+        case "choice":
+            # As one terminal: of alternatives in a rule there can be 2000.
+            options = " | ".join(map(json.dumps, msgspec.json.decode(text, type=list[str])))
+            parts = [Part(lark_grammar=f"start: CHOICE\nCHOICE: {options}")]
+        case "grammar":
+            parts = [Part(lark_grammar=lark_of(text))]
+        case "llguidance" if text.startswith("{"):
+            parts = msgspec.json.decode(text, type=Parts).grammars
+        case "llguidance":
+            parts = [Part(lark_grammar=text)]
     if wish.frame:
         parts[0].name = "answer"
         parts.insert(0, Part("frame", wish.frame))

@@ -11,7 +11,7 @@ class NamedSchema(Struct, frozen=True, kw_only=True):
     schema: Any = True
     """A JSON schema; without one, any JSON."""
     strict: bool | None = None
-    """Schemas are always enforced, every keyword of them."""
+    """false: what of the schema can't be enforced is left to the model. Otherwise it is refused."""
 
 
 class JsonGrammar(Struct, frozen=True, kw_only=True, tag_field="type", tag="json"):

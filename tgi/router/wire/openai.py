@@ -40,10 +40,34 @@ class Sampled(Refusing, frozen=True, kw_only=True):
     cache_salt: str | None = None
 
 
+class StructuredOutputs(Refusing, frozen=True, kw_only=True):
+    """What the answer must spell, as vLLM is asked for it now: one of the first five, or nothing."""
+
+    neutral = {"disable_additional_properties": (None, False), "structural_tag": (None,)}
+
+    json: Any = None
+    """A JSON schema, as itself or in a string."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    whitespace_pattern: str | None = None
+    """A regex of the white space in JSON."""
+    disable_any_whitespace: bool | None = None
+    disable_fallback: bool | None = None
+    """There is nothing to fall back to."""
+    disable_additional_properties: bool | None = None
+    structural_tag: Any = None
+
+
 class OpenAIRequest(Sampled, frozen=True, kw_only=True):
     """What chat and text completions have in common."""
 
-    neutral = {"adapter_id": (None,)}
+    neutral = {
+        "adapter_id": (None,),
+        "guided_decoding_backend": (None, "auto", "guidance"),
+        "structural_tag": (None,),
+    }
 
     model: str | None = None
     """Any name is accepted: one model is served."""
@@ -65,6 +89,12 @@ class OpenAIRequest(Sampled, frozen=True, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    """Lark or GBNF."""
+    guided_whitespace_pattern: str | None = None
+    """A regex of the white space in JSON."""
+    guided_decoding_backend: str | None = None
+    structural_tag: Any = None
+    structured_outputs: StructuredOutputs | None = None
 
     user: Any = None
     """This and what follows has its effect on the operator's side at OpenAI, and none on the answer: nobody looks."""
