@@ -385,7 +385,7 @@ def test_schemas_that_cannot_be_enforced(grammars: Grammars, schema: dict[str, A
 def test_grammars_that_can_be_enforced(grammars: Grammars) -> None:
     for row in CALLS:
         for choice in ("auto", "required", "time"):
-            tools = offered(WEATHER | {"strict": False}, TIME, NOTHING, tool_choice=choice)
+            tools = offered(WEATHER, TIME, NOTHING, tool_choice=choice)
             assert enforce(grammars, tools, row.name) == model(row.name).grammar().of(tools)
 
 
@@ -401,7 +401,7 @@ def test_lenience_must_be_asked_for(grammars: Grammars) -> None:
 
 def test_many_tools(grammars: Grammars) -> None:
     """A hundred realistic ones are no trouble in any format."""
-    functions = [{**WEATHER, "name": f"tool_{at}", "strict": False} for at in range(100)]
+    functions = [{**WEATHER, "name": f"tool_{at}"} for at in range(100)]
     for name in ("hermes", "command_r", "pythonic", "qwen3_coder", "functiongemma"):
         enforce(grammars, offered(*functions), name)
         assert model(name).accepts(offered(*functions), ROWS[name].spelled([("tool_77", {"city": "a"})]))
@@ -426,6 +426,10 @@ EVERYWHERE = {
             "either": {"type": ["boolean", "null"]},
             "numbers": {"type": "array", "items": {"type": "integer"}},
             "day": {"$ref": "#/$defs/Day"},
+            "word": {"type": "string", "pattern": "^[a-z<>/]{1,5}$"},
+            "short": {"type": "string", "minLength": 1, "maxLength": 4},
+            "counts": {"type": "object", "additionalProperties": {"type": "integer"}},
+            "any": {"type": "object"},
         },
         "required": ["count", "unit"],
         "$defs": {"Day": {"type": "string", "enum": ["mon", "tue"]}},

@@ -175,6 +175,12 @@ class Keyed:
     def begins(self) -> str:
         return self.opens or self.key[0][:1]  # with which ``closes`` begins, too
 
+    def spells(self, name: str) -> bool:
+        """Whether it can tell an argument of this name."""
+        if self.raw:
+            return self.key[1].strip().split("\n")[0] not in name and name != ""
+        return name.strip() == name != "" and not any(mark in name for mark in (*"{}[](),\"'", self.key[1]))
+
     def spell(self, arguments: Mapping[str, Any]) -> str:
         members = (f"{self.key[0]}{name}{self.key[1]}{self._spell(value)}" for name, value in arguments.items())
         return self.opens + self.separator.join(members) + self.closes
@@ -226,16 +232,19 @@ class _Schema:
     def members(self, schema: Schema, path: str, depth: int = 0) -> str:
         """The properties of an object, those that aren't required with or without, in the schema's order."""
         self._only(schema, path, {"type", "properties", "required", "additionalProperties"})
-        if schema.get("additionalProperties", False) is not False:
-            self._refuse(f"{path}.additionalProperties")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise _unspelled(path)
         if any(not isinstance(name, str) or name not in properties for name in required):
             self._refuse(f"{path}.required")
+        if not properties and (others := schema.get("additionalProperties", True)) is not False:
+            return self._others(others, path, depth)
+        # Others than those named are never written, whether they may be or not.
         # From the last to the first: what may follow when nothing stands there yet, and behind a member.
         first = more = '""'
         for name, value in reversed(properties.items()):
+            if not self._style.spells(name):
+                raise _unspelled(f"{path}.properties.{name}")
             key = name.join(self._style.key)
             value = self._lark.either([self._value(value, f"{path}.properties.{name}", depth)])
             # A separator by itself could be taken for the beginning of what closes the arguments.
@@ -245,6 +254,14 @@ class _Schema:
                 separated, begun = f"{separated} | {more}", f"{begun} | {first}"
             first, more = self._lark.rule(begun), self._lark.rule(separated)
         return first
+
+    def _others(self, schema: Any, path: str, depth: int) -> str:
+        """Members of any name."""
+        (before, behind), lark = self._style.key, self._lark
+        value = self._value(schema, f"{path}.additionalProperties", depth + 1)
+        named = lark.rule(f"{_NAME} {lark.spelled(behind)} {value}")
+        begun, separated = lark.spelled(before), lark.spelled(self._style.separator + before)
+        return lark.rule(f"({begun} {named} ({separated} {named})*)?")
 
     def _value(self, schema: Any, path: str, depth: int) -> str:
         """A value, and what closes it."""
@@ -261,7 +278,7 @@ class _Schema:
         if isinstance(choices, list) and choices:
             self._only(schema, path, {"type", "enum", "const"})
             return lark.either(lark.spelled(style._spell(choice)) for choice in choices)
-        kind = schema.get("type")
+        kind = schema.get("type", next((kind for key, kind in _KINDS.items() if key in schema), None))
         for several in ("anyOf", "oneOf"):
             if several in schema and not (style.raw or kind):
                 self._only(schema, path, {several})
@@ -271,8 +288,9 @@ class _Schema:
         if isinstance(kind, list) and not style.raw:
             return lark.either(self._value({**schema, "type": one}, path, depth + 1) for one in kind)
         if kind == "string" and style.quotes is not None:
-            self._only(schema, path, {"type"})
-            return f"{lark.spelled(opens) if opens else ''} {lark.closed([closes.strip()])}"
+            text = self._regexes(schema, path)
+            closed = lark.bounded(text, closes) if text else lark.closed([closes.strip()])
+            return f"{lark.spelled(opens) if opens else ''} {closed}"
         if kind == "boolean" and not style.raw:
             return lark.either(map(lark.spelled, style.words[:2]))
         if kind == "null" and not style.raw:
@@ -284,8 +302,10 @@ class _Schema:
             item = lark.rule(self._value(schema.get("items", {}), f"{path}.items", depth + 1))
             return f'"[" ({item} ({lark.spelled(style.separator)} {item})*)? "]"'
         if style.inner and kind not in ("integer", "number"):
-            self._refuse(path)  # of anything, strings in it wouldn't be strings in this style
-        definitions = {key: self._root[key] for key in ("$defs", "definitions") if key in self._root}
+            self._only(schema, path, set())
+            return self._anything(path)
+        refers = '"$ref"' in json.dumps(schema)
+        definitions = {key: self._root[key] for key in ("$defs", "definitions") if refers and key in self._root}
         value = lark.json(_json_schema({**definitions, **schema}, self._lenient, path))
         return f"{value} {lark.spelled(closes)}" if style.raw else value
 
@@ -305,6 +325,32 @@ class _Schema:
             self._lark.rule(self._value(found, ".".join(("$", *steps)), 0), self._named[reference])
         return self._named[reference]
 
+    def _anything(self, path: str) -> str:
+        """Any value."""
+        if "" not in self._named:
+            self._named[""] = self._lark.name()
+            kinds = ("string", "number", "boolean", "null", "array", "object")
+            self._lark.rule(" | ".join(self._value({"type": kind}, path, 0) for kind in kinds), self._named[""])
+        return self._named[""]
+
+    def _regexes(self, schema: Schema, path: str) -> list[str]:
+        """What a string has to match as a whole; none for any string."""
+        self._only(schema, path, {"type", "minLength", "maxLength", "pattern", "format"})
+        enforced = json.loads(_json_schema(schema, self._lenient, path))
+        found: list[str] = []
+        for part in (enforced, *enforced.get("allOf", [])):
+            least, most = part.get("minLength", 0), part.get("maxLength", "")
+            if least or most != "":
+                found.append(f"(.|\\n){{{least},{most}}}")
+            whole = _whole(part["pattern"]) if "pattern" in part else ""
+            if whole is None:
+                self._refuse(f"{path}.pattern")
+            elif whole:
+                found.append(whole)
+            if "format" in part:
+                self._refuse(f"{path}.format")
+        return found
+
     def _only(self, schema: Schema, path: str, known: set[str]) -> None:
         for key in schema.keys() - known - _NOTES:
             self._refuse(f"{path}.{key}")
@@ -312,6 +358,30 @@ class _Schema:
     def _refuse(self, path: str) -> None:
         if not self._lenient:
             raise _unspelled(path)
+
+
+_KINDS = {"properties": "object", "additionalProperties": "object", "required": "object", "items": "array"}
+"""Keyword → what a schema is of that has it and no type."""
+
+_NAME = r"/[\p{L}\p{N}_.$@-]+/"
+"""Of a member that no schema names."""
+
+
+def _whole(pattern: str) -> str | None:
+    """A regex for the whole of a text, out of one for any part of it. None if that takes more than a look."""
+    begun, ended = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = pattern[begun : len(pattern) - ended]
+    plain = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "x", inner)
+    if re.search(r"[\^$]|\(\?[^:]", plain):
+        return None
+    while (shorter := re.sub(r"\([^()]*\)", "x", plain)) != plain:
+        plain = shorter
+    if "|" in plain and (begun or ended):
+        return None
+    return f"{'' if begun else _ANYTHING}({inner}){'' if ended else _ANYTHING}"
+
+
+_ANYTHING = r"(.|\n)*"
 
 
 class _Literals:
@@ -583,7 +653,9 @@ def _unicode(code: str) -> str:
         number = int(code, 16)
     except ValueError:
         raise OddError from None
-    return f"\\u{number:04x}" if number < 0x10000 else _inner(chr(number)) if number < 0x110000 else "\\ufffd"
+    if 0xD800 <= number < 0xE000:
+        return f"\\u{number:04x}"
+    return _inner(chr(number)) if number < 0x110000 else "\\ufffd"
 
 
 def _no_constant(name: str) -> None:

@@ -80,6 +80,19 @@ class Lark:
                 before = _SPACE
         return " ".join(parts)
 
+    def bounded(self, regexes: Iterable[str], closes: str) -> str:
+        """Text without a mark that all of these match, and then the mark."""
+        mark = closes.strip()
+        wanted = [f"/{_slashed(regex)}/" for regex in regexes]
+        terminal = self.name().upper()
+        if mark in self._special:
+            before = _quoted(closes.partition(mark)[0])
+            self.rule(f"({' & '.join(wanted)}) {before}", terminal)
+            return f"{terminal} {self._token(mark)}"
+        wanted.append(f"~/{_TEXT}{_escaped(mark)}{_TEXT}/")
+        self.rule(f"({' & '.join(wanted)}) {_quoted(closes)}", terminal)
+        return terminal
+
     def json(self, schema: str) -> str:
         return self.rule(f"%json {schema}")
 
@@ -103,7 +116,12 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.escape(text).replace("/", r"\/").replace("\n", "n")
+    return _slashed(re.escape(text)).replace("\n", "n")
+
+
+def _slashed(regex: str) -> str:
+    """A regex as it stands between slashes."""
+    return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], regex, flags=re.DOTALL)
 
 
 def _ranges(ids: Iterable[int]) -> str:
