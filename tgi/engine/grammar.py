@@ -4,6 +4,8 @@ works.
 Knows requests and llguidance, which is loaded for the first grammar; knows no device.
 """
 
+import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -44,7 +46,7 @@ class Grammars:
     def prepare(self, request: Request) -> None:
         """Begin to compile a request's grammar, and to follow the tokens that it has generated already."""
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+            self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar", initializer=_give_way)
         self._preparing.append(request)
         before = threading.stack_size(_STACK)
         self._threads.submit(self._prepare, request)  # which may start a thread
@@ -100,6 +102,13 @@ class Grammars:
             error = f"grammar: {failure}"
         self._prepared.put((request, error))
         self._wake()
+
+
+def _give_way() -> None:
+    """The calling thread gets what the step's threads leave of the processor: those whose tokens are due don't wait for
+    somebody's large grammar. (Of Linux; elsewhere it would be the whole process.)"""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _unwanted(request: Request) -> set[int]:
