@@ -20,7 +20,7 @@ from tgi.core.errors import RequestError
 from tgi.core.grammar import load_tokenizer
 from tgi.core.vocabulary import Vocabulary
 from tgi.router.arguments import Json, Keyed
-from tgi.router.formats import CALLS, Format, format_of
+from tgi.router.formats import CALLS, TGI, Format, format_of
 from tgi.router.grammar import Grammars
 from tgi.router.reply import MOST_CALLS, ReplyParser
 from tgi.router.tools import TOOL_PROMPT, ReplyGrammar, Tools, tools_of
@@ -76,12 +76,15 @@ def test_definitions_are_as_the_client_sent_them() -> None:
 def test_instructions() -> None:
     tools = offered(WEATHER, tool_choice="required")
     text = json.dumps(tools.definitions, separators=(",", ":"))
-    assert tools.instructions(None, shown=False) == f"\n---\n{text}\n{TOOL_PROMPT}"
-    assert tools.instructions("", shown=False) == f"\n---\n{text}\n{TOOL_PROMPT}"
-    assert tools.instructions("Do call.", shown=False) == f"\n---\n{text}\nDo call."
-    assert tools.instructions(None, shown=True) == ""
-    assert tools.instructions("Do call.", shown=True) == "\n---\nDo call."
-    assert "plain text" in offered(WEATHER).instructions(None, shown=False)
+    assert tools.instructions(None, TGI, shown=False) == f"\n---\n{text}\n{TOOL_PROMPT}"
+    assert tools.instructions("", TGI, shown=False) == f"\n---\n{text}\n{TOOL_PROMPT}"
+    assert tools.instructions("Do call.", TGI, shown=False) == f"\n---\n{text}\nDo call."
+    assert tools.instructions(None, TGI, shown=True) == ""
+    assert tools.instructions("Do call.", TGI, shown=True) == "\n---\nDo call."
+    hermes = tools.instructions(None, ROWS["hermes"], shown=False)
+    assert hermes.startswith(f"\n---\n{text}\n") and hermes.endswith("}\n</tool_call>\n")
+    assert tools.instructions(None, ROWS["hermes"], shown=True) == ""
+    assert "plain text" in offered(WEATHER).instructions(None, TGI, shown=False)
 
 
 def test_an_unknown_tool() -> None:

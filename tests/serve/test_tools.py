@@ -1,6 +1,7 @@
 """Tools with the real model, which is too small to call them well: what it calls must be right in form all the same."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
@@ -118,3 +119,64 @@ def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI):
     with pytest.raises(openai.UnprocessableEntityError) as error:
         client.chat.completions.create(**ASKED | {"tools": [{"type": "function", "function": function}]})
     assert "tool `f`" in str(error.value)
+
+
+# --- In a format that models are taught ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """The same model, whose replies are taken for those of a Hermes. It was taught no calls, but repeats them."""
+    options = ["--device", "cpu", "--dtype", "float32", "--tool-call-parser", "hermes"]
+    server = Server(*options, log=tmp_path_factory.mktemp("hermes") / "log").wait_ready(300)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+    assert server.stop() == 0, server.output
+
+
+def called(number: int) -> list[dict[str, Any]]:
+    """A question, its call and the result."""
+    arguments = json.dumps({"a": number, "b": 1})
+    call = {"id": f"call_{number}", "type": "function", "function": {"name": "Add", "arguments": arguments}}
+    return [
+        {"role": "user", "content": f"Add {number} and 1."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": f"call_{number}", "content": str(number + 1)},
+    ]
+
+
+def test_a_model_that_calls_by_itself(taught: openai.OpenAI):
+    """From its first mark on the call is the grammar's."""
+    messages: Any = [*called(3), *called(5), *called(8), {"role": "user", "content": "Add 7 and 1."}]
+    request = ASKED | {"messages": messages, "tools": ASKED["tools"][1:], "temperature": 0}
+    whole = taught.chat.completions.parse(**request).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    for call in whole.message.tool_calls:
+        assert isinstance(call.function.parsed_arguments, Add)
+    with taught.chat.completions.stream(**request) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    assert [call.function for call in streamed.message.tool_calls] == [
+        call.function for call in whole.message.tool_calls
+    ]
+    assert streamed.finish_reason == "tool_calls"
+
+
+def test_text_of_a_model_that_may_call(taught: openai.OpenAI):
+    messages: Any = [{"role": "user", "content": "Say hello."}]
+    choice = taught.chat.completions.create(**ASKED | {"messages": messages, "temperature": 0}).choices[0]
+    assert choice.message.content
+    assert choice.message.tool_calls is None
+    assert choice.finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_that_are_required(taught: openai.OpenAI, seed: int):
+    """As many as the model likes, unless one only is asked for."""
+    request = ASKED | {"tool_choice": "required", "temperature": 1.5, "max_tokens": 400}
+    several = taught.chat.completions.create(**request, seed=seed).choices[0]
+    single = taught.chat.completions.create(**request, seed=seed, parallel_tool_calls=False).choices[0]
+    for choice in (several, single):
+        assert choice.message.content is None
+        for call in choice.message.tool_calls[: None if choice.finish_reason == "tool_calls" else -1]:
+            MODELS[call.function.name].model_validate_json(call.function.arguments, strict=True)
+    assert len(single.message.tool_calls) == 1

@@ -43,7 +43,7 @@ async def prompt_of(service: Service, request: ChatRequest, tools: Tools | None)
         goes_on = last is not None and last.role == "assistant" and last.content is not None and not last.tool_calls
     messages = [_as_template_reads(message, template, format) for message in request.messages]
     if tools is not None:
-        told = tools.instructions(request.tool_prompt, shown=template.takes_tools)
+        told = tools.instructions(request.tool_prompt, format.calls, shown=template.takes_tools)
         for message in reversed(messages):
             if message["role"] != "assistant" and message["content"] is not None:
                 message["content"] = _with_text(message["content"], told)

@@ -12,11 +12,10 @@ import msgspec
 
 from tgi.core.errors import TOOL, VALIDATION, RequestError
 from tgi.router.arguments import UnenforceableError
-from tgi.router.formats import PLACE, Calls, Format, words
+from tgi.router.formats import PLACE, TGI, Calls, Format, words
 from tgi.router.grammar import UNSUPPORTED, Wish, grammar_of
 from tgi.router.lark import Lark
 from tgi.router.reply import MOST_CALLS
-from tgi.router.schema import enforced
 from tgi.router.wire.openai import ChatRequest, Function, ToolSelection
 
 TOOL_PROMPT = (
@@ -25,6 +24,9 @@ TOOL_PROMPT = (
     "name and its value}.Do not use variables.\n"
 )
 """TGI's words, for a model whose template has none of its own."""
+
+_IN_FORMAT = "\nTo call functions, write:\n{}\n"
+"""For one whose replies are read in a format of their own even so."""
 
 _OR_TEXT = "If no function helps, respond in plain text.\n"
 
@@ -57,11 +59,12 @@ class Tools:
         """The parameters of those that may be called, by their names."""
         return {function.name: function.schema or {} for function in self.usable}
 
-    def instructions(self, tool_prompt: str | None, *, shown: bool) -> str:
+    def instructions(self, tool_prompt: str | None, calls: Calls, *, shown: bool) -> str:
         """What the last message must say of the tools, which the template shows or not."""
         if shown:
             return f"\n---\n{tool_prompt}" if tool_prompt else ""
-        prompt = tool_prompt or (TOOL_PROMPT if self.required else TOOL_PROMPT + _OR_TEXT)
+        own = TOOL_PROMPT if calls is TGI else _IN_FORMAT.format(calls.spelled([("function", {"argument": "value"})]))
+        prompt = tool_prompt or (own if self.required else own + _OR_TEXT)
         return f"\n---\n{self.text}\n{prompt}"
 
     async def enforced(self, grammar: "ReplyGrammar", compile: Callable[[Wish], Awaitable[str]]) -> str:
@@ -79,7 +82,7 @@ class Tools:
         for function in self.usable:
             try:
                 schema = _schema(function) | {"x-guidance": {"lenient": function.strict is False}}
-                await compile(Wish("json_schema", enforced(schema)))
+                await compile(Wish("json_schema", msgspec.json.encode(schema).decode()))
                 await compile(Wish("llguidance", grammar.of(replace(self, allowed=[function.name]))))
             except RequestError as error:
                 raise _about(function, error.detail) from None
