@@ -142,6 +142,14 @@ def test_a_templates_calls_are_read_in_its_format(name: str) -> None:
     assert (parsed.text + parser.finish().text).strip() in ENDS
 
 
+def test_a_template_that_takes_arguments_for_a_string() -> None:
+    """DeepSeek's own do."""
+    source = "{% for call in messages[0].tool_calls %}{{ '```' + call['function']['arguments'] + '```' }}{% endfor %}"
+    call = {"function": {"name": "f", "arguments": {"a": "ö"}}}
+    text = ChatTemplate(source, {}).render([{"role": "assistant", "tool_calls": [call]}])
+    assert text == '```{"a": "ö"}```'
+
+
 def test_reasoning_closes_what_it_opens() -> None:
     for row in REASONING:
         parser = ReplyParser(Format(reasoning=row), {})

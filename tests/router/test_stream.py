@@ -268,6 +268,7 @@ def generation(tokenizer: Tokenizer, **fields: Any) -> Generation:
         "keep_stop": False,
         "stop_token_ids": [],
         "skip_special_tokens": True,
+        "shown": frozenset(),
         "prompt_logprobs": False,
         "cache_salt": b"",
         "priority": 0,

@@ -155,12 +155,28 @@ class ChatTemplate:
         reasoning = next((message[field] for field in REASONING_FIELDS if field in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [_addable(call) for call in calls]
         content = message.get("content")
         if isinstance(content, list) and not self._reads_parts:
             message["content"] = "".join(_part_text(part) for part in content)
         elif isinstance(content, str) and self._reads_parts and not self._asks_for_string:
             message["content"] = [{"type": "text", "text": content}]
         return message
+
+
+class _Arguments(dict[str, Any]):
+    """A call's arguments. Some templates take them for JSON in a string, and put it between others."""
+
+    def __radd__(self, before: str) -> str:
+        return before + _to_json(self)
+
+
+def _addable(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": _Arguments(function["arguments"])}}
 
 
 def _part_text(part: dict[str, Any]) -> str:

@@ -248,7 +248,8 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tool_prompt: str | None = None
     """Tells the model how to call a function, in place of TGI's own words."""
     parallel_tool_calls: bool | None = None
-    """true: several calls in one answer. Otherwise one at most: models that weren't taught to stop go on calling."""
+    """true: several calls in one answer; false: one at most. Left out, it is one of models that were taught no format
+    for calls: they go on calling."""
     functions: Any = None
     function_call: Any = None
     documents: list[Any] | None = None
