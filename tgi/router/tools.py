@@ -3,6 +3,7 @@
 Knows tools, formats and grammars; knows no token, template or dialect.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tgi.router.formats import PLACE, TGI, Calls, Format, words
 from tgi.router.grammar import UNSUPPORTED, Wish, grammar_of
 from tgi.router.lark import Lark
 from tgi.router.reply import MOST_CALLS
+from tgi.router.tokenizer import SHORT
 from tgi.router.wire.openai import ChatRequest, Function, ToolSelection
 
 TOOL_PROMPT = (
@@ -73,7 +75,8 @@ class Tools:
 
         ``compile`` raises RequestError for what the engine can't take.
         """
-        text = grammar.of(self)
+        short = len(self.text) <= SHORT
+        text = grammar.of(self) if short else await asyncio.to_thread(grammar.of, self)
         try:
             return await compile(Wish("llguidance", text))
         except RequestError as error:
