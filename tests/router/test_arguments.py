@@ -10,7 +10,8 @@ from llguidance import LLMatcher
 
 from tests.router.test_tools import model, offered
 from tgi.core.errors import RequestError
-from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Reader, Style, spelled
+from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Reader, Style
+from tgi.router.readers import spelled
 
 STYLES: Mapping[str, Style] = {
     "hermes": JSON,

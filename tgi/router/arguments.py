@@ -1,38 +1,24 @@
 """The styles in which models write the arguments of a call: how they are spelled, read piece by piece as JSON, and held
-to a JSON schema by a grammar.
-
-A style's reader is a generator that is sent one character after the other and puts out JSON; it returns with the last
-character of the arguments. So what it makes of them can't depend on how the text was cut. Knows JSON schemas; knows no
-format of calls and no request.
+to a JSON schema by a grammar. Knows JSON schemas; knows no format of calls and no request.
 """
 
 import json
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from tgi.core.errors import RequestError
 from tgi.router.lark import Lark
+from tgi.router.readers import DEEPEST, Bare, Literals, OddError, Put, Reading, plain, spelled
 from tgi.router.schema import enforced
 
 Schema = Mapping[str, Any]
-Reading = Generator[None, str, None]
-
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python's ``json.dumps`` writes it, which models have seen most of."""
 
-DEEPEST = 64
-"""Levels that a reader or a schema may have; what is deeper is no call."""
-
-_SPACE = " \t\r\n"
-
 _NOTES = frozenset("$comment $defs $id $schema default definitions deprecated description examples title".split())
 """Keywords that ask for nothing."""
-
-
-class OddError(Exception):
-    """The character that was sent can't stand there in this style."""
 
 
 class UnenforceableError(Exception):
@@ -51,7 +37,7 @@ class Style(Protocol):
     def spell(self, arguments: Mapping[str, Any]) -> str:
         """Arguments as the model would have written them."""
 
-    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
+    def read(self, put: Put, schema: Schema) -> Reading:
         """Read arguments from their first character to their last. Raises OddError."""
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
@@ -98,8 +84,7 @@ class Reader:
 
 
 class Json:
-    """The model's own characters, as they come, but for line ends and the like in strings, which it may have left as
-    they are."""
+    """As it is."""
 
     marks = ""
     begins = "{"
@@ -107,31 +92,11 @@ class Json:
     def spell(self, arguments: Mapping[str, Any]) -> str:
         return spelled(arguments)
 
-    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
-        depth, in_string, escaped = 0, False, False
-        while True:
-            character = yield
-            put(_inner(character) if in_string and character < " " else character)
-            if escaped:
-                escaped = False
-            elif in_string:
-                escaped = character == "\\"
-                in_string = character != '"'
-            elif character == '"':
-                in_string = True
-            elif character in "{[":
-                depth += 1
-            elif character in "}]":
-                depth -= 1
-                if depth == 0:
-                    return
+    def read(self, put: Put, schema: Schema) -> Reading:
+        return plain(put)
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
         return lark.json(_json_schema(schema, lenient))
-
-
-def spelled(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _json_schema(schema: Schema, lenient: bool, path: str = "$") -> str:
@@ -185,8 +150,10 @@ class Keyed:
         members = (f"{self.key[0]}{name}{self.key[1]}{self._spell(value)}" for name, value in arguments.items())
         return self.opens + self.separator.join(members) + self.closes
 
-    def read(self, put: Callable[[str], None], schema: Schema) -> Reading:
-        return _Raw(self, put, schema).read() if self.raw else _Literals(self, put).read()
+    def read(self, put: Put, schema: Schema) -> Reading:
+        if self.raw and self.quotes is not None:
+            return Bare(put, self.key, self.quotes[1], self.closes, schema).read()
+        return Literals(put, self.opens, self.key[1], self.closes, self.quotes).read()
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
         members = _Schema(self, lark, schema, lenient).members(schema, "$")
@@ -382,281 +349,3 @@ def _whole(pattern: str) -> str | None:
 
 
 _ANYTHING = r"(.|\n)*"
-
-
-class _Literals:
-    """Reads names and literals: Python's, JSON's, and Gemma's with its own quotation marks."""
-
-    def __init__(self, style: Keyed, put: Callable[[str], None]) -> None:
-        self._style = style
-        self._put = put
-        self._next = ""
-        """The character that is looked at."""
-
-    def read(self) -> Reading:
-        self._put("{")
-        for expected in self._style.opens:
-            yield from self._advance()
-            if self._next != expected:
-                raise OddError
-        yield from self._advance()
-        yield from self._members(self._style.closes, self._style.key[1], 0)
-
-    def _advance(self) -> Reading:
-        self._next = yield
-
-    def _space(self) -> Reading:
-        while self._next in _SPACE:
-            self._next = yield
-
-    def _members(self, closes: str, colon: str, depth: int) -> Reading:
-        """``name colon value, …`` up to ``closes``, at which it stops looking, as JSON without the first brace."""
-        first = True
-        yield from self._space()
-        while self._next != closes:
-            if not first:
-                if self._next != ",":
-                    raise OddError
-                yield from self._advance()
-                yield from self._space()
-                if self._next == closes:  # Python's last comma
-                    break
-            name = yield from self._name(colon)
-            self._put(f'{"" if first else ", "}"{name}": ')
-            yield from self._value(depth)
-            yield from self._space()
-            first = False
-        self._put("}")
-
-    def _name(self, colon: str) -> Generator[None, str, str]:
-        """As it stands in a JSON string."""
-        read: list[str] = []
-        if self._next in "\"'":
-            yield from self._quoted(self._next, read.append)
-            yield from self._space()
-        else:
-            while self._next != colon:
-                if self._next in "{}[](),":
-                    raise OddError
-                read.append(self._next)
-                yield from self._advance()
-            read = [_inner("".join(read).strip())]
-            if not read[0]:
-                raise OddError
-        if self._next != colon:
-            raise OddError
-        yield from self._advance()
-        yield from self._space()
-        return "".join(read)
-
-    def _value(self, depth: int) -> Reading:
-        """A value; afterwards the character behind it is looked at."""
-        if depth > DEEPEST:
-            raise OddError
-        marks = self._style.quotes
-        if marks is not None and self._next == marks[0][0]:
-            yield from self._marked(marks)
-        elif self._next in "\"'":
-            self._put('"')
-            yield from self._quoted(self._next, self._put)
-            self._put('"')
-        elif self._next == "{":
-            self._put("{")
-            yield from self._advance()
-            yield from self._members("}", ":", depth + 1)
-            yield from self._advance()
-        elif self._next == "[":
-            yield from self._list(depth)
-        else:
-            yield from self._word()
-
-    def _list(self, depth: int) -> Reading:
-        self._put("[")
-        yield from self._advance()
-        yield from self._space()
-        first = True
-        while self._next != "]":
-            if not first:
-                if self._next != ",":
-                    raise OddError
-                yield from self._advance()
-                yield from self._space()
-                if self._next == "]":
-                    break
-                self._put(", ")
-            yield from self._value(depth + 1)
-            yield from self._space()
-            first = False
-        self._put("]")
-        yield from self._advance()
-
-    def _quoted(self, quote: str, put: Callable[[str], None]) -> Reading:
-        """Put out what a quotation mark ends, as it stands in a JSON string."""
-        while (character := (yield)) != quote:
-            if character != "\\":
-                put(_inner(character))
-                continue
-            character = yield
-            if character in "uxU":
-                code = ""
-                for _ in range({"x": 2, "u": 4, "U": 8}[character]):
-                    code += yield
-                put(_unicode(code))
-            else:
-                put(_inner(_ESCAPES.get(character, character)))
-        yield from self._advance()
-
-    def _marked(self, marks: tuple[str, str]) -> Reading:
-        opens, closes = marks
-        for expected in opens[1:]:
-            if (yield) != expected:
-                raise OddError
-        self._put('"')
-        yield from _upto((closes,), lambda text: self._put(_inner(text)))
-        self._put('"')
-        yield from self._advance()
-
-    def _word(self) -> Reading:
-        word = ""
-        while self._next not in ",)]}" + _SPACE:
-            if len(word) == _LONGEST_WORD or self._next in "([{\"'":
-                raise OddError
-            word += self._next
-            yield from self._advance()
-        if word in _PYTHON:
-            word = spelled(_PYTHON[word])
-        elif not _is_json(word):
-            if not word:
-                raise OddError
-            word = spelled(word)  # a string whose quotation marks were forgotten
-        self._put(word)
-
-
-class _Raw:
-    """Reads names and values that end at marks, and whose types the schema knows."""
-
-    def __init__(self, style: Keyed, put: Callable[[str], None], schema: Schema) -> None:
-        self._style = style
-        self._put = put
-        self._schema = schema
-
-    def read(self) -> Reading:
-        style = self._style
-        before, closes = style.key[0], style.closes.strip()
-        ends = (style.quotes or ("", ""))[1]
-        # Models leave out line ends, or write more of them.
-        named, *behind = style.key[1].split("\n")
-        skipped, marks = "\n" if behind == [""] else "", tuple({ends: None, ends.strip(): None})
-        self._put("{")
-        separator = ""
-        while (yield from _one_of((before, closes))) == before:
-            name: list[str] = []
-            yield from _upto((named,), name.append)
-            for mark in filter(None, behind):
-                yield from _one_of((mark,))
-            self._put(f"{separator}{spelled(''.join(name))}: ")
-            separator = ", "
-            if self._is_text("".join(name)):
-                self._put('"')
-                yield from _upto(marks, lambda piece: self._put(_inner(piece)), skipped)
-                self._put('"')
-            else:
-                text = yield from self._json(marks, skipped)
-                self._put(text.strip() if _is_json(text) else spelled(_PYTHON.get(text.strip(), text)))
-        self._put("}")
-
-    def _json(self, marks: tuple[str, ...], skipped: str) -> Generator[None, str, str]:
-        """A value, which a mark in one of its strings doesn't end."""
-        whole, within = "", False
-        while True:
-            read: list[str] = []
-            mark = yield from _upto(marks, read.append, "" if whole else skipped)
-            part = "".join(read)
-            within ^= sum(found == '"' for found in _QUOTES.findall(part)) % 2 == 1
-            whole += part
-            if not (within and whole.lstrip()[:1] in ("{", "[", '"')):
-                return whole
-            whole += mark
-
-    def _is_text(self, name: str) -> bool:
-        properties = self._schema.get("properties")
-        schema = properties.get(name) if isinstance(properties, dict) else None
-        if not isinstance(schema, dict):
-            return False
-        choices = schema.get("enum", [schema.get("const")])
-        return schema.get("type") == "string" or (
-            isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-        )
-
-
-def _one_of(marks: tuple[str, ...]) -> Generator[None, str, str]:
-    """Skip white space, and then one of these, none of which begins another."""
-    read = ""
-    while read not in marks:
-        character = yield
-        if read or character not in _SPACE:
-            read += character
-            if not any(mark.startswith(read) for mark in marks):
-                raise OddError
-    return read
-
-
-_QUOTES = re.compile(r'\\.|"', re.DOTALL)
-
-
-def _upto(marks: tuple[str, ...], put: Callable[[str], None], skipped: str = "") -> Generator[None, str, str]:
-    """Put out what stands before the first of these marks, as soon as it can't be a mark; without what is to be skipped
-    at the beginning. Returns the mark; of those that end together the first counts."""
-    firsts = {mark[0] for mark in marks}
-    longest = max(map(len, marks))
-    held = yield
-    held = held.removeprefix(skipped)
-    while True:
-        if (mark := next(filter(held.endswith, marks), None)) is not None:
-            put(held[: -len(mark)])
-            return mark
-        # Never more is held than the beginning of a mark.
-        keep = 0
-        if len(held) > 1 or held in firsts:
-            sizes = range(min(len(held), longest - 1), 0, -1)
-            keep = next((size for size in sizes if any(mark.startswith(held[-size:]) for mark in marks)), 0)
-        if keep < len(held):
-            put(held[: len(held) - keep])
-            held = held[len(held) - keep :]
-        held += yield
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-_PYTHON = {"True": True, "False": False, "None": None}
-
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
-
-_LONGEST_WORD = 400
-"""Characters of a number."""
-
-
-def _inner(text: str) -> str:
-    """Text as it stands in a JSON string."""
-    return spelled(text)[1:-1]
-
-
-def _unicode(code: str) -> str:
-    """An escape's hexadecimal digits as they stand in a JSON string; halves of a pair stay what they are."""
-    try:
-        number = int(code, 16)
-    except ValueError:
-        raise OddError from None
-    if 0xD800 <= number < 0xE000:
-        return f"\\u{number:04x}"
-    return _inner(chr(number)) if number < 0x110000 else "\\ufffd"
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Style, spelled
+from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Style
+from tgi.router.readers import spelled
 
 PLACE = "#"
 """In a ``head`` or ``middle``: which call of its reply it is, from 0. Models may count all calls of a conversation."""
