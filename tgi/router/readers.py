@@ -1,7 +1,7 @@
 """Arguments of calls as models write them, read as JSON, one character after the other.
 
 A reading is a generator that is sent characters and puts out JSON; it returns with the last character of the arguments.
-So what it makes of them can't depend on how the text was cut. Knows JSON schemas; knows no style and no format of calls.
+So what it makes of them can't depend on how the text was cut. Knows JSON schemas; knows no style and no format.
 """
 
 import json
