@@ -22,7 +22,9 @@ INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 
 
 def judged(schema: dict[str, Any]) -> Verdict:
-    return tried(TOKENIZER, Wish("json_schema", enforced(schema)))
+    verdict = tried(TOKENIZER, Wish("json_schema", json.dumps(schema)))
+    assert verdict is not None
+    return verdict
 
 
 def accepted(schema: dict[str, Any], *texts: str) -> list[str]:
@@ -217,7 +219,7 @@ def test_whatever_has_a_say_is_looked_at(schema: dict[str, Any], path: str):
 )
 def test_where_llguidance_finds_fault(schema: dict[str, Any], path: str):
     verdict = judged(schema)
-    assert verdict.error and verdict.path == path
+    assert verdict.error.endswith(f" at `{path}`")
 
 
 def test_schemas_that_only_a_search_would_find_fault_with_are_refused_in_time():
@@ -226,7 +228,7 @@ def test_schemas_that_only_a_search_would_find_fault_with_are_refused_in_time():
         **{f"p{n}": object_(**{f"q{n}": {"pattern": "^[a-z]{1,900}$"} for n in range(30)}) for n in range(60)}
     )
     verdict = judged(wide | {"required": ["z"], "additionalProperties": {"not": {}}})
-    assert verdict.error == 'Unimplemented keys: ["not"]'
+    assert 'Unimplemented keys: ["not"]' in verdict.error
 
 
 @pytest.mark.parametrize(

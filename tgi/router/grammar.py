@@ -3,18 +3,22 @@ tries grammars; loads neither llguidance nor a tokenizer.
 """
 
 import asyncio
-import re
+import contextlib
+import itertools
+import sys
 from collections import OrderedDict
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import PriorityQueue
+from threading import Thread
 from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET
 
 from tgi.core.errors import VALIDATION, RequestError
-from tgi.router.schema import INVALID, UNENFORCEABLE, enforced
+from tgi.router.schema import INVALID
 from tgi.router.wire.base import Unreadable, check_keys
 from tgi.router.wire.grammar import (
     ChoiceGrammar,
@@ -32,8 +36,8 @@ from tgi.router.worker import LostError, Worker
 LONGEST = 1 << 18
 """Characters of a grammar."""
 
-REMEMBERED = 1 << 22
-"""Characters of the grammars whose verdict is kept."""
+REMEMBERED = 1 << 24
+"""Bytes of the verdicts that are kept."""
 
 EXHAUSTED = "it takes too much time or memory"
 UNSUPPORTED = "grammar is not supported"
@@ -48,13 +52,19 @@ class Wish(msgspec.Struct, frozen=True, array_like=True):
     """Lark in which ``@answer`` stands for what is wished; without it, that is all."""
 
 
+class Question(msgspec.Struct, frozen=True, array_like=True):
+    """What the process that tries grammars is asked."""
+
+    wish: Wish
+    patient: bool
+    """It may take long."""
+
+
 class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """A grammar as the engine takes it, or what is wrong with it, in one line."""
 
     grammar: str = ""
     error: str = ""
-    path: str = "$"
-    """Of the part of a JSON schema that is wrong."""
 
 
 def grammar_of(request: OpenAIRequest) -> Grammar | None:
@@ -113,7 +123,10 @@ def wish_of(grammar: Grammar) -> Wish:
     """Raises RequestError for what can be seen to be wrong without llguidance."""
     match grammar:
         case JsonGrammar() | JsonObjectGrammar() | JsonSchemaGrammar():
-            return Wish("json_schema", enforced(_schema(grammar)))
+            try:
+                return Wish("json_schema", msgspec.json.encode(_schema(grammar)).decode())
+            except RecursionError:
+                raise _invalid(f"{INVALID}it is nested too deeply") from None
         case RegexGrammar(value=value):
             return Wish("regex", value)
         case ChoiceGrammar(value=value):
@@ -166,60 +179,98 @@ def _parsed(value: Any) -> Any:
 
 class Grammars:
     """Judges the grammars for one model: at once those judged before, the others one by one, off the event loop, in a
-    process that is started for the first."""
+    process that is started for the first. What takes long goes behind all that may not."""
 
     def __init__(self, folder: Path, config_path: str | None, end_ids: Collection[int]) -> None:
         """``folder`` and ``config_path`` of the vocabulary; ``end_ids``: the model's end tokens."""
         self._worker = Worker("tgi.router.trial", str(folder), config_path or "", *map(str, sorted(end_ids)))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._trials: PriorityQueue[_Trial] = PriorityQueue()
+        self._thread: Thread | None = None
+        self._numbers = itertools.count()
+        self._awaited: dict[Wish, asyncio.Future[Verdict]] = {}
+        """What is being tried, or will be."""
         self._verdicts: OrderedDict[Wish, Verdict] = OrderedDict()
         """Least recently used first."""
         self._remembered = 0
 
     async def compile(self, wish: Wish) -> str:
         """The grammar as the engine takes it. Raises RequestError for one that can't be enforced, in full."""
-        if len(wish.text) > LONGEST:
-            raise _invalid(f"{INVALID}it has {len(wish.text)} characters, and {LONGEST} are allowed")
+        if (length := len(wish.text) + len(wish.frame)) > LONGEST:
+            raise _invalid(f"{INVALID}it has {length} characters, and {LONGEST} are allowed")
         verdict = self._verdicts.get(wish)
         if verdict is None:
-            verdict = await asyncio.get_running_loop().run_in_executor(self._thread, self._try, wish)
-            self._remember(wish, verdict)
+            awaited = self._awaited.get(wish) or self._begin(wish)
+            try:
+                verdict = await asyncio.shield(awaited)  # others may wait for it, too
+            except LostError:  # for the second time; that is no verdict to remember
+                raise _invalid(INVALID + EXHAUSTED) from None
         else:
             self._verdicts.move_to_end(wish)
         if verdict.error:
-            raise _invalid(_explained(wish, verdict))
+            raise _invalid(verdict.error)
         return verdict.grammar
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._trials.put(_Trial(_END, 0))
+            self._thread.join()
         self._worker.end()
 
-    def _remember(self, wish: Wish, verdict: Verdict) -> None:
-        if wish not in self._verdicts:
-            self._verdicts[wish] = verdict
-            self._remembered += len(wish.text)
+    def _begin(self, wish: Wish) -> "asyncio.Future[Verdict]":
+        loop = asyncio.get_running_loop()
+        awaited = self._awaited[wish] = loop.create_future()
+        self._trials.put(_Trial(_QUICK, next(self._numbers), wish, loop))
+        if self._thread is None:
+            self._thread = Thread(target=self._run, name="grammars", daemon=True)
+            self._thread.start()
+        return awaited
+
+    def _run(self) -> None:
+        """The thread: try what waits."""
+        while (trial := self._trials.get()).wish is not None and trial.loop is not None:
+            outcome: Verdict | Exception | None
+            try:
+                outcome = self._try(trial.wish, patient=trial.turn == _SLOW)
+            except Exception as error:  # whoever waits is to hear of it
+                outcome = error
+            if outcome is None:
+                self._trials.put(replace(trial, turn=_SLOW))
+                continue
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                trial.loop.call_soon_threadsafe(self._settle, trial.wish, outcome)
+
+    def _try(self, wish: Wish, *, patient: bool) -> Verdict | None:
+        answer = self._worker.ask(msgspec.msgpack.encode(Question(wish, patient)))
+        return msgspec.msgpack.decode(answer, type=Verdict | None)
+
+    def _settle(self, wish: Wish, outcome: Verdict | Exception) -> None:
+        awaited = self._awaited.pop(wish)
+        if isinstance(outcome, Exception):
+            awaited.set_exception(outcome)
+            return
+        awaited.set_result(outcome)
+        self._verdicts[wish] = outcome
+        self._remembered += _size(wish, outcome)
         while self._remembered > REMEMBERED:
-            oldest, _ = self._verdicts.popitem(last=False)
-            self._remembered -= len(oldest.text)
-
-    def _try(self, wish: Wish) -> Verdict:
-        try:
-            answer = self._worker.ask(msgspec.msgpack.encode(wish))
-        except LostError:  # for the second time; that is no verdict to remember
-            raise _invalid(INVALID + EXHAUSTED) from None
-        return msgspec.msgpack.decode(answer, type=Verdict)
+            self._remembered -= _size(*self._verdicts.popitem(last=False))
 
 
-_MALFORMED = re.compile(r"Invalid type: |Expected |.*\bmust be an? ")
-"""How llguidance's messages on what is no JSON schema at all begin; the others are on what it can't enforce."""
+_END, _QUICK, _SLOW = range(3)
 
 
-def _explained(wish: Wish, verdict: Verdict) -> str:
-    """TGI's words, llguidance's reason, and the place in the schema."""
-    if wish.format != "json_schema":
-        return INVALID + verdict.error
-    words = INVALID if _MALFORMED.match(verdict.error) else UNENFORCEABLE
-    return f"{words}{verdict.error} at `{verdict.path}`"
+@dataclass(frozen=True, slots=True, order=True)
+class _Trial:
+    """A grammar that waits to be tried."""
+
+    turn: int
+    number: int
+    wish: Wish | None = field(default=None, compare=False)
+    loop: asyncio.AbstractEventLoop | None = field(default=None, compare=False)
+
+
+def _size(wish: Wish, verdict: Verdict) -> int:
+    """Bytes that a verdict takes to remember, roughly."""
+    return 1000 + sum(map(sys.getsizeof, (wish.text, wish.frame, verdict.grammar, verdict.error)))
 
 
 def _invalid(detail: str) -> RequestError:

@@ -4,13 +4,15 @@ so that no grammar, whatever it does to llguidance, harms the router or the engi
 Is asked wishes and answers verdicts, as ``worker`` has it. Knows llguidance; knows no request.
 """
 
-import json
 import os
 import random
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
@@ -18,13 +20,17 @@ from llguidance import LLMatcher, LLTokenizer
 from tgi.core.errors import RequestError
 from tgi.core.grammar import GrammarError, check, load_tokenizer, spells_all, start
 from tgi.core.vocabulary import Vocabulary
-from tgi.router.freeform import lark_of
-from tgi.router.grammar import EXHAUSTED, Verdict, Wish
-from tgi.router.schema import Place, children, path, pointer
+from tgi.router.grammar import EXHAUSTED, Question, Verdict, Wish
+from tgi.router.schema import INVALID, UNENFORCEABLE, Place, children, enforced, path, pointer
+from tgi.router.spelling import composed
 from tgi.router.worker import bound, serve
 
-SECONDS = 1
-"""Of processor time. Usual grammars take a few thousandths of it."""
+Answer = TypeVar("Answer")
+
+QUICK = 0.05
+"""Seconds of processor time at first. Usual grammars take a few thousandths."""
+PATIENT = 1.0
+"""When no other grammar waits."""
 MEMORY = 1 << 28
 """Bytes that a grammar may add to the process."""
 STACK = 1 << 22
@@ -33,34 +39,71 @@ WALKS = 4
 """Ways that are tried: one may lead out of the grammar at once, as ``{}`` does."""
 STEPS = 4
 """Tokens of each: grammars that are too complex mostly show it at once."""
-SEARCH = 0.5
-"""Of it for finding what is wrong."""
 WALK = 0.1
 """Seconds of processor time for these tokens: masks that take longer would hold up all the engine's requests."""
 
+_MALFORMED = re.compile(r"Invalid type: |Expected |.*\bmust be an? ")
+"""How llguidance's messages on what is no JSON schema at all begin; the others are on what it can't enforce."""
 
-def judge(tokenizer: LLTokenizer, wish: Wish, *, forcing: bool = True) -> Verdict:
-    """Compile a grammar, and look whether tokens can follow it. ``forcing``: see ``composed``."""
+
+class LateError(Exception):
+    """Work in a fork has taken its time."""
+
+
+class DeadError(Exception):
+    """Work in a fork has taken more memory or stack than there is for it."""
+
+
+class Outcome(msgspec.Struct):
+    """A verdict, or llguidance's reason against a schema, of which the place is to be found."""
+
+    verdict: Verdict = Verdict()
+    reason: str = ""
+
+
+def tried(tokenizer: LLTokenizer, wish: Wish, *, patient: bool = True, forcing: bool = True) -> Verdict | None:
+    """What comes of a grammar; None if it takes longer than the impatient wait. ``forcing``: see ``composed``."""
+    seconds = PATIENT if patient else QUICK
+    words = UNENFORCEABLE if wish.format == "json_schema" else INVALID
+    try:
+        outcome = _apart(lambda: _judge(tokenizer, wish, forcing), Outcome, seconds)
+    except LateError:
+        return Verdict(error=words + EXHAUSTED) if patient else None
+    except DeadError:
+        return Verdict(error=words + EXHAUSTED)
+    if not (reason := outcome.reason):
+        return outcome.verdict
+    try:
+        place = _apart(lambda: _place(tokenizer, wish, reason, seconds / 2), str, seconds)
+    except (LateError, DeadError):
+        place = path(())
+    return Verdict(error=f"{INVALID if _MALFORMED.match(reason) else words}{reason} at `{place}`")
+
+
+def _judge(tokenizer: LLTokenizer, wish: Wish, forcing: bool) -> Outcome:
+    """Compile a grammar, and look whether tokens can follow it."""
     try:
         grammar = composed(wish, forcing=forcing)
-    except (RecursionError, RequestError, ValueError) as failure:
-        reason = failure.detail if isinstance(failure, RequestError) else str(failure)
-        return Verdict(error=" ".join(reason.split()))
-    error = _error(tokenizer, grammar)
-    return Verdict(grammar) if error is None else Verdict(error=error)
+    except RequestError as error:
+        return Outcome(Verdict(error=error.detail))
+    except (RecursionError, ValueError) as error:
+        return Outcome(Verdict(error=INVALID + " ".join(str(error).split())))
+    reason = _fault(tokenizer, grammar)
+    if reason is None:
+        return Outcome(Verdict(grammar))
+    return Outcome(reason=reason) if wish.format == "json_schema" else Outcome(Verdict(error=INVALID + reason))
 
 
-def locate(tokenizer: LLTokenizer, wish: Wish, error: str) -> str:
-    """The path of the innermost part of a JSON schema that by itself has this error, as far as it is found in time."""
-    schema = msgspec.json.decode(wish.text)
-    guidance = schema.pop("x-guidance", {})
+def _place(tokenizer: LLTokenizer, wish: Wish, reason: str, seconds: float) -> str:
+    """The path of the innermost part of a JSON schema that by itself has this fault, as far as it is found in time."""
+    schema = msgspec.json.decode(enforced(msgspec.json.decode(wish.text)))
+    beside = {"$defs": {"schema": schema}, "x-guidance": schema.pop("x-guidance")}
     schema.setdefault("$id", "tgi:schema")  # by which the parts refer to one another wherever it lies
 
     def wrong(place: Place) -> bool:
-        reference = f"{schema['$id']}#{pointer(place)}"
-        part = {"$ref": reference, "$defs": {"schema": schema}, "x-guidance": guidance}
-        wish = Wish("json_schema", msgspec.json.encode(part).decode())
-        return time.process_time() < SEARCH and _error(tokenizer, composed(wish)) == error
+        part = msgspec.json.encode({"$ref": f"{schema['$id']}#{pointer(place)}", **beside}).decode()
+        fault = _fault(tokenizer, LLMatcher.grammar_from_json_schema(part))
+        return fault == reason and time.process_time() < seconds
 
     place: Place = ()
     part = schema
@@ -69,7 +112,7 @@ def locate(tokenizer: LLTokenizer, wish: Wish, error: str) -> str:
     return path(place)
 
 
-def _error(tokenizer: LLTokenizer, grammar: str) -> str | None:
+def _fault(tokenizer: LLTokenizer, grammar: str) -> str | None:
     try:
         fresh = start(tokenizer, grammar)
         for seed in range(WALKS):
@@ -77,52 +120,6 @@ def _error(tokenizer: LLTokenizer, grammar: str) -> str | None:
     except GrammarError as error:
         return str(error).partition(" while processing ")[0]  # a URI of llguidance's own
     return None
-
-
-class Part(msgspec.Struct):
-    """One of the grammars that make up one; the first is where a text begins."""
-
-    name: str | None = None
-    lark_grammar: str | None = None
-    json_schema: msgspec.Raw | None = None
-
-
-class Parts(msgspec.Struct):
-    grammars: list[Part]
-
-
-def composed(wish: Wish, *, forcing: bool = True) -> str:
-    """The grammar as llguidance reads it. Raises ValueError for what is no grammar.
-
-    ``forcing``: where all that can follow is one text, its tokens are the tokenizer's. Not for vocabularies that don't
-    spell every text: there the tokens of a longer text may do what those of the one can't.
-    """
-    text = wish.text
-    if wish.format == "llguidance" and not wish.frame and forcing:
-        return text
-    match wish.format:
-        case "json_schema":
-            parts = [Part(json_schema=msgspec.Raw(text.encode()))]
-        case "regex":
-            parts = msgspec.json.decode(LLMatcher.grammar_from_regex(text), type=Parts).grammars
-        case "choice":
-            # As one terminal: of alternatives in a rule there can be 2000.
-            options = " | ".join(map(json.dumps, msgspec.json.decode(text, type=list[str])))
-            parts = [Part(lark_grammar=f"start: CHOICE\nCHOICE: {options}")]
-        case "grammar":
-            parts = [Part(lark_grammar=lark_of(text))]
-        case "llguidance" if text.startswith("{"):
-            parts = msgspec.json.decode(text, type=Parts).grammars
-        case "llguidance":
-            parts = [Part(lark_grammar=text)]
-    if wish.frame:
-        parts[0].name = "answer"
-        parts.insert(0, Part("frame", wish.frame))
-    if not forcing:
-        first = parts[0]
-        lark = first.lark_grammar or f"start: %json {bytes(first.json_schema or b'{}').decode()}"
-        parts[0] = Part(first.name, f'%llguidance {{"no_forcing": true}}\n{lark}')
-    return msgspec.json.encode(Parts(parts)).decode()
 
 
 def _walk(matcher: LLMatcher, chance: random.Random) -> None:
@@ -140,14 +137,15 @@ def _walk(matcher: LLMatcher, chance: random.Random) -> None:
             return
 
 
-def _apart(work: Callable[[], msgspec.Struct | str]) -> bytes:
-    """What comes of work in a fork, in MessagePack; nothing if it was too much."""
+def _apart(work: Callable[[], Answer], kind: type[Answer], seconds: float) -> Answer:
+    """What comes of work in a fork, within so much processor time. Raises LateError, DeadError."""
     source, sink = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # it dies without a word
-            bound(MEMORY, cpu=SECONDS, stack=STACK)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            bound(MEMORY, stack=STACK)
             with os.fdopen(sink, "wb") as stream:
                 stream.write(msgspec.msgpack.encode(work()))
             os._exit(0)
@@ -157,35 +155,29 @@ def _apart(work: Callable[[], msgspec.Struct | str]) -> bytes:
     with os.fdopen(source, "rb") as stream:
         answer = stream.read()
     _, status = os.waitpid(child, 0)
-    return answer if status == 0 else b""
-
-
-def tried(tokenizer: LLTokenizer, wish: Wish, *, forcing: bool = True) -> Verdict:
-    """``judge`` and ``locate``, each in a fork."""
-    answer = _apart(lambda: judge(tokenizer, wish, forcing=forcing))
-    if not answer:
-        return Verdict(error=EXHAUSTED)
-    verdict = msgspec.msgpack.decode(answer, type=Verdict)
-    if verdict.error and wish.format == "json_schema":
-        place = _apart(lambda: locate(tokenizer, wish, verdict.error))
-        if place:
-            verdict = msgspec.structs.replace(verdict, path=msgspec.msgpack.decode(place, type=str))
-    return verdict
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        raise LateError
+    if status != 0:
+        raise DeadError
+    return msgspec.msgpack.decode(answer, type=kind)
 
 
 def main(folder: str, config_path: str, *end_ids: str) -> None:
     """The process: ``python -m tgi.router.trial MODEL_FOLDER TOKENIZER_CONFIG|"" [END_TOKEN_ID …]``."""
+    os.nice(10)  # the engine's steps go first
     vocabulary = Vocabulary.load(Path(folder), Path(config_path) if config_path else None)
     error, tokenizer, forcing = "", None, False
     try:
         tokenizer = load_tokenizer(vocabulary, vocabulary.size, [int(id) for id in end_ids])
         forcing = spells_all(tokenizer)
     except GrammarError as failure:
-        error = str(failure)
+        error = INVALID + str(failure)
 
-    def answer(question: bytes) -> bytes:
-        wish = msgspec.msgpack.decode(question, type=Wish)
-        verdict = Verdict(error=error) if tokenizer is None else tried(tokenizer, wish, forcing=forcing)
+    def answer(message: bytes) -> bytes:
+        question = msgspec.msgpack.decode(message, type=Question)
+        verdict: Verdict | None = Verdict(error=error)
+        if tokenizer is not None:
+            verdict = tried(tokenizer, question.wish, patient=question.patient, forcing=forcing)
         return msgspec.msgpack.encode(verdict)
 
     serve(answer)
