@@ -44,8 +44,9 @@ TYPES = {
     "tgi_batch_concat": "counter",
     "tgi_batch_concat_duration": "histogram",
     "tgi_batch_preempted": "counter",
+    "tgi_grammar_forced_tokens": "counter",
 }
-"""TGI's and four of ours: time to the first token and between tokens, cached tokens, preemptions."""
+"""TGI's and five of ours: time to the first token and between tokens, cached tokens, preemptions, forced tokens."""
 
 
 @pytest.fixture
@@ -164,6 +165,7 @@ def test_steps() -> None:
             admitted=2,
             planning=0.125,
             preempted=1,
+            forced=7,
         )
     )
     metrics.stepped(StepStats(decode_rows=5, duration=0.5, forward=0.5, running=4, batch_tokens=64))
@@ -182,6 +184,7 @@ def test_steps() -> None:
     assert lines['tgi_batch_concat_duration_sum{method="decode"}'] == 0.125
     assert lines['tgi_batch_concat_duration_count{method="decode"}'] == 1
     assert lines["tgi_batch_preempted"] == 1
+    assert lines["tgi_grammar_forced_tokens"] == 7
     assert lines["tgi_batch_current_size"] == 4.0
     assert lines["tgi_batch_current_max_tokens"] == 64.0
     metrics.stepped(StepStats())

@@ -153,7 +153,7 @@ class StepStats(msgspec.Struct, array_like=True, frozen=True):
     masks: float = 0.0
     """Seconds, of those of ``sample``, in which the step waited for grammars."""
     forced: int = 0
-    """Tokens of which a grammar left no choice, sent without having been drawn."""
+    """Tokens about which there was no choice, sent without having been drawn."""
 
 
 class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):

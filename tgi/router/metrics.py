@@ -77,6 +77,7 @@ TABLE = {
         SECONDS, "Time spent forming a batch that requests join while others run", "method", ("decode",)
     ),
     "tgi_batch_preempted": Row(COUNTER, "Times that a running request had to give up its cache and start again"),
+    "tgi_grammar_forced_tokens": Row(COUNTER, "Generated tokens that were the only ones possible, without steps"),
 }
 
 
@@ -198,6 +199,7 @@ class Metrics:
         self._count("tgi_batch_inference_count", method)
         self._count("tgi_batch_inference_success", method)
         self._count("tgi_batch_preempted", by=stats.preempted)
+        self._count("tgi_grammar_forced_tokens", by=stats.forced)
         self._observe("tgi_batch_inference_duration", stats.duration, method)
         self._observe("tgi_batch_forward_duration", stats.forward, method)
         self._observe("tgi_batch_decode_duration", stats.sample, method)
