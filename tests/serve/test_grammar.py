@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import re
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from tests import schemas
 from tests.serve.conftest import Server
 
 pytestmark = pytest.mark.real
@@ -52,6 +54,47 @@ def test_a_schema_holds_at_high_temperature(server: Server):
         check_city(answer["generated_text"])
         texts.add(answer["generated_text"])
     assert len(texts) == 4
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 200), marks=pytest.mark.long, id="the others of 200")]
+)
+def test_schemas_of_varied_features_hold_at_high_temperature(server: Server, seeds: range):
+    """Each until an answer comes to its end within 200 tokens, twice at most: the hotter, the longer strings are."""
+
+    async def ask(client: httpx.AsyncClient, turns: asyncio.Semaphore, seed: int) -> str:
+        chance = random.Random(seed)
+        async with turns:
+            while True:
+                schema = schemas.made(chance)
+                for temperature in (2.0, 1.0):
+                    parameters = {
+                        "grammar": {"type": "json", "value": schema | {"x-guidance": {"whitespace_flexible": False}}},
+                        "max_new_tokens": 200,
+                        "details": True,
+                        "do_sample": True,
+                        "temperature": temperature,
+                        "seed": chance.randrange(2**32),
+                    }
+                    body = {"inputs": PROMPT, "parameters": parameters}
+                    response = await client.post(f"{server.url}/generate", json=body)
+                    if response.status_code == 422:
+                        assert "nsatisfiable" in response.text, response.text
+                        break  # a schema may contradict itself
+                    answer = response.json()
+                    if answer["details"]["finish_reason"] == "eos_token":
+                        assert schemas.valid(schema, answer["generated_text"]), (schema, answer["generated_text"])
+                        return "valid"
+                    assert answer["details"]["finish_reason"] == "length"
+                else:
+                    return "long"
+
+    async def together() -> list[str]:
+        turns = asyncio.Semaphore(16)
+        async with httpx.AsyncClient(timeout=600) as client:
+            return await asyncio.gather(*(ask(client, turns, seed) for seed in seeds))
+
+    assert asyncio.run(together()).count("valid") > 0.6 * len(seeds)
 
 
 def test_with_and_without_a_grammar_each_is_as_alone(server: Server):

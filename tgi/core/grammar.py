@@ -21,7 +21,7 @@ def load_tokenizer(vocabulary: Vocabulary, width: int, end_ids: Sequence[int]) -
     """The tokens that grammars are about. ``width``: of the model's logits, which can be more or fewer than there are
     tokens. ``end_ids``: the tokens that a grammar allows where it may end.
 
-    The vocabulary is for nothing else any more: it reads special tokens as plain text.
+    From then on the vocabulary reads special tokens in texts as plain text.
     """
     ends = [id for id in end_ids if 0 <= id < width]
     if not ends:
@@ -49,14 +49,13 @@ class _Encoder:
     """One must be named; the tokenizer's own replace it."""
 
     def __init__(self, vocabulary: Vocabulary, width: int) -> None:
-        special = vocabulary.special_ids
+        self._special = special = vocabulary.special_ids
         tokens = [vocabulary.token_bytes(id) for id in range(min(width, vocabulary.size))]
         # No text has the byte 0xFF: llguidance marks special tokens with it.
         tokens = [b"" if token[:1] == b"\xff" and id not in special else token for id, token in enumerate(tokens)]
         self.tokens = tokens + [b""] * (width - len(tokens))
         self.special_token_ids = sorted(id for id in special if id < width)
         self.fallback: Callable[[str], list[int]] | None = None
-        self._plain = {id for id, token in enumerate(tokens) if token and id not in special}
         self._backend = vocabulary.backend
         self._leads = [(lead, self._encode(lead)) for lead in ("", "\n", "a")]
 
@@ -67,10 +66,14 @@ class _Encoder:
         for lead, before in self._leads:
             ids = self._encode(lead + text)
             rest = ids[len(before) :]
-            plain = ids[: len(before)] == before and self._plain.issuperset(rest)
-            if plain and b"".join(map(self.tokens.__getitem__, rest)) == text.encode():
+            if ids[: len(before)] == before and self._spelling(rest) == text.encode():
                 return rest
         return self.fallback(text)
+
+    def _spelling(self, ids: list[int]) -> bytes | None:
+        if any(id in self._special or id >= len(self.tokens) for id in ids):
+            return None
+        return b"".join(map(self.tokens.__getitem__, ids))
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

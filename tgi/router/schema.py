@@ -235,7 +235,7 @@ def _rewrite(part: dict[str, Any]) -> None:
     if isinstance(format := part.get("format"), str) and (instead := FORMATS.get(format)):
         del part["format"]
         before = part.get("allOf", [])
-        part["allOf"] = [*before, *instead] if isinstance(before, list) else before
+        part["allOf"] = [*before, *map(dict, instead)] if isinstance(before, list) else before
 
 
 def _problems(part: dict[str, Any]) -> Iterator[str]:

@@ -88,7 +88,7 @@ def _lark(text: str) -> str:
         at = found.end()
         if found["json"] or found["options"]:
             value, end = _JSON.raw_decode(text, at)
-            if found["options"] and (unknown := sorted(set(value) - _OPTIONS)):
+            if found["options"] and isinstance(value, dict) and (unknown := sorted(value.keys() - _OPTIONS)):
                 raise ValueError(f"`{unknown[0]}` is not supported in %llguidance")
             schema = {} if value is True else value
             parts.append(enforced(schema) if found["json"] and isinstance(schema, dict) else text[at:end])
