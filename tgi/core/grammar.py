@@ -9,8 +9,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from tgi.core.vocabulary import Vocabulary
 
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-"""llguidance's own bounds, but for the memory of one grammar: a state has 1 to 2 kB."""
+LIMITS = LLParserLimits(max_lexer_states=16_000, step_max_items=5_000, verbose_errors=False)
+"""llguidance's own bounds, but for the memory of one lexer, whose states have 1 kB each, and for the time of one mask:
+``e: e e`` takes 10 ms for so many items and 70 ms for twice as many; schemas of hundreds of optional fields need 2000."""
 
 
 class GrammarError(Exception):
