@@ -255,6 +255,20 @@ def test_an_error_that_a_new_matcher_does_not_mend_is_a_fault_at_once():
     assert [fault.message for fault in engine.faults] == ["grammar: parser error: too many items"]
 
 
+def test_with_its_new_matcher_a_request_comes_back_to_its_old_place():
+    engine = Shaken(max_running=1)
+    engine.grammars = {1: Grammar(5, share=0.0, lasting=10**9)}
+    engine.add(submit(1, [1, 2, 3], 4), matcher=Matcher(engine.grammars[1]))
+    for number in (2, 3):
+        engine.add(submit(number, [number], 4))
+    engine.step()
+    engine.often = 1.0
+    engine.step()
+    engine.often = 0.0
+    assert [request.submit.id for request in engine.scheduler.waiting] == [1, 2, 3]
+    engine.run()
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     """Random grammars, budgets, arrivals, breaking matchers, cancellations, and a cache that is too small."""

@@ -1,5 +1,6 @@
 """Grammars in the step loop: real llguidance and a real tokenizer, with a runner that draws from the masks alone."""
 
+import itertools
 import json
 import random
 import re
@@ -12,15 +13,17 @@ from typing import Any, cast
 
 import numpy
 import pytest
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from tests import small_tokenizers
 from tests.engine.fake_runner import FakeRunner
+from tgi.core.grammar import start
 from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, ToRouter
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.core.vocabulary import Vocabulary
 from tgi.engine.loop import Loop
 from tgi.engine.mailbox import Mailbox
+from tgi.engine.request import Request
 from tgi.engine.scheduler import Scheduler
 
 TOKENIZER = small_tokenizers.byte_level()
@@ -39,9 +42,11 @@ PERSON = LLMatcher.grammar_from_json_schema(
 
 
 class Runner(FakeRunner):
-    """Draws what the masks allow, by a hash of the tokens so far; without a mask always the same token."""
+    """Draws what the masks allow, by a hash of the tokens generated so far; without a mask always the same token."""
 
     vocab_size = 400  # the tokenizer has fewer
+    alike = True
+    """Whatever the prompt."""
 
     def sample(self, launched: Sequence[Work], masks: Masks | None = None) -> list[Sampled]:
         rows = [index for index, work in enumerate(launched) if work.samples and work.submit.sampling.grammar]
@@ -51,7 +56,7 @@ class Runner(FakeRunner):
             allowed = numpy.unpackbits(masks.bits, 1, self.vocab_size, "little")
             for row, index in zip(allowed, masks.rows, strict=True):
                 work = launched[index]
-                chance = random.Random(str(work.tokens[work.submit.prompt_length :]))
+                chance = random.Random(str(work.tokens[work.submit.prompt_length if self.alike else 0 :]))
                 drawn[index] = chance.choice([int(token) for token in row.nonzero()[0]])
         return [self.sampled(work, drawn[index]) for index, work in enumerate(launched)]
 
@@ -106,6 +111,10 @@ class Engine:
     @property
     def deltas(self) -> list[Delta]:
         return [delta for step in self.post.sent if isinstance(step, Step) for delta in step.deltas]
+
+    @property
+    def forced(self) -> int:
+        return sum(step.stats.forced for step in self.post.sent if isinstance(step, Step) and step.stats is not None)
 
     @property
     def faults(self) -> dict[int, str]:
@@ -211,6 +220,71 @@ def test_a_cut_answer_says_length_and_a_whole_one_does_not(tmp_path: Path):
     assert just[-1].finish == "eos_token"
 
 
+def test_forced_tokens_are_those_that_masks_would_force_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    grammars = [
+        PERSON,
+        PLATE,
+        LLMatcher.grammar_from_regex("the (quick brown fox|lazy dog) jumps[.!] Yes, it jumps\\."),
+    ]
+    submits = [submit(number, grammars[number % 3], min_tokens=number) for number in range(6)]
+    jumping = Engine(tmp_path)
+    jumped = jumping.run(*submits)
+    monkeypatch.setattr(Request, "_forced", lambda request: [])
+    walking = Engine(tmp_path)
+    walked = walking.run(*submits)
+    assert {n: ids(deltas) for n, deltas in jumped.items()} == {n: ids(deltas) for n, deltas in walked.items()}
+    saved = sum(len(deltas) for deltas in walked.values()) - sum(len(deltas) for deltas in jumped.values())
+    assert 0 < saved <= jumping.forced
+    assert walking.forced == 0
+
+
+@pytest.mark.parametrize(("new", "finish"), [(100, "eos_token"), (3, "length")])
+def test_what_can_only_be_said_in_one_way_takes_one_step(engine: Engine, new: int, finish: str):
+    grammar = LLMatcher.grammar_from_regex("the cat sat on the mat")
+    (deltas,) = engine.run(submit(1, grammar, new)).values()
+    assert [delta.finish for delta in deltas] == [finish]
+    assert "the cat sat on the mat".startswith(text(deltas))
+    assert (text(deltas) == "the cat sat on the mat") == (finish == "eos_token")
+
+
+def test_requests_that_share_a_lexer_go_on_when_together_they_ask_too_much_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    renewed = []
+    renews = Request.renews
+    monkeypatch.setattr(Request, "renews", lambda request, failure: renewed.append(failure) or renews(request, failure))
+    monkeypatch.setattr("tgi.core.grammar.LIMITS", LLParserLimits(max_lexer_states=1500, verbose_errors=False))
+    monkeypatch.setattr(Runner, "alike", False)
+    submits = [submit(number, LLMatcher.grammar_from_regex(r"(\w{1,30} ){1,30}x"), 40) for number in range(9)]
+    alone = {number: ids(deltas) for each in submits for number, deltas in Engine(tmp_path).run(each).items()}
+    assert not renewed
+    engine = Engine(tmp_path)
+    together = engine.run(*submits[:8])
+    assert renewed and all("too many states" in failure for failure in renewed)
+    renewed.clear()
+    later = engine.run(submits[8])
+    assert not renewed, "the full lexer isn't kept"
+    assert {number: ids(deltas) for number, deltas in (together | later).items()} == alone
+
+
+def test_compiled_grammars_are_kept_up_to_a_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, *others = (LLMatcher.grammar_from_regex(f"{name}[a-z]") for name in "abcd")
+    compiled = []
+
+    def counted(tokenizer: Any, grammar: str) -> LLMatcher:
+        compiled.append(grammar)
+        return start(tokenizer, grammar)
+
+    monkeypatch.setattr("tgi.core.grammar.start", counted)
+    monkeypatch.setattr("tgi.engine.grammar._KEPT", 3.5e9)
+    monkeypatch.setattr("tgi.engine.grammar._size", lambda seconds: 10**9)
+    engine = Engine(tmp_path)
+    number = itertools.count()
+    for grammar in (first, *others[:2], first, others[2], first, others[0]):
+        engine.run(submit(next(number), grammar))
+    assert compiled == [first, *others, others[0]], "the first was used again and again, the second least recently"
+
+
 def test_ignored_end_tokens_come_only_when_nothing_else_can(engine: Engine):
     answers = engine.run(submit(1, WORDS, 500, stops=()), submit(2, PLATE, 500, stops=()))
     assert len(text(answers[1]).split()) == 40
@@ -224,6 +298,13 @@ def test_min_tokens_keeps_the_end_away_until_nothing_else_can_follow(engine: Eng
     (short,) = engine.run(submit(9, PLATE, min_tokens=40)).values()
     assert re.fullmatch("[a-z]{3}-[0-9]{2}", text(short))
     assert short[-1].finish == "eos_token"
+
+
+def test_min_tokens_yields_where_every_way_is_a_stop_token(engine: Engine):
+    stops = TOKENIZER.encode("ab", add_special_tokens=False).ids
+    assert len(stops) == 2
+    (deltas,) = engine.run(submit(1, LLMatcher.grammar_from_regex("x[ab]"), min_tokens=9, stops=stops)).values()
+    assert text(deltas) in ("xa", "xb")
 
 
 def test_end_tokens_that_the_model_does_not_have_do_no_harm(engine: Engine):
