@@ -11,7 +11,10 @@ from tgi.core.vocabulary import Vocabulary
 
 LIMITS = LLParserLimits(max_lexer_states=16_000, step_max_items=5_000, verbose_errors=False)
 """llguidance's own bounds, but for the memory of one lexer, whose states have 1 kB each, and for the time of one mask:
-``e: e e`` takes 10 ms for so many items and 70 ms for twice as many; schemas of hundreds of optional fields need 2000."""
+``e: e e`` takes 10 ms for so many items and 70 ms for twice as many."""
+
+SCHEMA_LIMITS = LLParserLimits(max_lexer_states=16_000, step_max_items=20_000, verbose_errors=False)
+"""Schemas aren't ambiguous in that way: one of 500 optional fields looks at more than 5000 items in less than 1 ms."""
 
 
 class GrammarError(Exception):
@@ -82,7 +85,8 @@ class _Encoder:
 
 def start(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     """A matcher before the first token. llguidance's matchers never raise: they keep their error, see ``check``."""
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+    limits = LIMITS if '"lark_grammar"' in grammar else SCHEMA_LIMITS
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     check(matcher)
     return matcher
 

@@ -26,7 +26,7 @@ _OPTIONS = {"allow_initial_skip", "no_forcing"}
 _JSON = json.JSONDecoder()
 
 
-class Part(msgspec.Struct):
+class Part(msgspec.Struct, omit_defaults=True):
     """One of the grammars that make up one; the first is where a text begins."""
 
     name: str | None = None
