@@ -141,6 +141,40 @@ def test_logprobs_are_the_models_own_and_what_is_forced_shows_in_them(server: Se
     assert first["logprob"] < free["details"]["tokens"][0]["logprob"] < 0
 
 
+def test_what_is_forced_takes_no_steps_and_has_the_models_own_logprobs(server: Server):
+    names = ["the_first_name_of_the_person", "whether_the_person_lives_in_town", "the_person's_favourite_colour"]
+    kinds: list[Any] = [{"type": "string", "maxLength": 8}, {"type": "boolean"}, {"enum": ["red", "green", "blue"]}]
+    schema = {
+        "type": "object",
+        "properties": dict(zip(names, kinds, strict=True)),
+        "required": names,
+        "additionalProperties": False,
+    }
+
+    def counted() -> tuple[int, int]:
+        lines = (line.rpartition(" ") for line in httpx.get(f"{server.url}/metrics").text.splitlines())
+        found = {name: float(value) for name, _, value in lines if not name.startswith("#")}
+        steps = sum(found[f'tgi_batch_inference_count{{method="{method}"}}'] for method in ("prefill", "decode"))
+        return int(steps), int(found["tgi_grammar_forced_tokens"])
+
+    steps, forced = counted()
+    asked: dict[str, Any] = {"grammar": {"type": "json", "value": schema}, "top_n_tokens": 2, "seed": 3, **HOT}
+    details = generate(server, decoder_input_details=True, **asked)["details"]
+    tokens = details["tokens"]
+    after = counted()
+    steps, forced = after[0] - steps, after[1] - forced
+    assert steps < len(tokens) / 2
+    assert steps + forced - len(tokens) in (0, 1), "a step for each token, and one where the last is forced"
+    ids = [token["id"] for token in details["prefill"] + tokens]
+    body = {"model": "tgi", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 2}
+    choice = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).raise_for_status().json()["choices"][0]
+    own = choice["logprobs"]["token_logprobs"][-len(tokens) :]
+    assert [token["logprob"] for token in tokens] == pytest.approx(own, abs=1e-3)
+    for ours, likely in zip(details["top_tokens"], choice["logprobs"]["top_logprobs"][-len(tokens) :], strict=True):
+        best = sorted(likely.values(), reverse=True)[:2]
+        assert [token["logprob"] for token in ours] == pytest.approx(best, abs=1e-3)
+
+
 def test_a_cut_answer_says_length(server: Server):
     answer = generate(server, grammar={"type": "json", "value": CITY}, max_new_tokens=5)
     assert answer["details"]["finish_reason"] == "length"
