@@ -36,6 +36,9 @@ def test_logits_are_made_for_a_few_rows_at_a_time_and_those_that_sample_come_fir
     logits, scores = score(hidden, targets, 2, head)
     assert max(seen) <= max(sampling, SCORED_ROWS)
     torch.testing.assert_close(logits, hidden[:sampling] @ weight)
+    assert (scores is None) == (scoring == 0)
+    if scores is None:
+        return
     expected = (hidden[sampling:] @ weight).log_softmax(-1)
     torch.testing.assert_close(scores.logprobs, expected.gather(1, targets[:, None]).squeeze(1))
     torch.testing.assert_close(scores.top_logprobs, expected.topk(2).values)
@@ -50,6 +53,7 @@ def test_each_work_gets_its_own_scores_with_as_many_alternatives_as_it_asks_for(
     weight = torch.randn(8, VOCABULARY)
     rows = torch.randn(len(batch.token_ids), 8)[batch.logit_rows]
     _, scores = score(rows, batch.scored_ids, 2, lambda hidden: hidden @ weight)
+    assert scores is not None
     tokens = scores.tokens(works)
     assert [[token.id for token in own] for own in tokens] == [[1, 2, 3, 4], [6, 7, 8, 9], [], [6, 7]]
     assert [{len(token.top) for token in own} for own in tokens] == [{1}, {2}, set(), {0}]

@@ -41,14 +41,16 @@ class Scores:
 
 def score(
     hidden: torch.Tensor, targets: torch.Tensor, top: int, head: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, Scores]:
-    """The logits of the first rows, and the scores of the targets by the rows behind these.
+) -> tuple[torch.Tensor, Scores | None]:
+    """The logits of the first rows, and the scores of the targets, if there are any, by the rows behind these.
 
     hidden: [rows, hidden size]; targets: [rows - first rows], the tokens that follow; top: how many of the likeliest
     tokens; head: makes logits of hidden states. Reading its weights takes long, so the first rows share its first run.
     """
     count = len(hidden) - len(targets)
     logits = head(hidden[: max(count, SCORED_ROWS)])
+    if not len(targets):
+        return logits, None
     parts = [_score(logits[count:], targets[: len(logits) - count], top)]
     # Each further part's logits, the widest tensor there is, are gone before the next part's are made.
     for at in range(len(logits), len(hidden), SCORED_ROWS):

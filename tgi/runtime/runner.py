@@ -26,8 +26,8 @@ class Launched:
     """Place on the token axis → index of the work."""
     logits: torch.Tensor
     """[rows, vocabulary] float32, one row for each work that samples, in ``order``."""
-    scores: Scores
-    """Of the known tokens that the works score, in ``order``."""
+    scores: Scores | None
+    """Of the known tokens that the works score, in ``order``, if there are any."""
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
 
@@ -82,13 +82,15 @@ class Runner:
     @torch.inference_mode()
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works."""
-        works, order = launched.works, launched.order
-        rows = [index for index in order if works[index].samples]
+        works, scores = launched.works, launched.scores
+        rows = {index: row for row, index in enumerate(at for at in launched.order if works[at].samples)}
         if masks is not None:
-            masks = Masks([rows.index(index) for index in masks.rows], masks.bits)
+            masks = Masks([rows[index] for index in masks.rows], masks.bits)
         drawn = dict(zip(rows, sample(launched.logits, [works[index] for index in rows], masks), strict=True))
-        known = dict(zip(order, launched.scores.tokens([works[index] for index in order]), strict=True))
-        return [self._sampled(launched, index, known[index], drawn.get(index)) for index in range(len(works))]
+        known: dict[int, list[Token]] = {}
+        if scores is not None:
+            known = dict(zip(launched.order, scores.tokens([works[at] for at in launched.order]), strict=True))
+        return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
 
     def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
         """All that one work yields."""
