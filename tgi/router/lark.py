@@ -89,7 +89,7 @@ class Lark:
             before = _quoted(closes.partition(mark)[0])
             self.rule(f"({' & '.join(wanted)}) {before}", terminal)
             return f"{terminal} {self._token(mark)}"
-        wanted.append(f"~/{_TEXT}{_escaped(mark)}{_TEXT}/")
+        wanted.append(f"/{_without(mark)}/")
         self.rule(f"({' & '.join(wanted)}) {_quoted(closes)}", terminal)
         return terminal
 
@@ -122,6 +122,18 @@ def _escaped(text: str) -> str:
 def _slashed(regex: str) -> str:
     """A regex as it stands between slashes."""
     return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], regex, flags=re.DOTALL)
+
+
+def _without(mark: str) -> str:
+    """A regex of texts without a mark, whose first character stands nowhere else in it. As the complement of those with
+    it, llguidance would look through all lengths that are allowed to find that nothing goes on behind the mark."""
+    first, *others = (f"\\x{{{ord(character):x}}}" for character in mark)
+    begun = broken = ""
+    for character in reversed(others):
+        broken = f"(?:[^{character}{first}]" + (f"|{character}{broken})" if broken else ")")
+    for character in reversed(others[:-1]):
+        begun = f"(?:{character}{begun})?"
+    return f"(?:[^{first}]|(?:{first}{begun})*{first}{broken})*(?:{first}{begun})*"
 
 
 def _ranges(ids: Iterable[int]) -> str:
