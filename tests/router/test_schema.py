@@ -21,6 +21,9 @@ DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 INTEGER, STRING = {"type": "integer"}, {"type": "string"}
 
 
+ZOD_EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+
+
 def judged(schema: dict[str, Any]) -> Verdict:
     verdict = tried(TOKENIZER, Wish("json_schema", json.dumps(schema)))
     assert verdict is not None
@@ -112,6 +115,26 @@ def object_(**properties: Any) -> dict[str, Any]:
         # What says nothing.
         ({"type": "array", "items": INTEGER, "uniqueItems": False, "unevaluatedItems": True}, ["[1,1]"], ['["a"]']),
         (object_(a=INTEGER) | {"propertyNames": {}, "dependentRequired": {}}, ['{"a":1}'], ['{"a":"x"}']),
+        (object_(a=INTEGER) | {"propertyNames": STRING, "required": ["a"]}, ['{"a":1}'], ['{"a":"x"}']),
+        (STRING | {"format": "password", "required": False}, ['"a"'], ["1"]),
+        # Told apart behind references, by a property that has a default.
+        (
+            {
+                "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+                "discriminator": {"propertyName": "k", "mapping": {"a": "#/$defs/a"}},
+                "$defs": {
+                    kind: object_(k={"const": kind, "default": kind}, n=kinds) | {"required": ["n"]}
+                    for kind, kinds in (("a", INTEGER), ("b", STRING))
+                },
+            },
+            ['{"k":"a","n":1}', '{"k":"b","n":"x"}'],
+            ['{"n":1}', '{"k":"a","n":"x"}', '{"k":"c","n":1}'],
+        ),
+        (
+            STRING | {"pattern": ZOD_EMAIL},
+            ['"a.b\'c@d-e.fg"', '"_@a.b.cd"'],
+            ['"a..b@c.de"', '".a@b.cd"', '"a.@b.cd"', '"a\'@b.cd"', '"a@b"'],
+        ),
         # Definitions only matter if something refers to them.
         (INTEGER | {"$defs": {"unused": {"not": {}, "minProperties": 5}}}, ["1"], ['"a"']),
     ],
@@ -208,6 +231,8 @@ def test_whatever_has_a_say_is_looked_at(schema: dict[str, Any], path: str):
         (object_(a={"items": {"minLength": "2"}}), "$.properties.a.items"),
         (object_(a={"items": {"$ref": "#/nowhere"}}), "$.properties.a.items"),
         (object_(a={"anyOf": [STRING, {"oneOf": [INTEGER, INTEGER]}]}), "$.properties.a.anyOf[1]"),
+        ({"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], "$defs": {"a": object_(a=INTEGER)}}, "$"),
+        (object_(a=STRING | {"required": True}), "$.properties.a"),
         ({"items": {"minimum": 5, "maximum": 3, "type": "integer"}, "minItems": 1, "type": "array"}, "$"),
         ({"allOf": [{"minimum": 5}, {"maximum": 3}], "type": "integer"}, "$"),
         ({"allOf": [INTEGER, {"minimum": 5, "maximum": 3, "type": "integer"}]}, "$.allOf[1]"),

@@ -52,6 +52,7 @@ FORMATS: Mapping[str, tuple[dict[str, Any], ...]] = {
         {"pattern": rf"^{_LOCAL}(?:\.{_LOCAL})*@{_HOST}"},
         {"pattern": f"^[^@]{{1,64}}@{_LABELS}", "maxLength": 254},
     ),
+    **dict.fromkeys(("binary", "password", "path"), ({},)),  # of pydantic and OpenAPI, say nothing of the text
     **dict.fromkeys(("duration", "ipv4", "ipv6", "uri", "uuid"), ()),
 }
 """Format → schemas in its place, where llguidance's own is too wide: 29 February in any year, leap seconds in any
@@ -84,7 +85,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "dependencies": ({},),
     "dependentRequired": ({},),
     "dependentSchemas": ({},),
-    "propertyNames": (True, {}),
+    "propertyNames": (True, {}, {"type": "string"}),
     "unevaluatedItems": (True, {}),
     "unevaluatedProperties": (True, {}),
     "uniqueItems": (False,),
@@ -92,6 +93,20 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Keyword that llguidance refuses → values that say nothing."""
 
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum")
+
+_PATTERNS = {
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        r"^([A-Za-z0-9_'+\-]+\.)*[A-Za-z0-9_'+\-]*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    )
+}
+"""Look-around that many clients send → the same without: zod's addresses of mail, which tools in TypeScript have."""
+
+BINDING = (
+    {"$dynamicRef", "$recursiveRef", "$ref", "format", "maxContains", "minContains", "pattern", "required", "type"}
+    | {f"{bound}{what}" for bound in ("max", "min") for what in ("Items", "Length", "Properties")}
+    | _ONE | _LIST | _MAP | _UNREAD | _NEUTRAL.keys() | set(_NUMBERS)
+)  # fmt: skip
+"""All keywords that can forbid a value. Others are notes, as the standard has it."""
 
 _REGEX = re.compile(r"\\.|\.|\[(\^?)((?:\\.|[^\]\\])*)\]", re.DOTALL)
 """What is read otherwise in other languages: an escape, any character, a class."""
@@ -132,6 +147,8 @@ def enforced(schema: Mapping[str, Any]) -> str:
         raise _refused(f"{INVALID}it is nested too deeply") from None
     guidance = _guidance(whole.pop("x-guidance", {}))
     for place, part in _reached(whole):
+        if isinstance(options := part.get("oneOf"), list) and not any("$id" in found for _, found in _all(whole)):
+            part["oneOf"] = [_plain(whole, option, part.get("discriminator")) for option in options]
         if "$id" in part and "$ref" in part and part is not whole:
             problem: str | None = "`$id` beside `$ref` means different things in different drafts"
         else:
@@ -209,6 +226,18 @@ def _referred(base: tuple[Place, Any], reference: str) -> Iterator[tuple[Place, 
         yield place, found
 
 
+def _plain(whole: dict[str, Any], option: Any, discriminator: Any) -> Any:
+    """One of several schemas, of which llguidance is to see that no value is of two: it looks behind no references. A
+    discriminator is a property that all must have (OpenAPI 3.1, 4.8.25), though pydantic leaves it to its default."""
+    if isinstance(option, dict) and option.keys() == {"$ref"} and isinstance(reference := option["$ref"], str):
+        option = dict(next((part for _, part in _referred(((), whole), reference)), option))
+    if isinstance(option, dict) and isinstance(discriminator, dict):
+        name, required = discriminator.get("propertyName"), option.get("required", [])
+        if isinstance(name, str) and name in option.get("properties", ()) and isinstance(required, list):
+            option = option | {"required": [*required, *({name} - set(map(str, required)))]}
+    return option
+
+
 def _rewrite(part: dict[str, Any]) -> None:
     """Say the same so that llguidance reads it, in place."""
     # In older drafts keywords of newer ones say nothing; nobody who writes one means that.
@@ -230,8 +259,12 @@ def _rewrite(part: dict[str, Any]) -> None:
             part[exclusive] = part.pop(key)
         elif part.get(exclusive) is False:
             del part[exclusive]
-    if isinstance(pattern := part.get("pattern"), str) and not _FLAGS.search(pattern):
-        part["pattern"] = _REGEX.sub(_agreed, pattern)
+    if part.get("required") is False:
+        # Draft 3.
+        del part["required"]
+    if isinstance(pattern := part.get("pattern"), str):
+        pattern = _PATTERNS.get(pattern, pattern)
+        part["pattern"] = pattern if _FLAGS.search(pattern) else _REGEX.sub(_agreed, pattern)
     if isinstance(format := part.get("format"), str) and (instead := FORMATS.get(format)):
         del part["format"]
         before = part.get("allOf", [])
@@ -244,6 +277,8 @@ def _problems(part: dict[str, Any]) -> Iterator[str]:
         yield f"Unimplemented keys: {json.dumps(unread)}"
     if "x-guidance" in part:
         yield "`x-guidance` is of the whole schema"
+    if part.get("required") is True:
+        yield "`required` is no list of names"
     if part.get("format") == "unknown":
         yield "Unknown format: unknown"
     if isinstance(part.get("items"), list) and "prefixItems" in part:
