@@ -42,6 +42,15 @@ def of(schema: Any, *, required: bool = True) -> dict[str, Any]:
     return {"properties": {"a": schema}, "required": ["a"] if required else []}
 
 
+TAGGED = {
+    kind: {
+        "type": "object",
+        "properties": {"kind": {"const": kind, "type": "string"}, name: {"type": type}},
+        "required": ["kind", name],
+        "additionalProperties": False,
+    }
+    for kind, name, type in (("cat", "n", "integer"), ("dog", "m", "string"))
+}
 LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
 
 
@@ -56,11 +65,25 @@ LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
         ({"enum": ["a", 'b"', 3, None, False]}, ["a", 'b"', 3, None, False], ["b", 4, True]),
         ({"const": "x"}, ["x"], ["y"]),
         ({"type": "string", "maxLength": 3}, ["", "ab☃", "\n\n\n"], ["abcd"]),
+        ({"type": "string", "maxLength": 65_535}, ["value", "a</b>\n</parameter\nb", "<</<escape<|"], []),
         ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd", ""]),
         (LETTERS, ["abc", "a-b-c", "a/x"], ["", "a-", "A", "a b", "abc\n"]),
         ({"type": "string", "pattern": "b+"}, ["b", "abba"], ["", "aa"]),
         ({"type": "string", "pattern": "^(a|b)$"}, ["a", "b"], ["ab", "c"]),
         ({"type": "string", "format": "date"}, ["2024-02-29"], ["2023-02-29", "today"]),
+        ({"type": "string", "format": "uuid"}, ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567"]),
+        ({"type": "string", "format": "uri"}, ["https://a.b:80/c%20/?d=e/#f", "mailto:a@b.c"], ["a", "a b:c"]),
+        ({"type": "string", "format": "ipv4"}, ["127.0.0.1"], ["127.0.0.256", "1.2.3"]),
+        ({"type": "string", "format": "ipv6"}, ["1:2:3:4:5:6:7:8", "1::8", "::"], ["1:2", "1::2::3"]),
+        ({"type": "string", "format": "duration"}, ["P1DT2H", "P3W", "PT5M"], ["P", "PT", "1D"]),
+        ({"type": "integer", "x-order": 1, "markdownDescription": "*", "readOnly": False}, [1], ["x"]),
+        ({"$ref": "#/$defs/digits"}, ["1", "null"], ["2", 3]),
+        ({"oneOf": [{"type": "integer"}, {"type": "null"}]}, [7, None], [True]),
+        (
+            {"oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], "discriminator": {"propertyName": "kind"}},
+            [{"kind": "cat", "n": 1}, {"kind": "dog", "m": "x"}],
+            [{"kind": "cat", "m": "x"}, {"kind": "cow"}, {}],
+        ),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, [7, None], [True]),
         ({"type": ["boolean", "null"]}, [True, None], [7]),
         ({"type": "array", "items": {"type": "integer"}}, [[], [1], [1, 2, 3]], [["x"], [None], 3]),
@@ -73,7 +96,7 @@ LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
 )  # fmt: skip
 def test_schemas_hold(name: str, schema: dict[str, Any], right: list[Any], wrong: list[Any]) -> None:
     node = {"type": "object", "properties": {"n": {"type": "integer"}, "d": {"$ref": "#/$defs/d"}}, "required": ["n"]}
-    whole = of(schema) | {"$defs": {"d": node}}
+    whole = of(schema) | {"$defs": {"d": node, "digits": {"enum": ["1", "null"]}, **TAGGED}}
     assert allowed(name, whole, *({"a": value} for value in right)) == [True] * len(right)
     assert allowed(name, whole, *({"a": value} for value in wrong)) == [False] * len(wrong)
     told, tools = model(name), offered({"name": "f", "parameters": whole})
@@ -106,6 +129,7 @@ def test_properties(name: str) -> None:
         (of({"not": {"type": "null"}}), "$.properties.a"),
         (of({"$ref": "#/$defs/none"}), "$.properties.a"),
         (of({"type": "array", "uniqueItems": True}), "$.properties.a"),
+        (of({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "$.properties.a"),
         ({"properties": {"a": {}}, "minProperties": 1}, "$.minProperties"),
         ({"properties": {"a": {}}, "required": ["b"]}, "$.required"),
         ({"anyOf": [{"required": ["a"]}]}, "$.anyOf"),
@@ -122,6 +146,17 @@ def test_what_cannot_be_enforced_is_refused(name: str, schema: dict[str, Any], w
     else:
         assert STYLES[name] in (PYTHON, GLM, QWEN) and "." in where
         assert LLMatcher(model(name).vocabulary, grammar, log_level=0).is_error()
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_schema_that_refers_to_itself_at_the_top(name: str) -> None:
+    """As pydantic writes them."""
+    item = {"type": "object", "properties": {"text": {"type": "string"}, "more": {"$ref": "#/$defs/I"}}}
+    whole = {"$defs": {"I": item | {"required": ["text"]}}, "$ref": "#/$defs/I"}
+    assert allowed(name, whole, {"text": "1", "more": {"text": "2"}}, {}) == [True, False]
+    told, tools = model(name), offered({"name": "f", "parameters": whole})
+    ((_, arguments, _),) = told.read(tools, told.format.calls.spelled([("f", {"text": "1"})])).calls
+    assert json.loads(arguments) == {"text": "1"}
 
 
 @pytest.mark.parametrize("name", KEYED)
@@ -144,8 +179,8 @@ def test_names_that_cannot_be_spelled(name: str) -> None:
 def test_patterns_that_take_more_than_a_look(name: str) -> None:
     for pattern in ("^a|b$", "a^", "(?=a)b", "a$b", "(^a)"):
         assert "$.properties.a.pattern" in refused(name, of({"type": "string", "pattern": pattern}))
-    assert "$.properties.a.format" in refused(name, of({"type": "string", "format": "uuid"}))
-    assert allowed(name, of({"type": "string", "format": "uuid"}), {"a": "x"}, strict=False) == [True]
+    assert "$.properties.a.format" in refused(name, of({"type": "string", "format": "regex"}))
+    assert allowed(name, of({"type": "string", "format": "regex"}), {"a": "x"}, strict=False) == [True]
 
 
 def test_references_that_lead_to_references_cost_no_more() -> None:

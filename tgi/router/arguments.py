@@ -10,15 +10,12 @@ from typing import Any, NamedTuple, Protocol
 
 from tgi.core.errors import RequestError
 from tgi.router.lark import Lark
-from tgi.router.readers import DEEPEST, Bare, Literals, OddError, Put, Reading, plain, spelled
-from tgi.router.schema import enforced
+from tgi.router.readers import DEEPEST, Bare, Literals, OddError, Put, Reading, plain, referred, spelled
+from tgi.router.schema import BINDING, enforced
 
 Schema = Mapping[str, Any]
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as Python's ``json.dumps`` writes it, which models have seen most of."""
-
-_NOTES = frozenset("$comment $defs $id $schema default definitions deprecated description examples title".split())
-"""Keywords that ask for nothing."""
 
 
 class UnenforceableError(Exception):
@@ -156,7 +153,7 @@ class Keyed:
         return Literals(put, self.opens, self.key[1], self.closes, self.quotes).read()
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
-        members = _Schema(self, lark, schema, lenient).members(schema, "$")
+        members = _Schema(self, lark, schema, lenient).members(referred(schema, schema) or {}, "$")
         return f"{lark.spelled(self.opens)} {members} {lark.spelled(self.closes)}"
 
     def _spell(self, value: Any) -> str:
@@ -249,6 +246,8 @@ class _Schema:
         for several in ("anyOf", "oneOf"):
             if several in schema and not (style.raw or kind):
                 self._only(schema, path, {several})
+                if several == "oneOf" and not self._are_apart(schema[several]):
+                    self._refuse(f"{path}.{several}")
                 return lark.either(
                     self._value(one, f"{path}.{several}[{at}]", depth + 1) for at, one in enumerate(schema[several])
                 )
@@ -279,18 +278,21 @@ class _Schema:
     def _referred(self, schema: Schema, path: str) -> str:
         """What a reference to a part of the whole leads to, itself perhaps."""
         reference = schema["$ref"]
-        if schema.keys() - {"$ref"} - _NOTES or not isinstance(reference, str):
+        found = referred(self._root, schema)
+        if schema.keys() & BINDING - {"$ref"} or found is None:
             raise _unspelled(f"{path}.$ref")
         if reference not in self._named:
-            start, *steps = reference.split("/")
-            found: Any = self._root
-            for step in steps:
-                found = found.get(step) if isinstance(found, dict) else None
-            if start != "#" or found is None:
-                raise _unspelled(f"{path}.$ref")
             self._named[reference] = self._lark.name()
-            self._lark.rule(self._value(found, ".".join(("$", *steps)), 0), self._named[reference])
+            place = reference.replace("#", "$").replace("/", ".")
+            self._lark.rule(self._value(found, place, 0), self._named[reference])
         return self._named[reference]
+
+    def _are_apart(self, options: Any) -> bool:
+        """Whether no value is of two of these schemas: told by types, or by a property of one value."""
+        found = [referred(self._root, option) for option in options]
+        if not all(isinstance(option, dict) for option in found):
+            return False
+        return all(_differ(one, other) for at, one in enumerate(found) for other in found[:at])
 
     def _anything(self, path: str) -> str:
         """Any value."""
@@ -314,12 +316,14 @@ class _Schema:
                 self._refuse(f"{path}.pattern")
             elif whole:
                 found.append(whole)
-            if "format" in part:
+            if (format := part.get("format")) in _FORMATS:
+                found.append(_FORMATS[format])
+            elif format is not None:
                 self._refuse(f"{path}.format")
         return found
 
     def _only(self, schema: Schema, path: str, known: set[str]) -> None:
-        for key in schema.keys() - known - _NOTES:
+        for key in sorted(schema.keys() & BINDING - known):
             self._refuse(f"{path}.{key}")
 
     def _refuse(self, path: str) -> None:
@@ -329,6 +333,52 @@ class _Schema:
 
 _KINDS = {"properties": "object", "additionalProperties": "object", "required": "object", "items": "array"}
 """Keyword → what a schema is of that has it and no type."""
+
+
+def _differ(one: Schema, other: Schema) -> bool:
+    """Whether they are of different types or constants, or of objects that must have a property that differs so."""
+    ours, theirs = _values(one), _values(other)
+    if ours and theirs:
+        return not ours & theirs
+    kinds, others = _types(one), _types(other)
+    if not kinds & others:
+        return bool(kinds and others)
+    if kinds != {"object"} or others != {"object"}:
+        return False
+    both = set(map(str, one.get("required", ()))) & set(map(str, other.get("required", ())))
+    pairs = ((schema.get("properties", {}).get(name) for schema in (one, other)) for name in both)
+    tags = ([_values(tag) if isinstance(tag, dict) else set() for tag in pair] for pair in pairs)
+    return any(ours and theirs and not ours & theirs for ours, theirs in tags)
+
+
+def _values(schema: Schema) -> set[str]:
+    """All there are, if the schema lists strings."""
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return set(choices) if all(isinstance(choice, str) for choice in choices) else set()
+
+
+def _types(schema: Schema) -> set[str]:
+    kinds = schema.get("type", ())
+    return {"number" if kind == "integer" else kind for kind in ([kinds] if isinstance(kinds, str) else kinds)}
+
+
+_HEX = "[0-9a-fA-F]"
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_HOURS = "T([0-9]+H([0-9]+M([0-9]+S)?)?|[0-9]+M([0-9]+S)?|[0-9]+S)"
+_DAYS = "([0-9]+Y([0-9]+M([0-9]+D)?)?|[0-9]+M([0-9]+D)?|[0-9]+D)"
+_URI = r"([a-zA-Z0-9._~!$&'()*+,;=:@-]|%[0-9a-fA-F]{2})"
+_SCHEME, _HOST = "[a-zA-Z][a-zA-Z0-9+.-]*", r"([a-zA-Z0-9._~-]+)"
+_FORMATS: Mapping[str, str] = {
+    "duration": f"P([0-9]+W|{_DAYS}({_HOURS})?|{_HOURS})",
+    "ipv4": rf"({_BYTE}\.){{3}}{_BYTE}",
+    "ipv6": "|".join(
+        [f"({_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}", "::"]
+        + [f"({_HEX}{{1,4}}:){{{n}}}(:{_HEX}{{1,4}}){{1,{7 - n}}}" for n in range(1, 7)]
+    ),
+    "uri": rf"{_SCHEME}:(//{_HOST}(:[0-9]{{1,5}})?(/{_URI}*)*|{_URI}+(/{_URI}*)*)(\?({_URI}|[/?])*)?(#({_URI}|[/?])*)?",
+    "uuid": f"{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}",
+}
+"""Format → what a whole string of it is, where llguidance's own is to be had for JSON only. A URI's host is a name."""
 
 _NAME = r"/[\p{L}\p{N}_.$@-]+/"
 """Of a member that no schema names."""

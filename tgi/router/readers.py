@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 Put = Callable[[str], None]
 Reading = Generator[None, str, None]
@@ -203,6 +204,7 @@ class Bare:
         self._put = put
         self._key, self._ends, self._closes = key, ends, closes
         self._schema = schema
+        self._whole = referred(schema, schema)
 
     def read(self) -> Reading:
         before, closes, ends = self._key[0], self._closes.strip(), self._ends
@@ -241,14 +243,27 @@ class Bare:
             whole += mark
 
     def _is_text(self, name: str) -> bool:
-        properties = self._schema.get("properties")
-        schema = properties.get(name) if isinstance(properties, dict) else None
+        properties = self._whole.get("properties") if isinstance(self._whole, dict) else None
+        schema = referred(self._schema, properties.get(name) if isinstance(properties, dict) else None)
         if not isinstance(schema, dict):
             return False
         choices = schema.get("enum", [schema.get("const")])
         return schema.get("type") == "string" or (
             isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
         )
+
+
+def referred(root: Mapping[str, Any], schema: Any) -> Any:
+    """A part of a schema, or what it refers to in the whole; None for what isn't there or only leads back to itself."""
+    for _ in range(DEEPEST):
+        if not isinstance(schema, Mapping) or "$ref" not in schema:
+            return schema
+        start, *steps = str(schema["$ref"]).split("/")
+        schema = root if start == "#" else None
+        for step in steps:
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
+            schema = schema.get(step) if isinstance(schema, Mapping) else None
+    return None
 
 
 def _one_of(marks: tuple[str, ...]) -> Generator[None, str, str]:
