@@ -247,6 +247,15 @@ def test_where_llguidance_finds_fault(schema: dict[str, Any], path: str):
     assert verdict.error.endswith(f" at `{path}`")
 
 
+def test_alternatives_that_lead_back_to_themselves_come_to_an_end():
+    """Without a process around it that could be killed: what tools hold is looked through in the router."""
+    loop = {"oneOf": [{"$ref": "#/$defs/b"}, STRING]}, {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}]}
+    enforced({"$ref": "#/$defs/a", "$defs": dict(zip("ab", loop, strict=True))})
+    tree = {"oneOf": [STRING, {"$ref": "#/$defs/b"}]}, {"type": "array", "items": {"$ref": "#/$defs/a"}}
+    whole = {"$ref": "#/$defs/a", "$defs": dict(zip("ab", tree, strict=True))}
+    assert accepted(whole, '["x",["y"]]', "[1]") == ['["x",["y"]]']
+
+
 def test_schemas_that_only_a_search_would_find_fault_with_are_refused_in_time():
     """The search for the place ends when its time is up."""
     wide = object_(

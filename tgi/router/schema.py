@@ -230,7 +230,8 @@ def _plain(whole: dict[str, Any], option: Any, discriminator: Any) -> Any:
     """One of several schemas, of which llguidance is to see that no value is of two: it looks behind no references. A
     discriminator is a property that all must have (OpenAPI 3.1, 4.8.25), though pydantic leaves it to its default."""
     if isinstance(option, dict) and option.keys() == {"$ref"} and isinstance(reference := option["$ref"], str):
-        option = dict(next((part for _, part in _referred(((), whole), reference)), option))
+        found = next((part for _, part in _referred(((), whole), reference)), option)
+        option = option if "oneOf" in found else dict(found)  # which could go on for ever
     if isinstance(option, dict) and isinstance(discriminator, dict):
         name, required = discriminator.get("propertyName"), option.get("required", [])
         if isinstance(name, str) and name in option.get("properties", ()) and isinstance(required, list):
