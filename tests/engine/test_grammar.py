@@ -322,20 +322,17 @@ def test_a_wrong_grammar_is_a_fault_of_its_request_alone(engine: Engine):
     assert len(ids(answers[3])) == 20
 
 
-def test_a_grammar_that_fails_on_the_way_is_a_fault_of_its_request_alone(engine: Engine):
-    engine.post.inbox += [submit(1, WORDS), submit(2, WORDS)]
-    while len(list(engine.scheduler.requests)) < 2:
-        engine.loop.take()
-    engine.loop.step()
-    engine.loop.step()
-    (broken,) = [request for request in engine.scheduler.running if request.submit.id == 1]
-    assert broken.matcher is not None and not broken.matcher.consume_token(END + 1)
-    while not engine.scheduler.idle:
-        engine.loop.take()
-        engine.loop.step()
+def test_a_grammar_that_grows_too_complex_is_a_fault_of_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Ways that can be read in ever more ways."""
+    monkeypatch.setattr("tgi.core.grammar.LIMITS", LLParserLimits(step_max_items=300, verbose_errors=False))
+    growing = json.dumps({"grammars": [{"lark_grammar": 'start: e\ne: e e | "(" e ")" | /[a-z]/'}]})
+    answers = engine.run(submit(1, growing, stops=()), submit(2, WORDS))
     assert engine.faults.keys() == {1}
-    assert re.fullmatch("grammar: [^<\n]+", engine.faults[1])
-    assert engine.deltas[-1].id == 2 and engine.deltas[-1].finish == "eos_token"
+    assert re.fullmatch("grammar: [^<\n]+ Too many items [^<\n]+", engine.faults[1])
+    assert text(answers[1])
+    assert answers[2][-1].finish == "eos_token"
 
 
 def test_a_model_without_an_end_token_is_a_fault_of_those_with_a_grammar(engine: Engine):

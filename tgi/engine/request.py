@@ -10,6 +10,9 @@ from tgi.engine.thinking import Thoughts
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_RENEWABLE = "grammar: lexer error", "grammar: Parser Error: token"
+"""What llguidance says when a lexer is full: as it makes a mask, and as it follows a token that the mask allowed."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -110,7 +113,7 @@ class Request:
         The requests of one grammar share what its lexer has learnt, and the lexer's bounds: one that asks too much
         breaks the matchers of all. With a lexer of its own a request goes on, unless it hasn't since the last time.
         """
-        if not failure.startswith("grammar: lexer error") or len(self.tokens) <= self.renewed:
+        if not failure.startswith(_RENEWABLE) or len(self.tokens) <= self.renewed:
             return False
         self.renewed = len(self.tokens)
         return True
