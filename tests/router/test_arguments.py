@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import jsonschema
@@ -12,6 +13,7 @@ from tests.router.test_tools import model, offered
 from tgi.core.errors import RequestError
 from tgi.router.arguments import GEMMA, GEMMA4, GLM, JSON, PYTHON, QWEN, Reader, Style
 from tgi.router.readers import spelled
+from tgi.router.schema import BINDING
 
 STYLES: Mapping[str, Style] = {
     "hermes": JSON,
@@ -51,6 +53,11 @@ TAGGED = {
     }
     for kind, name, type in (("cat", "n", "integer"), ("dog", "m", "string"))
 }
+CHAIN = {
+    "type": "object",
+    "properties": {"next": {"oneOf": [{"$ref": "#/$defs/chain"}, {"type": "integer"}]}},
+    "required": ["next"],
+}
 LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
 
 
@@ -85,6 +92,7 @@ LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
             [{"kind": "cat", "m": "x"}, {"kind": "cow"}, {}],
         ),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, [7, None], [True]),
+        ({"$ref": "#/$defs/chain"}, [{"next": 1}, {"next": {"next": 2}}], [{"next": "x"}, {"next": {}}]),
         ({"type": ["boolean", "null"]}, [True, None], [7]),
         ({"type": "array", "items": {"type": "integer"}}, [[], [1], [1, 2, 3]], [["x"], [None], 3]),
         ({"type": "array", "items": {"type": "string"}}, [[], ["a, b"], ["]", ""]], [[1]]),
@@ -96,7 +104,7 @@ LETTERS = {"type": "string", "pattern": "^[a-z]+(-[a-z]+|/x)*$"}
 )  # fmt: skip
 def test_schemas_hold(name: str, schema: dict[str, Any], right: list[Any], wrong: list[Any]) -> None:
     node = {"type": "object", "properties": {"n": {"type": "integer"}, "d": {"$ref": "#/$defs/d"}}, "required": ["n"]}
-    whole = of(schema) | {"$defs": {"d": node, "digits": {"enum": ["1", "null"]}, **TAGGED}}
+    whole = of(schema) | {"$defs": {"d": node, "chain": CHAIN, "digits": {"enum": ["1", "null"]}, **TAGGED}}
     assert allowed(name, whole, *({"a": value} for value in right)) == [True] * len(right)
     assert allowed(name, whole, *({"a": value} for value in wrong)) == [False] * len(wrong)
     told, tools = model(name), offered({"name": "f", "parameters": whole})
@@ -157,6 +165,31 @@ def test_a_schema_that_refers_to_itself_at_the_top(name: str) -> None:
     told, tools = model(name), offered({"name": "f", "parameters": whole})
     ((_, arguments, _),) = told.read(tools, told.format.calls.spelled([("f", {"text": "1"})])).calls
     assert json.loads(arguments) == {"text": "1"}
+
+
+ODD: Any = (None, True, 5, -1, "x", "(", "#", [], [5], ["x"], [["x"]], [None], {}, {"x": 5}, {"a": {"$ref": "#"}})
+
+
+@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("keyword", sorted(BINDING | {"discriminator", "$defs", "$id"}))
+def test_schemas_that_are_none_are_no_error_of_ours(name: str, keyword: str) -> None:
+    """What is made of them is for llguidance to judge."""
+    whole = of({"type": "object", **of({"type": "string"})})
+    one = {"oneOf": [of({"const": "x"}), of({"const": "y"})], "discriminator": {"propertyName": "a"}}
+    for value in ODD:
+        odd = {keyword: value}
+        for schema in (whole | odd, of(odd), of({"type": "string", **odd}), of({"type": "object"} | odd), of(one | odd),
+                       of({**one, "oneOf": [odd, {"type": "object", **of(odd), **odd}]}),
+                       of({"type": "array", **odd}), of({"anyOf": [odd, {}]}), odd):  # fmt: skip
+            with suppress(RequestError):
+                model(name).grammar().of(offered({"name": "f", "parameters": {"type": "object"} | schema}))
+
+
+@pytest.mark.parametrize("name", KEYED)
+def test_references_that_lead_nowhere_at_the_top(name: str) -> None:
+    for schema in ({"$ref": "#"}, {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}):
+        assert "$.$ref" in refused(name, schema)
+    assert "$.$ref" in refused(name, of({"type": "string"}) | {"$ref": "#/$defs/a", "$defs": {"a": {}}})
 
 
 @pytest.mark.parametrize("name", KEYED)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from tgi.core.errors import RequestError
 from tgi.router.lark import Lark
 from tgi.router.readers import DEEPEST, Bare, Literals, OddError, Put, Reading, plain, referred, spelled
-from tgi.router.schema import BINDING, enforced
+from tgi.router.schema import BINDING, are_apart, enforced
 
 Schema = Mapping[str, Any]
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -153,7 +153,10 @@ class Keyed:
         return Literals(put, self.opens, self.key[1], self.closes, self.quotes).read()
 
     def rule(self, lark: Lark, schema: dict[str, Any], lenient: bool) -> str:
-        members = _Schema(self, lark, schema, lenient).members(referred(schema, schema) or {}, "$")
+        whole = referred(schema, schema)
+        if not isinstance(whole, dict) or ("$ref" in schema and schema.keys() & BINDING - {"$ref", "type"}):
+            raise _unspelled("$.$ref")
+        members = _Schema(self, lark, schema, lenient).members(whole, "$")
         return f"{lark.spelled(self.opens)} {members} {lark.spelled(self.closes)}"
 
     def _spell(self, value: Any) -> str:
@@ -246,6 +249,8 @@ class _Schema:
         for several in ("anyOf", "oneOf"):
             if several in schema and not (style.raw or kind):
                 self._only(schema, path, {several})
+                if not isinstance(schema[several], list) or not schema[several]:
+                    raise _unspelled(f"{path}.{several}")
                 if several == "oneOf" and not self._are_apart(schema[several]):
                     self._refuse(f"{path}.{several}")
                 return lark.either(
@@ -289,10 +294,7 @@ class _Schema:
 
     def _are_apart(self, options: Any) -> bool:
         """Whether no value is of two of these schemas: told by types, or by a property of one value."""
-        found = [referred(self._root, option) for option in options]
-        if not all(isinstance(option, dict) for option in found):
-            return False
-        return all(_differ(one, other) for at, one in enumerate(found) for other in found[:at])
+        return are_apart([referred(self._root, option) for option in options])
 
     def _anything(self, path: str) -> str:
         """Any value."""
@@ -311,14 +313,14 @@ class _Schema:
             least, most = part.get("minLength", 0), part.get("maxLength", "")
             if least or most != "":
                 found.append(f"(.|\\n){{{least},{most}}}")
-            whole = _whole(part["pattern"]) if "pattern" in part else ""
+            whole = _whole(str(part["pattern"])) if "pattern" in part else ""
             if whole is None:
                 self._refuse(f"{path}.pattern")
             elif whole:
                 found.append(whole)
-            if (format := part.get("format")) in _FORMATS:
+            if (format := str(part.get("format", ""))) in _FORMATS:
                 found.append(_FORMATS[format])
-            elif format is not None:
+            elif "format" in part:
                 self._refuse(f"{path}.format")
         return found
 
@@ -333,33 +335,6 @@ class _Schema:
 
 _KINDS = {"properties": "object", "additionalProperties": "object", "required": "object", "items": "array"}
 """Keyword → what a schema is of that has it and no type."""
-
-
-def _differ(one: Schema, other: Schema) -> bool:
-    """Whether they are of different types or constants, or of objects that must have a property that differs so."""
-    ours, theirs = _values(one), _values(other)
-    if ours and theirs:
-        return not ours & theirs
-    kinds, others = _types(one), _types(other)
-    if not kinds & others:
-        return bool(kinds and others)
-    if kinds != {"object"} or others != {"object"}:
-        return False
-    both = set(map(str, one.get("required", ()))) & set(map(str, other.get("required", ())))
-    pairs = ((schema.get("properties", {}).get(name) for schema in (one, other)) for name in both)
-    tags = ([_values(tag) if isinstance(tag, dict) else set() for tag in pair] for pair in pairs)
-    return any(ours and theirs and not ours & theirs for ours, theirs in tags)
-
-
-def _values(schema: Schema) -> set[str]:
-    """All there are, if the schema lists strings."""
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return set(choices) if all(isinstance(choice, str) for choice in choices) else set()
-
-
-def _types(schema: Schema) -> set[str]:
-    kinds = schema.get("type", ())
-    return {"number" if kind == "integer" else kind for kind in ([kinds] if isinstance(kinds, str) else kinds)}
 
 
 _HEX = "[0-9a-fA-F]"

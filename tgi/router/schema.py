@@ -5,13 +5,14 @@ load it: what it refuses by itself is found in a trial.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
 import msgspec
 
 from tgi.core.errors import VALIDATION, RequestError
+from tgi.router.readers import referred
 
 INVALID = "grammar is not valid: "
 UNENFORCEABLE = "cannot compile regex from schema: "
@@ -147,8 +148,9 @@ def enforced(schema: Mapping[str, Any]) -> str:
         raise _refused(f"{INVALID}it is nested too deeply") from None
     guidance = _guidance(whole.pop("x-guidance", {}))
     for place, part in _reached(whole):
-        if isinstance(options := part.get("oneOf"), list) and not any("$id" in found for _, found in _all(whole)):
-            part["oneOf"] = [_plain(whole, option, part.get("discriminator")) for option in options]
+        options = None if "anyOf" in part else part.get("oneOf")
+        if isinstance(options, list) and not any("$id" in found for _, found in _all(whole)):
+            _tell_apart(whole, part, options)
         if "$id" in part and "$ref" in part and part is not whole:
             problem: str | None = "`$id` beside `$ref` means different things in different drafts"
         else:
@@ -226,17 +228,64 @@ def _referred(base: tuple[Place, Any], reference: str) -> Iterator[tuple[Place, 
         yield place, found
 
 
-def _plain(whole: dict[str, Any], option: Any, discriminator: Any) -> Any:
-    """One of several schemas, of which llguidance is to see that no value is of two: it looks behind no references. A
+def are_apart(options: Sequence[Any]) -> bool:
+    """Whether no value is of two of these schemas, as far as types and the values of properties tell."""
+    if not all(isinstance(option, dict) for option in options):
+        return False
+    return all(_differ(one, other) for at, one in enumerate(options) for other in options[:at])
+
+
+def _tell_apart(whole: dict[str, Any], part: dict[str, Any], options: list[Any]) -> None:
+    """Of several schemas llguidance is to see that no value is of two, but it looks behind no references. A
     discriminator is a property that all must have (OpenAPI 3.1, 4.8.25), though pydantic leaves it to its default."""
-    if isinstance(option, dict) and option.keys() == {"$ref"} and isinstance(reference := option["$ref"], str):
-        found = next((part for _, part in _referred(((), whole), reference)), option)
-        option = option if "oneOf" in found else dict(found)  # which could go on for ever
-    if isinstance(option, dict) and isinstance(discriminator, dict):
-        name, required = discriminator.get("propertyName"), option.get("required", [])
-        if isinstance(name, str) and name in option.get("properties", ()) and isinstance(required, list):
-            option = option | {"required": [*required, *({name} - set(map(str, required)))]}
-    return option
+    found = [referred(whole, option) for option in options]
+    discriminator = part.get("discriminator")
+    name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+    for at, option in enumerate(found):
+        if not isinstance(option, dict) or not isinstance(properties := option.get("properties"), dict):
+            continue
+        required = option.get("required", [])
+        if isinstance(name, str) and name in properties and isinstance(required, list) and name not in required:
+            options[at] = options[at] | {"required": [name, *required]}
+            found[at] = option | {"required": [name, *required]}
+    if any(isinstance(option, dict) and "$ref" in option for option in options) and are_apart(found):
+        part["anyOf"] = part.pop("oneOf")
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether they are of different types or constants, or of objects that must have a property that differs so."""
+    ours, theirs = _values(one), _values(other)
+    if ours and theirs:
+        return not ours & theirs
+    kinds, others = _types(one), _types(other)
+    if not kinds & others:
+        return bool(kinds and others)
+    if kinds != {"object"} or others != {"object"}:
+        return False
+    our, their = _tags(one), _tags(other)
+    return any(not our[name] & their[name] for name in our.keys() & their.keys())
+
+
+def _tags(schema: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The properties that must be there and whose values are listed."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    tags = {name: _values(tag) for name, tag in properties.items() if name in required and isinstance(tag, dict)}
+    return {name: values for name, values in tags.items() if values}
+
+
+def _values(schema: Mapping[str, Any]) -> set[str]:
+    """All there are, if the schema lists strings."""
+    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    listed = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    return set(choices) if listed else set()
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    return {"number" if kind == "integer" else str(kind) for kind in kinds}
 
 
 def _rewrite(part: dict[str, Any]) -> None:
