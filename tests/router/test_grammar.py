@@ -96,6 +96,8 @@ def test_the_extras_of_other_servers():
     assert openai(structured_outputs={"grammar": "root ::= x"}) == FreeGrammar(value="root ::= x")
     assert openai(structured_outputs={"json_object": True}) == JsonObjectGrammar()
     assert openai(structured_outputs={"json_object": False}) is openai(structured_outputs={}) is None
+    with pytest.raises(Unreadable, match="unknown field `jsn`"):
+        openai(structured_outputs={"jsn": POINT})
 
 
 @pytest.mark.parametrize(

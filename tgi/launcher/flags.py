@@ -326,8 +326,8 @@ class Options:
     tool_call_parser: str = _flag(
         kinds.one_of("auto", *CALL_PARSERS),
         "auto",
-        "How the model writes tool calls; `auto` sees it by the chat template, `tgi` is the way of models that have none "
-        "of their own.",
+        "How the model writes tool calls; `auto` sees it by the chat template, `tgi` is the way of models that have "
+        "none of their own.",
         commands=_HTTP,
     )
     reasoning_parser: str = _flag(

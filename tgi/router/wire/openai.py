@@ -40,8 +40,9 @@ class Sampled(Refusing, frozen=True, kw_only=True):
     cache_salt: str | None = None
 
 
-class StructuredOutputs(Refusing, frozen=True, kw_only=True):
-    """What the answer must spell, as vLLM is asked for it now: one of the first five, or nothing."""
+class StructuredOutputs(Refusing, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the answer must spell, as vLLM is asked for it now: one of the first five, or nothing. A field that nobody
+    knows would be a wish that nobody keeps."""
 
     neutral = {"disable_additional_properties": (None, False), "structural_tag": (None,)}
 
