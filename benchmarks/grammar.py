@@ -35,7 +35,8 @@ from tgi.launcher import flags
 from tgi.launcher.download import resolve_model
 from tgi.launcher.launch import store
 from tgi.router.formats import CALLS, TGI, Format
-from tgi.router.grammar import wish_of
+from tgi.router.grammar import Wish, wish_of
+from tgi.router.spelling import composed
 from tgi.router.tools import ReplyGrammar, Tools
 from tgi.router.wire.grammar import ChoiceGrammar, FreeGrammar, JsonGrammar, RegexGrammar
 from tgi.router.wire.openai import Function
@@ -128,6 +129,7 @@ def grammars() -> dict[str, tuple[str, str]]:
             RegexGrammar(value=r"\d{4}-\d{2}-\d{2}: (\w+ ){1,9}\w+"),
             "2026-11-22: one two six",
         ),
+        "words": (RegexGrammar(value=r"(\w+ ){50,200}"), "one two six " * 20),
         "choice of 100": (ChoiceGrammar(value=[f"option number {n}" for n in range(100)]), "option number 42"),
         "arithmetic, GBNF": (
             FreeGrammar(value='root ::= term ("+" term)*\nterm ::= [0-9]+ | "(" root ")"'),
@@ -198,16 +200,26 @@ def loop(files: ModelFiles, vocabulary: Callable[[], Vocabulary], batches: Seque
     )
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner.load(Settings(model=files, limits=limits, run_dir=folder), lambda done, total: None)
-    print("\n| requests | tokens a row and step | step, ms | forward | masks | sampling | waiting for masks |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| requests | forcing | tokens/s | tokens a row and step | step, ms | forward | masks | waiting |")
+    print("|---|---|---|---|---|---|---|---|")
     for batch in batches:
-        for name in ("nine fields, nested", "call, JSON"):
-            print(fill(runner, vocabulary, limits, batch, most, name), flush=True)
+        for name in ("nine fields, nested", "call, JSON", "forty optional fields", "words"):
+            for forcing in (False, True):
+                print(fill(runner, vocabulary, limits, batch, most, name, forcing), flush=True)
 
 
-def fill(runner: Runner, vocabulary: Callable[[], Vocabulary], limits: Limits, batch: int, most: int, name: str) -> str:
-    """The steps in which all requests take part."""
-    grammar, _ = grammars()[name]
+def fill(
+    runner: Runner,
+    vocabulary: Callable[[], Vocabulary],
+    limits: Limits,
+    batch: int,
+    most: int,
+    name: str,
+    forcing: bool,
+) -> str:
+    """Tokens per second of all steps, times of those in which all requests take part. ``forcing``: tokens about which
+    there is no choice cost no step each."""
+    grammar = composed(Wish("llguidance", grammars()[name][0]), forcing=forcing)
     watch = Grammars(vocabulary, runner.vocab_size, lambda: None)
     scheduler = Scheduler(
         blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
@@ -226,7 +238,7 @@ def fill(runner: Runner, vocabulary: Callable[[], Vocabulary], limits: Limits, b
             scheduler.add(request)
             waiting -= 1
         time.sleep(0.001)
-    parts, rows, tokens = list[tuple[float, ...]](), 0, 0
+    parts, rows, tokens, begin = list[tuple[float, ...]](), 0, 0, time.perf_counter()
     while not scheduler.idle:
         times = [time.perf_counter()]
         plan = scheduler.schedule()
@@ -245,10 +257,11 @@ def fill(runner: Runner, vocabulary: Callable[[], Vocabulary], limits: Limits, b
         rows += len(works)
         if len(works) == batch and not any(chunk.prefills for chunk in plan.chunks):
             parts.append((*(after - before for before, after in pairwise(times)), times[-1] - times[0]))
-    _, forward, masked, sampled, _, step = (1e3 * statistics.mean(column) for column in zip(*parts, strict=True))
+    rate = tokens / (time.perf_counter() - begin)
+    _, forward, masked, _, _, step = (1e3 * statistics.mean(column) for column in zip(*parts, strict=True))
     return (
-        f"| {batch}, {name} | {tokens / rows:.2f} | {step:.1f} | {forward:.1f} | {masked:.2f} | {sampled:.1f} | "
-        f"{masked / step:.1%} |"
+        f"| {batch}, {name} | {'yes' if forcing else 'no'} | {rate:.0f} | {tokens / rows:.2f} | {step:.1f} | "
+        f"{forward:.1f} | {masked:.2f} | {masked / step:.1%} |"
     )
 
 

@@ -5,6 +5,7 @@ would pass over refused. Knows llguidance; knows no request.
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from llguidance import LLMatcher
@@ -31,7 +32,8 @@ class Part(msgspec.Struct, omit_defaults=True):
 
     name: str | None = None
     lark_grammar: str | None = None
-    json_schema: msgspec.Raw | None = None
+    json_schema: Any = None
+    """As an object, or as text (Raw)."""
 
 
 class Parts(msgspec.Struct):
@@ -68,7 +70,7 @@ def composed(wish: Wish, *, forcing: bool = True) -> str:
         parts.insert(0, Part("frame", wish.frame))
     if not forcing:
         first = parts[0]
-        lark = first.lark_grammar or f"start: %json {bytes(first.json_schema or b'{}').decode()}"
+        lark = first.lark_grammar or f"start: %json {msgspec.json.encode(first.json_schema).decode()}"
         parts[0] = Part(first.name, f'%llguidance {{"no_forcing": true}}\n{lark}')
     return msgspec.json.encode(Parts(parts)).decode()
 
