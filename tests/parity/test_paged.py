@@ -1,5 +1,6 @@
 """Through the runner and its paged cache: chunked prefill, decoding and shared prefixes give transformers' logits."""
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Pair:
         ids = self.ids[request][:end]
         submit = Submit(request, ids, end, 1, [], Sampling(), 0.0)
         pages = self.pages[request][: -(-end // BLOCK_SIZE)]
-        return Work(submit, ids, start, end - start, end, True, pages, {})
+        return Work(submit, ids, start, end - start, end, True, array("i", pages), {})
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,5 +1,6 @@
 """What the scheduler hands to the runner for one chunk, and what it gets back. Data only."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ class Work:
     """Log-probabilities of tokens at positions from here on are wanted, and of none before."""
     samples: bool
     """Whether the chunk's last token gives the next one."""
-    blocks: Sequence[int]
-    """Pages of the request in order."""
+    blocks: "array[int]"
+    """Pages of the request in order: signed 32-bit numbers whose memory a kernel may read during the step."""
     scratch: dict[str, Any]
     """Belongs to the request and dies with it: what the runtime remembers of it, always possible to rebuild."""
 

@@ -1,5 +1,6 @@
 """One request inside the engine: a list of token ids that grows, and how far the cache has caught up with it."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class Request:
     """(priority, order of arrival): the scheduler serves lower ones first."""
     computed: int = 0
     """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``goal``."""
-    blocks: list[int] = field(default_factory=list)
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    """Its pages in order. Kernels read the memory as it is."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of ``tokens``, as far as they were needed."""
     published: int = 0

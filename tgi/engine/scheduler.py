@@ -6,6 +6,7 @@ chunks, prefix hits, decoding, preemption and resumption are that one rule. Runs
 
 import itertools
 import time
+from array import array
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +228,7 @@ class Scheduler:
         if need > self.pool.free_without(found):
             return False
         self.pool.claim(found)
-        request.blocks = found + self.pool.take(need)
+        request.blocks = array("i", found + self.pool.take(need))
         request.published = len(found)
         request.computed = len(found) * BLOCK_SIZE
         if not request.started:
@@ -241,7 +242,7 @@ class Scheduler:
         if need > self.pool.free:
             return False
         if need > 0:
-            request.blocks += self.pool.take(need)
+            request.blocks.extend(self.pool.take(need))
         return True
 
     def _publish(self, request: Request) -> None:
@@ -265,7 +266,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks = []
+        request.blocks = array("i")
         request.published = request.computed = 0
 
 
