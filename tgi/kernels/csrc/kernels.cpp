@@ -1,0 +1,20 @@
+// All operations for one instruction set; build.py compiles this file once for each, naming it TGI_ISA.
+#include "linear.h"
+#include "rows.h"
+#include "table.h"
+
+using namespace TGI_ISA;
+
+#define NAME_(isa) tgi_table_##isa
+#define NAME(isa) NAME_(isa)
+
+template <class O, void (*F)(const O&, int, Worker&)> static void call(const Op& op, int rows, Worker& worker) {
+    F(static_cast<const O&>(op), rows, worker);
+}
+
+extern const Table NAME(TGI_ISA) = {{
+    {LINEAR, call<Linear, linear>},
+    {QUANTIZE, call<Quantize, quantize>},
+    {NORM, call<Norm, norm>},
+    {EMBED, call<Embed, embed>},
+}};

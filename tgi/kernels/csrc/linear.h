@@ -1,0 +1,209 @@
+// y = W x for up to some thousand rows of x. Panels, always an even number of them, of 16 outputs lie so that a register holds 16 outputs at one place
+// along k (or at 2, 4 or 8 neighbouring places, if the numbers are narrower):
+//   FP32 [k][16]    BF16 [k/2][16][2]    INT8 [k/4][16][4], + 128    INT4 [k/8][16][4]: low half k…k+3, high half k+4…k+7
+// Each result is one sum along k in one accumulator (per group, if quantized), so it depends on its row and its panel only.
+#pragma once
+#include "ops.h"
+#include "simd.h"
+
+namespace TGI_ISA {
+
+// What follows a product: bias, scale, and where it goes. acc[m][p].
+template <int MR, int NP> INLINE void finish(const Linear& op, int row, int panel, V16 (&acc)[MR][NP]) {
+    UNROLL for (int p = 0; p < NP; p++) {
+        if (op.bias) {
+            V16 bias = load(op.bias + (panel + p) * 16);
+            UNROLL for (int m = 0; m < MR; m++) acc[m][p] = acc[m][p] + bias;
+        }
+    }
+    if (op.finish == GATE) {
+        UNROLL for (int p = 0; p < NP; p += 2) {
+            int first = (panel + p) / 2 * 16, n = op.outs / 2 - first;
+            UNROLL for (int m = 0; m < MR; m++) {
+                V16 y = silu(acc[m][p]) * acc[m][p + 1];
+                float* out = op.out + (row + m) * op.out_stride + first;
+                if (n >= 16) store(out, y); else if (n > 0) store_some(out, y, n);
+            }
+        }
+        return;
+    }
+    V16 alpha = set1(op.alpha);
+    UNROLL for (int p = 0; p < NP; p++) {
+        int first = (panel + p) * 16, n = op.outs - first;
+        UNROLL for (int m = 0; m < MR; m++) {
+            float* out = op.out + (row + m) * op.out_stride + first;
+            V16 y = acc[m][p] * alpha;
+            if (n >= 16) {
+                store(out, op.finish == ADD ? load(out) + y : y);
+            } else if (n > 0) {
+                store_some(out, op.finish == ADD ? load_some(out, n) + y : y, n);
+            }
+        }
+    }
+}
+
+template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel) {
+    const float* x = (const float*)op.x + row * op.x_stride;
+    const float* w = (const float*)op.weight + (int64_t)panel * op.in * 16;
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    for (int k = 0; k < op.in; k++) {
+        V16 b[NP];
+        UNROLL for (int p = 0; p < NP; p++) b[p] = load(w + ((int64_t)p * op.in + k) * 16);
+        UNROLL for (int m = 0; m < MR; m++) {
+            V16 a = set1(x[m * op.x_stride + k]);
+            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
+        }
+    }
+    finish<MR, NP>(op, row, panel, acc);
+}
+
+template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel) {
+    const float* x = (const float*)op.x + row * op.x_stride;
+    int64_t pairs = (op.in + 1) / 2;
+    const char* w = (const char*)op.weight + panel * pairs * 64;
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    for (int64_t k = 0; k < op.in / 2; k++) {
+        I16 b[NP];
+        UNROLL for (int p = 0; p < NP; p++) b[p] = iload(w + (p * pairs + k) * 64);
+        UNROLL for (int m = 0; m < MR; m++) {
+            V16 a = set1(x[m * op.x_stride + 2 * k]);
+            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(low_bf16(b[p]), a, acc[m][p]);
+        }
+        UNROLL for (int m = 0; m < MR; m++) {
+            V16 a = set1(x[m * op.x_stride + 2 * k + 1]);
+            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(high_bf16(b[p]), a, acc[m][p]);
+        }
+    }
+    if (op.in & 1) {
+        UNROLL for (int p = 0; p < NP; p++) {
+            V16 b = low_bf16(iload(w + (p * pairs + pairs - 1) * 64));
+            UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(b, set1(x[m * op.x_stride + op.in - 1]), acc[m][p]);
+        }
+    }
+    finish<MR, NP>(op, row, panel, acc);
+}
+
+INLINE V16 load_scale(const void* scales, int64_t at, bool half) {
+    return half ? load_half((const f16*)scales + at) : load((const float*)scales + at);
+}
+INLINE int32_t quad(const int8_t* x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return four;
+}
+
+// INT8 and INT4: integers within a group of k, then float32.
+template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int row, int panel) {
+    const int8_t* x = (const int8_t*)op.x + row * op.x_stride;
+    const int groups = op.in / op.group, quads = op.group / 4;
+    const int64_t bytes = (int64_t)op.in * (FOUR ? 8 : 16);  // of a panel
+    const char* w = (const char*)op.weight + panel * bytes;
+    const I16 nibble = iset1(0x0f0f0f0f);
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    for (int g = 0; g < groups; g++) {
+        I16 dot[MR][NP];
+        UNROLL for (int m = 0; m < MR; m++) {
+            I16 first = iset1(-op.zero * op.x_sum[(row + m) * op.sum_stride + g]);
+            UNROLL for (int p = 0; p < NP; p++) dot[m][p] = first;
+        }
+        const int8_t* xg = x + g * op.group;
+        const char* wg = w + g * (FOUR ? op.group * 8 : op.group * 16);
+        if constexpr (FOUR) {
+            for (int q = 0; q < quads; q += 2) {
+                I16 b[NP];
+                UNROLL for (int p = 0; p < NP; p++) b[p] = iload(wg + p * bytes + q * 32);
+                UNROLL for (int m = 0; m < MR; m++) {
+                    I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
+                    UNROLL for (int p = 0; p < NP; p++) dot[m][p] = dot4<true>(dot[m][p], b[p] & nibble, a);
+                }
+                UNROLL for (int m = 0; m < MR; m++) {
+                    I16 a = iset1(quad(xg + m * op.x_stride + q * 4 + 4));
+                    UNROLL for (int p = 0; p < NP; p++) dot[m][p] = dot4<true>(dot[m][p], shr<4>(b[p]) & nibble, a);
+                }
+            }
+        } else {
+            for (int q = 0; q < quads; q++) {
+                I16 b[NP];
+                UNROLL for (int p = 0; p < NP; p++) b[p] = iload(wg + p * bytes + q * 64);
+                UNROLL for (int m = 0; m < MR; m++) {
+                    I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
+                    UNROLL for (int p = 0; p < NP; p++) dot[m][p] = dot4<false>(dot[m][p], b[p], a);
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < NP; p++) {
+            int64_t at = ((int64_t)(panel + p) * groups + g) * 16;
+            V16 scale = load_scale(op.scale, at, op.half);
+            UNROLL for (int m = 0; m < MR; m++) {
+                V16 a = set1(op.x_scale[(row + m) * op.sum_stride + g]);
+                acc[m][p] = fma(to_float(dot[m][p]), scale * a, acc[m][p]);
+            }
+            if (op.min) {
+                V16 min = load_scale(op.min, at, op.half);
+                UNROLL for (int m = 0; m < MR; m++) {
+                    int64_t of = (row + m) * op.sum_stride + g;
+                    acc[m][p] = fma(min, set1(op.x_scale[of] * (float)op.x_sum[of]), acc[m][p]);
+                }
+            }
+        }
+    }
+    finish<MR, NP>(op, row, panel, acc);
+}
+
+// How many rows a tile takes: as many accumulators as there are registers.
+template <int FORM> struct Shape {
+    static constexpr bool ints = FORM == INT8 || FORM == INT4;
+    static constexpr int wide = PARTS == 1 ? (ints ? 6 : 12) : 3;  // rows against 2 panels
+    static constexpr int narrow = PARTS == 1 ? (ints ? 3 : 6) : 1;  // against 4
+};
+
+template <int FORM, int MR, int NP> INLINE void tile(const Linear& op, int row, int panel) {
+    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel);
+    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel);
+    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel);
+    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel);
+}
+
+template <int FORM, int MR, int NP> static void tile_of(const Linear& op, int rows, int row, int panel) {
+    if constexpr (MR > 0) {
+        if (rows == MR) tile<FORM, MR, NP>(op, row, panel);
+        else tile_of<FORM, MR - 1, NP>(op, rows, row, panel);
+    }
+}
+
+template <int FORM, int MOST, int NP> static void tiles(const Linear& op, int rows, int panel) {
+    int blocks = (rows + MOST - 1) / MOST;
+    for (int b = 0, row = 0; b < blocks; b++) {
+        int end = (int)((int64_t)rows * (b + 1) / blocks);
+        tile_of<FORM, MOST, NP>(op, end - row, row, panel);
+        row = end;
+    }
+}
+
+template <int FORM> static void panels(const Linear& op, int rows, int panel, int end) {
+    using S = Shape<FORM>;
+    if (rows <= S::narrow)
+        for (; panel + 4 <= end; panel += 4) tiles<FORM, S::narrow, 4>(op, rows, panel);
+    for (; panel + 2 <= end; panel += 2) tiles<FORM, S::wide, 2>(op, rows, panel);
+}
+
+static void linear(const Linear& op, int rows, Worker& worker) {
+    const int count = (op.outs + 31) / 32 * 2;
+    // Few enough panels in a task that no thread waits long for the last one.
+    int task = count / (worker.count * 8) & ~1;
+    task = task < 2 ? 2 : task > 16 ? 16 : task;
+    for (int first; (first = worker.next() * task) < count;) {
+        int end = first + task < count ? first + task : count;
+        switch (op.form) {
+            case FP32: panels<FP32>(op, rows, first, end); break;
+            case BF16: panels<BF16>(op, rows, first, end); break;
+            case INT8: panels<INT8>(op, rows, first, end); break;
+            case INT4: panels<INT4>(op, rows, first, end); break;
+        }
+    }
+}
+
+}  // namespace TGI_ISA

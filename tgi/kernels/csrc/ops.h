@@ -1,0 +1,81 @@
+// What Python hands over: one struct per operation, by address. tgi/kernels/ops.py declares the same structs; `check_layout`
+// compares their sizes when the library is loaded.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, MERGE, SAMPLE, KINDS };
+
+struct Op {
+    int32_t kind;
+    int32_t rows;  // -1: as many as the step has
+};
+
+// How the panels of a matrix hold their numbers. A panel is 16 outputs; see linear.h for its layout.
+enum Form : int32_t { FP32, BF16, INT8, INT4 };
+// What happens to a product.
+enum Finish : int32_t {
+    STORE,  // out = alpha y + bias
+    ADD,    // out += alpha (y + bias)
+    GATE,   // panels alternate between gate and up: out = silu(gate) up, half as wide
+};
+
+struct Linear : Op {
+    const void* x;           // FP32, BF16: float32; otherwise int8, quantized in groups
+    const float* x_scale;    // [rows, groups]
+    const int32_t* x_sum;    // [rows, groups]: of a group's quantized numbers
+    int64_t x_stride;        // numbers from row to row
+    int64_t sum_stride;      // of x_scale and x_sum
+    const void* weight;      // panels
+    const void* scale;       // [panels, groups, 16], float32 or half
+    const void* min;         // the same, or null: what is added to each weight
+    const float* bias;       // [panels, 16] or null
+    float* out;
+    int64_t out_stride;
+    int32_t form;
+    int32_t in, outs;        // of the matrix: columns, rows
+    int32_t group;           // columns that share a scale
+    int32_t half;            // whether scales are halves
+    int32_t zero;            // what is taken off each stored number
+    int32_t finish;
+    float alpha;
+};
+
+struct Quantize : Op {
+    const float* x;
+    int64_t x_stride;
+    int8_t* q;
+    int64_t q_stride;
+    float* scale;    // [rows, size / group]
+    int32_t* sum;
+    int64_t sum_stride;
+    int32_t size, group;  // group: a multiple of 16
+};
+
+struct Norm : Op {
+    const float* x;
+    int64_t x_stride;
+    const float* weight;
+    float* out;
+    int64_t out_stride;
+    int32_t size;
+    float eps;
+};
+
+struct Embed : Op {
+    const int64_t* ids;
+    const void* weight;  // as in Linear
+    const void* scale;
+    const void* min;
+    float* out;
+    int64_t out_stride;
+    int32_t form, size, group, half, zero;
+    float factor;
+};
+
+// One thread's share of an operation: threads take tasks by number until there are none.
+struct Worker {
+    int index, count;          // this thread among all
+    std::atomic<int>* next_;   // tasks given out so far
+    int next() { return next_->fetch_add(1, std::memory_order_relaxed); }
+};

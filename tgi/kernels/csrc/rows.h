@@ -1,0 +1,92 @@
+// What works on one row of activations at a time: embedding, norm, quantization. A row's result depends on that row alone.
+#pragma once
+#include <cmath>
+
+#include "linear.h"
+#include "ops.h"
+#include "simd.h"
+
+namespace TGI_ISA {
+
+// A row into groups of int8, each with a scale that takes its largest number to 127, and the sum of the group's integers.
+static void quantize_row(const float* x, int size, int group, int8_t* q, float* scale, int32_t* total) {
+    for (int g = 0; g * group < size; g++) {
+        const float* from = x + g * group;
+        V16 most = zero();
+        for (int i = 0; i < group; i += 16) {
+            V16 v = load(from + i);
+            most = vmax(most, vmax(v, zero() - v));
+        }
+        float top = largest(most), inverse = top > 0 ? 127.f / top : 0.f;
+        I16 sums = iset1(0);
+        for (int i = 0; i < group; i += 16) {
+            I16 v = to_int(load(from + i) * set1(inverse));
+            sums = sums + v;
+            store_bytes(q + g * group + i, v);
+        }
+        int32_t parts[16], all = 0;
+        istore(parts, sums);
+        for (int i = 0; i < 16; i++) all += parts[i];
+        scale[g] = top / 127.f;
+        total[g] = all;
+    }
+}
+
+static void quantize(const Quantize& op, int rows, Worker& worker) {
+    for (int row; (row = worker.next()) < rows;) {
+        int64_t groups = row * op.sum_stride;
+        quantize_row(op.x + row * op.x_stride, op.size, op.group, op.q + row * op.q_stride, op.scale + groups, op.sum + groups);
+    }
+}
+
+// x / rms(x) * w (Zhang & Sennrich, arXiv 1910.07467).
+static void rms_norm(const float* x, const float* w, float* out, int size, float eps) {
+    V16 squares = zero();
+    int i = 0;
+    for (; i + 16 <= size; i += 16) { V16 v = load(x + i); squares = fma(v, v, squares); }
+    if (i < size) { V16 v = load_some(x + i, size - i); squares = fma(v, v, squares); }
+    float inverse = 1.f / std::sqrt(sum(squares) / (float)size + eps);
+    for (i = 0; i + 16 <= size; i += 16) store(out + i, load(x + i) * set1(inverse) * load(w + i));
+    if (i < size) store_some(out + i, load_some(x + i, size - i) * set1(inverse) * load_some(w + i, size - i), size - i);
+}
+
+static void norm(const Norm& op, int rows, Worker& worker) {
+    for (int row; (row = worker.next()) < rows;)
+        rms_norm(op.x + row * op.x_stride, op.weight, op.out + row * op.out_stride, op.size, op.eps);
+}
+
+// A row of the matrix that the head also multiplies by, taken out of its panels: one copy of it serves both.
+static void embed(const Embed& op, int rows, Worker& worker) {
+    for (int row; (row = worker.next()) < rows;) {
+        int64_t id = op.ids[row], panel = id / 16, lane = id % 16;
+        float* out = op.out + row * op.out_stride;
+        switch (op.form) {
+            case FP32:
+                for (int k = 0; k < op.size; k++) out[k] = ((const float*)op.weight)[(panel * op.size + k) * 16 + lane];
+                break;
+            case BF16: {
+                const bf16* w = (const bf16*)op.weight + panel * ((op.size + 1) / 2) * 32 + lane * 2;
+                for (int k = 0; k < op.size; k++) out[k] = from_bf16(w[k / 2 * 32 + k % 2]);
+                break;
+            }
+            default: {
+                int64_t groups = op.size / op.group;
+                const uint8_t* w = (const uint8_t*)op.weight + panel * op.size * (op.form == INT4 ? 8 : 16) + lane * 4;
+                for (int64_t g = 0; g < groups; g++) {
+                    int64_t at = (panel * groups + g) * 16;
+                    float scales[16], mins[16] = {};
+                    store(scales, load_scale(op.scale, at, op.half));
+                    if (op.min) store(mins, load_scale(op.min, at, op.half));
+                    for (int k = (int)g * op.group; k < (g + 1) * op.group; k++) {
+                        int q = op.form == INT8 ? w[k / 4 * 64 + k % 4] : w[k / 8 * 64 + k % 4] >> (k / 4 % 2 * 4) & 15;
+                        out[k] = (float)(q - op.zero) * scales[lane] + mins[lane];
+                    }
+                }
+            }
+        }
+        if (op.factor != 1.f)
+            for (int k = 0; k < op.size; k++) out[k] *= op.factor;
+    }
+}
+
+}  // namespace TGI_ISA

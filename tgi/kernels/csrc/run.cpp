@@ -1,0 +1,140 @@
+// Runs programs: lists of operations, one after the other, each by all threads. The C ABI that Python calls.
+#include <omp.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "table.h"
+
+#define FOR_EACH_ISA(DO) TGI_ISAS(DO)  // build.py defines TGI_ISAS: DO(avx2) DO(avx512) …
+#define DECLARE(isa) extern const Table tgi_table_##isa;
+FOR_EACH_ISA(DECLARE)
+
+namespace {
+
+struct Isa {
+    const char* name;
+    const Table* table;
+};
+#define LIST(isa) {#isa, &tgi_table_##isa},
+const Isa isas[] = {FOR_EACH_ISA(LIST)};
+
+bool runs_here(const char* name) {
+#if defined(__x86_64__)
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!strcmp(name, "avx2")) return avx2;
+    if (!strcmp(name, "avx512")) return avx512;
+    if (!strcmp(name, "avx512vnni")) return avx512 && __builtin_cpu_supports("avx512vnni");
+    return false;
+#else
+    return true;
+#endif
+}
+
+Function functions[KINDS];
+const char* chosen = "";
+
+void choose(const Isa& isa) {
+    for (const Entry& entry : isa.table->entries)
+        if (entry.function) functions[entry.kind] = entry.function;
+    chosen = isa.name;
+}
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    asm volatile("yield");
+#endif
+}
+
+// Where threads meet between operations. They wait actively, for microseconds; when a thread has lost its core to
+// somebody else, the others give theirs up.
+struct alignas(64) Meeting {
+    std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> round{0};
+
+    void meet(int count) {
+        int now = round.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+            if (spins < 2000) relax();
+            else std::this_thread::yield();
+        }
+    }
+};
+
+struct alignas(64) Counter {
+    std::atomic<int> next{0};
+};
+
+double* profile = nullptr;  // [KINDS] seconds
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+extern "C" {
+
+// The instruction sets that were compiled in and run here, best last, separated by blanks.
+void tgi_isas(char* names, int size) {
+    names[0] = 0;
+    for (const Isa& isa : isas) {
+        if (!runs_here(isa.name)) continue;
+        if (names[0]) strncat(names, " ", size - strlen(names) - 1);
+        strncat(names, isa.name, size - strlen(names) - 1);
+    }
+}
+
+int tgi_choose(const char* name) {
+    for (const Isa& isa : isas)
+        if (!strcmp(isa.name, name) && runs_here(name)) return choose(isa), 0;
+    return -1;
+}
+
+int64_t tgi_size(int kind) {
+    switch (kind) {
+        case LINEAR: return sizeof(Linear);
+        case QUANTIZE: return sizeof(Quantize);
+        case NORM: return sizeof(Norm);
+        case EMBED: return sizeof(Embed);
+    }
+    return -1;
+}
+
+// Adds up the seconds of each kind of operation in `seconds` [KINDS] from now on; null ends it.
+void tgi_profile(double* seconds) { profile = seconds; }
+
+// `rows`: of operations that leave it open.
+void tgi_run(const Op* const* ops, int count, int rows, int threads) {
+    static std::vector<Counter> counters;  // one caller at a time: the engine's loop
+    if ((int)counters.size() < count) counters = std::vector<Counter>(count);
+    for (int i = 0; i < count; i++) counters[i].next.store(0, std::memory_order_relaxed);
+    Meeting meeting;
+#pragma omp parallel num_threads(threads)
+    {
+        Worker worker{omp_get_thread_num(), omp_get_num_threads(), nullptr};
+        double begin = profile && worker.index == 0 ? now() : 0;
+        for (int i = 0; i < count; i++) {
+            const Op& op = *ops[i];
+            worker.next_ = &counters[i].next;
+            functions[op.kind](op, op.rows < 0 ? rows : op.rows, worker);
+            if (i + 1 < count && worker.count > 1) meeting.meet(worker.count);
+            if (profile && worker.index == 0) {
+                double end = now();
+                profile[op.kind] += end - begin;
+                begin = end;
+            }
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,57 @@
+"""The compiled library: found, loaded, and set to the best instruction set that this processor has."""
+
+import ctypes
+import logging
+from functools import cache
+
+import torch
+
+from tgi.kernels import ops
+from tgi.kernels.build import LIBRARY
+
+log = logging.getLogger(__name__)
+
+
+class Library:
+    """The C functions. torch is imported first, so that its OpenMP runtime serves both: one pool of threads."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError if it can't be loaded or was built from other sources than these."""
+        self._c = ctypes.CDLL(path)
+        self._c.tgi_size.restype = ctypes.c_int64
+        self.run = self._c.tgi_run
+        for kind, struct in ops.STRUCTS.items():
+            if self._c.tgi_size(int(kind)) != ctypes.sizeof(struct):
+                raise OSError(f"{path} is older than its sources: install the package again")
+        names = ctypes.create_string_buffer(256)
+        self._c.tgi_isas(names, len(names))
+        self.isas = names.value.decode().split()
+        """Instruction sets that run here, best last."""
+        if not self.isas:
+            raise OSError("the processor has none of the instruction sets that the kernels are made for (AVX2 with FMA)")
+        self.choose(self.isas[-1])
+
+    def choose(self, isa: str) -> None:
+        """Use another instruction set than the best."""
+        if self._c.tgi_choose(isa.encode()):
+            raise ValueError(f"{isa} does not run here")
+        self.isa = isa
+
+    def profile(self, seconds: "ctypes.Array[ctypes.c_double] | None") -> None:
+        """From now on add each kind's seconds to ``seconds``; None ends it."""
+        self._c.tgi_profile(seconds)
+
+
+@cache
+def library() -> Library | None:
+    """The library, or None if there is none that runs here; says so once."""
+    try:
+        return Library(str(LIBRARY))
+    except OSError as error:
+        log.warning("No native kernels, plain torch instead: %s", error)
+        return None
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()
