@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ class Observed:
     def __init__(self) -> None:
         self.stats: list[StepStats] = []
         self.gaps: list[float] = []
+        self.grown = Counter[int]()
         self.breaks: list[bool] = []
 
     def stepped(self, stats: StepStats) -> None:
         self.stats.append(stats)
 
-    def waited(self, seconds: float) -> None:
-        self.gaps.append(seconds)
+    def spoke(self, tokens: int, requests: int) -> None:
+        self.grown[tokens] += requests
+
+    def waited(self, seconds: float, requests: int) -> None:
+        self.gaps += [seconds] * requests
 
     def broke(self, *, prefills: bool) -> None:
         self.breaks.append(prefills)
@@ -65,7 +70,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def collect(ticket: Ticket) -> list[Delta]:
-    return [delta async for delta in ticket]
+    deltas: list[Delta] = []
+    await ticket.follow(deltas.append)
+    return deltas
 
 
 def error_of(caught: pytest.ExceptionInfo[RequestError]) -> str:
@@ -104,6 +111,7 @@ def test_a_request_runs_to_its_end(tmp_path: Path) -> None:
     assert engine.cancels == []
     assert len(observed.stats) == 5
     assert len(observed.gaps) == 4 and min(observed.gaps) > 0
+    assert observed.grown == {1: 5}
     assert observed.breaks == []
 
 
@@ -134,8 +142,7 @@ def test_queued_until_the_engine_begins(tmp_path: Path) -> None:
         await until(lambda: len(engine.submits) == 2)
         assert (client.queued, client.open) == (2, 2)
         engine.resume()
-        await tickets[0].__anext__()
-        await tickets[1].__anext__()
+        await until(lambda: all(ticket.output_ids for ticket in tickets))
         assert client.queued == 0
         await asyncio.gather(*map(collect, tickets))
         assert client.open == 0
@@ -143,12 +150,12 @@ def test_queued_until_the_engine_begins(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_a_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
+def test_who_follows_late_misses_nothing(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
-        slow, quick = submit(client, [1], 2000), submit(client, [2], 2000)
+        late, quick = submit(client, [1], 2000), submit(client, [2], 2000)
         await collect(quick)
-        assert slow.output_ids == [1] * 2000  # the truth doesn't wait for its reader
-        assert len(await collect(slow)) == 2000
+        assert late.output_ids == [1] * 2000  # the truth doesn't wait for its follower
+        assert len(await collect(late)) == 2000
 
     play(tmp_path, scenario)
 
@@ -159,9 +166,7 @@ def test_a_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
 def test_leaving_the_block_cancels(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
         with submit(client, [1], 10**6) as ticket:
-            async for _ in ticket:
-                if len(ticket.output_ids) >= 3:
-                    break
+            await until(lambda: len(ticket.output_ids) >= 3)
         known = len(ticket.output_ids)
         assert client.open == 0
         await until(lambda: engine.cancels == [ticket.submit.id])
@@ -172,6 +177,42 @@ def test_leaving_the_block_cancels(tmp_path: Path) -> None:
 
     engine, _ = play(tmp_path, scenario)
     assert len(engine.cancels) == 1
+
+
+def test_a_follower_can_cancel(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        ticket = submit(client, [1], 10**6)
+        heard: list[Delta] = []
+
+        def hear(delta: Delta) -> None:
+            heard.append(delta)
+            if len(heard) == 3:
+                ticket.cancel()
+
+        await ticket.follow(hear)
+        assert len(heard) == len(ticket.output_ids) == 3
+        await until(lambda: engine.cancels == [ticket.submit.id])
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_follower_that_fails_ends_its_own_request(tmp_path: Path, late: bool) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        bad, good = submit(client, [1], 10**6), submit(client, [2], 300)
+        if late:
+            await until(lambda: len(bad.output_ids) > 0)
+
+        def hear(delta: Delta) -> None:
+            raise ValueError("can't bear it")
+
+        with pytest.raises(ValueError, match="bear"), bad:
+            await bad.follow(hear)
+        await until(lambda: engine.cancels == [bad.submit.id])
+        assert len(await collect(good)) == 300
+        assert client.open == 0
+
+    play(tmp_path, scenario)
 
 
 def test_leaving_the_block_after_the_end_cancels_nothing(tmp_path: Path) -> None:
@@ -248,10 +289,9 @@ def test_deltas_before_the_end_are_delivered(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
         ticket = submit(client, [1], 100)
         await until(lambda: bool(ticket.finished))
-        deltas = []
+        deltas: list[Delta] = []
         with pytest.raises(RequestError):
-            async for delta in ticket:
-                deltas.append(delta)
+            await ticket.follow(deltas.append)
         assert len(deltas) == len(ticket.output_ids) == 4
 
     play(tmp_path, scenario, die_after=4)
@@ -422,7 +462,7 @@ def test_each_token_counts_once() -> None:
     async def main() -> None:
         ticket = ticket_of([])
         for piece in (delta(0), delta(0, 5, 6), delta(0, 5), delta(1, 6, 7), delta(2, 7), delta(3, finish="length")):
-            ticket.apply(piece)
+            ticket.apply(piece, 1.0)
         assert ticket.output_ids == [5, 6, 7]
         assert [(piece.index, len(piece.tokens)) for piece in await collect(ticket)] == [(0, 0), (0, 2), (2, 1), (3, 0)]
 
@@ -457,7 +497,7 @@ def test_a_failed_ticket_fails_again() -> None:
             with pytest.raises(RequestError, match=r"gone$"):
                 await collect(ticket)
         ticket.cancel()
-        ticket.apply(delta(0, 1))
+        ticket.apply(delta(0, 1), 1.0)
         assert ticket.output_ids == []
         assert cancelled == []
 

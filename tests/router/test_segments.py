@@ -1,7 +1,7 @@
 """What is said, cut into segments."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tgi.router.conversation import Said
 from tgi.router.pipeline import Piece
 from tgi.router.reply import CallDelta
-from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, steps, whole
+from tgi.router.segments import Begin, End, Finish, Grow, Segment, Step, follow, whole
 from tgi.router.wire.native import Token
 from tgi.router.wire.openai import FinishReason
 
@@ -32,19 +32,22 @@ def called(index: int, name: str) -> CallDelta:
 
 
 def steps_of(answer: Sequence[Said]) -> list[Step]:
-    async def run() -> list[Step]:
-        return [step async for step in steps(replay(answer))]
-
-    return asyncio.run(run())
+    steps: list[Step] = []
+    asyncio.run(follow(Replay(answer), steps.append))
+    return steps
 
 
 def whole_of(answer: Sequence[Said]) -> tuple[list[Segment], FinishReason]:
-    return asyncio.run(whole(replay(answer)))
+    return asyncio.run(whole(Replay(answer)))
 
 
-async def replay(answer: Sequence[Said]) -> AsyncIterator[Said]:
-    for one in answer:
-        yield one
+class Replay:
+    def __init__(self, answer: Sequence[Said]) -> None:
+        self._answer = answer
+
+    async def follow(self, hear: Callable[[Said], None]) -> None:
+        for one in self._answer:
+            hear(one)
 
 
 def told(answer: Sequence[Said]) -> list[str]:

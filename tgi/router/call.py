@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tgi.core.errors import RequestError
+from tgi.router.connection import WRITE
 from tgi.router.wire.base import Unreadable
 
 KEEP_ALIVE = 15.0
@@ -61,6 +62,9 @@ class Call:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
         self._send = send
+        self._write: Callable[[bytes], None] = scope["state"][WRITE]
+        self._loop = asyncio.get_running_loop()
+        self._unsent: list[bytes] = []
         self._spoke = 0.0
 
     @property
@@ -118,24 +122,39 @@ class Call:
     async def json(self, value: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> None:
         await self.answer(status, _encoder.encode(value), "application/json", headers)
 
+    @asynccontextmanager
     async def stream(
-        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], fail: Callable[[Exception], bytes]
-    ) -> None:
-        """Server-sent events as they come, comments when none come, ``fail``'s event for an error, and the end."""
+        self, headers: Mapping[str, str], fail: Callable[[Exception], bytes]
+    ) -> AsyncIterator[Callable[[bytes], None]]:
+        """``async with call.stream(…) as say: say(event)``: server-sent events, comments when none come, ``fail``'s
+        events for an error, and the end.
+
+        ``say`` never waits. What a client doesn't read in time is kept for it: at most its whole answer, and for no
+        longer than the kernel lets a connection go unread.
+        """
         fields = {"content-type": "text/event-stream", "cache-control": "no-cache"} | dict(headers)
         await self._start(200, fields)
         heartbeat = asyncio.ensure_future(self._heartbeat())
         try:
-            async with aclosing(events):
-                async for data in events:
-                    self._spoke = time.monotonic()
-                    await self._send({"type": "http.response.body", "body": data, "more_body": True})
-            last = b""
+            yield self._say
         except Exception as error:
-            last = fail(error)
+            self._say(fail(error))
         finally:
             heartbeat.cancel()
+        last, self._unsent = b"".join(self._unsent), []
         await self._send({"type": "http.response.body", "body": last})
+
+    def _say(self, data: bytes) -> None:
+        """All that is said before the event loop comes round again is sent at once."""
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(data)
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._spoke = time.monotonic()
+            self._write(b"".join(self._unsent))
+            self._unsent = []
 
     async def _start(self, status: int, headers: Mapping[str, str]) -> None:
         self.status = status
@@ -148,7 +167,7 @@ class Call:
             await asyncio.sleep(self._spoke + KEEP_ALIVE - time.monotonic())
             if time.monotonic() - self._spoke >= KEEP_ALIVE:
                 self._spoke = time.monotonic()
-                await self._send({"type": "http.response.body", "body": b":\n\n", "more_body": True})
+                self._say(b":\n\n")
 
     async def _disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,9 +50,8 @@ CHUNK = 1 << 18
 class Ticket:
     """One request: what was asked (``submit``) and what has come of it (``output_ids``).
 
-    ``async for delta in ticket`` yields the engine's deltas in order, each token once, and ends behind the one with
-    ``finish``; a fault or the engine's end raises RequestError instead. Leaving ``with ticket:`` cancels what is not
-    finished. Times are ``time.monotonic()`` seconds, 0.0 until they happen.
+    ``follow`` hands on the engine's deltas. Leaving ``with ticket:`` cancels what is not finished. Times are
+    ``time.monotonic()`` seconds, 0.0 until they happen.
     """
 
     def __init__(self, submit: Submit, on_cancel: Callable[[Ticket], None]) -> None:
@@ -65,19 +64,35 @@ class Ticket:
         self.last_token = 0.0
         self.finished = 0.0
         self._on_cancel = on_cancel
-        # Holds at most max_new_tokens deltas: a slow client never holds up the reader of the socket.
-        self._deltas: deque[Delta] = deque()
-        self._error: RequestError | None = None
-        self._news = asyncio.Event()
+        self._early: deque[Delta] = deque()
+        """What came before anybody followed: at most max_new_tokens deltas."""
+        self._hear: Callable[[Delta], None] = self._early.append
+        self._error: Exception | None = None
+        self._follower: asyncio.Future[None] | None = None
 
-    def apply(self, delta: Delta) -> None:
-        """Add what is new. A delta seen before changes nothing; one that skips tokens raises RequestError."""
+    async def follow(self, hear: Callable[[Delta], None]) -> None:
+        """Hand on the engine's deltas in order, each token once, until the request has ended.
+
+        ``hear`` is called while the engine's message is being read, without a switch of tasks for each token; it must
+        not take long, and what it raises ends the request and is raised here. Returns behind the delta with ``finish``,
+        or when the ticket is cancelled; a fault or the engine's end raises RequestError.
+        """
+        while self._early:
+            hear(self._early.popleft())
+        self._hear = hear
+        if not self.finished:
+            self._follower = asyncio.get_running_loop().create_future()
+            await self._follower
+        if self._error is not None:
+            raise self._error
+
+    def apply(self, delta: Delta, now: float) -> None:
+        """Add what is new ``now``. A delta seen before changes nothing; one that skips tokens raises RequestError."""
         known = len(self.output_ids)
         if self.finished or delta.index < known:
             return
         if delta.index > known:
             raise RequestError(GENERATION, f"Server error: tokens {known} to {delta.index - 1} never arrived")
-        now = time.monotonic()
         self.output_ids += [token.id for token in delta.tokens]
         self.started = self.started or delta.started
         if delta.tokens:
@@ -85,36 +100,27 @@ class Ticket:
             self.last_token = now
         if delta.finish is not None:
             self.finished = now
-        self._deltas.append(delta)
-        self._news.set()
+        self._hear(delta)
+        if self.finished:
+            self._wake()
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, error: Exception) -> None:
         """End with an error, behind the deltas that have arrived."""
-        if not self.finished:
-            self._error = error
-            self.finished = time.monotonic()
-            self._news.set()
+        self._error = self._error or error
+        self.finished = self.finished or time.monotonic()
+        self._wake()
 
     def cancel(self) -> None:
         """Tell the engine to stop, and end. Does nothing to a ticket that has ended."""
         if not self.finished:
             self.finished = time.monotonic()
-            self._deltas.clear()
-            self._news.set()
+            self._early.clear()
+            self._wake()
             self._on_cancel(self)
 
-    def __aiter__(self) -> Ticket:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._deltas:
-            if self._error is not None:
-                raise self._error
-            if self.finished:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._deltas.popleft()
+    def _wake(self) -> None:
+        if self._follower is not None and not self._follower.done():
+            self._follower.set_result(None)
 
     def __enter__(self) -> Ticket:
         return self
@@ -141,8 +147,11 @@ class Observer(Protocol):
     def stepped(self, stats: StepStats) -> None:
         """It has done a step."""
 
-    def waited(self, seconds: float) -> None:
-        """So long after its last tokens a request got more."""
+    def spoke(self, tokens: int, requests: int) -> None:
+        """So many requests got so many tokens each in one step."""
+
+    def waited(self, seconds: float, requests: int) -> None:
+        """So long after their last tokens so many requests got more."""
 
     def broke(self, *, prefills: bool) -> None:
         """It was lost in the middle of its work, which was the prompt of a request, or only tokens."""
@@ -282,8 +291,7 @@ class EngineClient:
             case _ if not self.connected:
                 raise _ProtocolError(f"it began with {type(message).__name__} instead of Hello")
             case Step():
-                for delta in message.deltas:
-                    self._apply(delta)
+                self._apply(message.deltas)
                 for fault in message.faults:
                     if ticket := self._tickets.pop(fault.id, None):
                         ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
@@ -293,19 +301,29 @@ class EngineClient:
                 if self._ping is not None and self._ping.nonce == message.nonce:
                     self._answer_ping(True)
 
-    def _apply(self, delta: Delta) -> None:
-        if (ticket := self._tickets.get(delta.id)) is None:
-            return  # cancelled while the delta was on its way
-        spoke = ticket.last_token
-        try:
-            ticket.apply(delta)
-        except RequestError as error:
-            ticket.fail(error)
-            self._cancel(ticket)
-        if spoke and ticket.last_token > spoke:
-            self._observer.waited(ticket.last_token - spoke)
-        if ticket.finished:
-            self._tickets.pop(delta.id, None)
+    def _apply(self, deltas: Sequence[Delta]) -> None:
+        """One step's. What is to be observed of each is mostly the same for all, and is counted first."""
+        now = time.monotonic()
+        grown, spoke = Counter[int](), Counter[float]()
+        for delta in deltas:
+            if (ticket := self._tickets.get(delta.id)) is None:
+                continue  # cancelled while the delta was on its way
+            before = ticket.last_token
+            try:
+                ticket.apply(delta, now)
+            except Exception as error:
+                ticket.fail(error)
+                self._cancel(ticket)
+            if ticket.last_token != before:
+                grown[len(delta.tokens)] += 1
+                spoke[before] += 1
+            if ticket.finished:
+                self._tickets.pop(delta.id, None)
+        for tokens, requests in grown.items():
+            self._observer.spoke(tokens, requests)
+        del spoke[0.0]  # the first tokens of theirs
+        for moment, requests in spoke.items():
+            self._observer.waited(now - moment, requests)
 
     def _answer_ping(self, alive: bool) -> None:
         if self._ping is not None:

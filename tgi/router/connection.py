@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 from collections import deque
+from functools import partial
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -18,6 +19,10 @@ READER_PATIENCE = 120.0
 
 GLANCE = 0.5
 """Seconds between looks whether the client is still there, while requests wait behind the one that is answered."""
+
+WRITE = "tgi.write"
+"""In a scope's ``state``: sends bytes of an answer that has begun and has no length. It doesn't wait for the client,
+and no layer of ASGI sees them; the answer's end is sent in ASGI's own way."""
 
 _ESTABLISHED = 1
 """Of Linux's tcp_states.h: both ends may send."""
@@ -89,6 +94,7 @@ class Connection(HttpToolsProtocol):
         while self._unanswered and self._unanswered[0].response_complete:
             self._unanswered.popleft()
         self._unanswered.append(self.cycle)
+        self.scope["state"][WRITE] = partial(_write, self.cycle)
         if self.pipeline and self._glancing is None:
             self._glance()
 
@@ -118,6 +124,11 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self.transport.write(_LATE)
         self.transport.close()
+
+
+def _write(cycle: RequestResponseCycle, data: bytes) -> None:
+    if not cycle.disconnected and not cycle.response_complete:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def _is_there(client: socket.socket) -> bool:

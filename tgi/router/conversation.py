@@ -5,13 +5,14 @@ into its own events or its own answer. Knows no event and no answer of any diale
 """
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tgi.core.messages import Thinking
 from tgi.router.formats import Format
-from tgi.router.pipeline import Piece, Run, Service, interleave
+from tgi.router.pipeline import Piece, Run, Service, follow_all
 from tgi.router.prompt import Prompt, is_greedy, prompt_of, to_parameters
 from tgi.router.reply import CallDelta, ReplyParser
 from tgi.router.tools import ReplyGrammar, Tools, tools_of
@@ -23,8 +24,7 @@ from tgi.router.wire.openai import ChatRequest, FinishReason
 FINISH: dict[NativeFinishReason, FinishReason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """What one token adds to one answer."""
 
     choice: int
@@ -60,7 +60,7 @@ class Reply:
 
 
 class Conversation:
-    """The answers on their way; ``async for said in conversation`` as they come, or ``replies`` at the end.
+    """The answers on their way: ``follow`` them as they come, or take the ``replies`` at the end.
 
     A whole answer is the sum of what is said, so that streams and whole answers agree.
     """
@@ -73,26 +73,30 @@ class Conversation:
         self._parsers = parsers
         self._silent = silent
 
-    async def __aiter__(self) -> AsyncIterator[Said]:
-        async for choice, piece in interleave(self.runs):
-            parser = self._parsers[choice]
-            thinking = parser.thinking
-            parsed = parser.push(piece.text)
-            finish = FINISH[piece.finish] if piece.finish else None
-            if finish is not None:
-                rest = parser.finish()
-                parsed.reasoning += rest.reasoning
-                parsed.text += rest.text
-                if finish == "stop" and parser.complete:
-                    finish = "tool_calls"
-            thinking = thinking or parser.thinking
-            self.reasoning_tokens += thinking
-            reasoning = "" if self._silent else parsed.reasoning
-            yield Said(choice, piece, reasoning, parsed.text, parsed.calls, finish, thinking and self._silent)
+    async def follow(self, hear: Callable[[Said], None]) -> None:
+        """Call ``hear`` with all that is said, as Run.follow does with pieces."""
+        await follow_all(self.runs, lambda choice, piece: hear(self._said(choice, piece)))
+
+    def _said(self, choice: int, piece: Piece) -> Said:
+        parser = self._parsers[choice]
+        thinking = parser.thinking
+        parsed = parser.push(piece.text)
+        finish = FINISH[piece.finish] if piece.finish else None
+        if finish is not None:
+            rest = parser.finish()
+            parsed.reasoning += rest.reasoning
+            parsed.text += rest.text
+            if finish == "stop" and parser.complete:
+                finish = "tool_calls"
+        thinking = thinking or parser.thinking
+        self.reasoning_tokens += thinking
+        reasoning = "" if self._silent else parsed.reasoning
+        return Said(choice, piece, reasoning, parsed.text, parsed.calls, finish, thinking and self._silent)
 
     async def replies(self) -> list[Reply]:
         replies = [Reply(run) for run in self.runs]
-        async for said in self:
+
+        def hear(said: Said) -> None:
             reply = replies[said.choice]
             if not said.hidden:
                 reply.pieces.append(said.piece)
@@ -104,6 +108,8 @@ class Conversation:
                 reply.calls[delta.index].arguments += delta.arguments
             if said.finish is not None:
                 reply.finish = said.finish
+
+        await self.follow(hear)
         return replies
 
 

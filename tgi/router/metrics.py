@@ -120,9 +120,9 @@ class _Histogram:
         texts = [*(repr(bound).removesuffix(".0") for bound in self._bounds), "+Inf"]
         self._heads = [f'{name}_bucket{{{labels}{"," if labels else ""}le="{text}"}} ' for text in texts]
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def lines(self) -> Iterator[str]:
         count = 0
@@ -162,13 +162,13 @@ class Metrics:
         self._observe("tgi_request_input_length", input_length)
         self._observe("tgi_request_max_new_tokens", max_new_tokens)
 
-    def spoke(self, tokens: int) -> None:
-        """One step of the engine gave one request so many tokens."""
-        self._observe("tgi_request_skipped_tokens", tokens - 1)
+    def spoke(self, tokens: int, requests: int) -> None:
+        """One step of the engine gave so many requests so many tokens each."""
+        self._histograms["tgi_request_skipped_tokens", ""].observe(tokens - 1, requests)
 
-    def waited(self, seconds: float) -> None:
-        """So long after its last tokens a request got more."""
-        self._observe("tgi_request_inter_token_duration", seconds)
+    def waited(self, seconds: float, requests: int) -> None:
+        """So long after their last tokens so many requests got more."""
+        self._histograms["tgi_request_inter_token_duration", ""].observe(seconds, requests)
 
     def finished(self, times: Times, tokens: int, cached: int) -> None:
         self._count("tgi_request_success")

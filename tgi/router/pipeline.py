@@ -5,15 +5,17 @@ Knows tokens, text and metrics; knows no dialect and no connection.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
-from tgi.core.messages import Pooling, PromptToken
+from tgi.core.messages import Delta, Pooling, PromptToken
+from tgi.core.messages import Token as Drawn
 from tgi.router.client import EngineClient, Ticket
 from tgi.router.formats import Format
 from tgi.router.journal import Journal
@@ -83,8 +85,7 @@ class Service:
         return [Token(i, self.tokenizer.piece(i), logprob, i in self.tokenizer.special_ids) for i, logprob in ranked]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One generated token, and what it adds to the answer."""
 
     token: Token
@@ -123,6 +124,8 @@ class Run:
         self._counts = counts
         self._pooling = pooling
         self._text: list[str] = []
+        self._transcript = Transcript(service.tokenizer, generation)
+        self._hear: Callable[[Piece], None]
         self._ticket: Ticket
 
     async def __aenter__(self) -> Self:
@@ -153,40 +156,47 @@ class Run:
             self._service.metrics.dropped()
             self._service.journal.dropped(self)
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Pieces until the generation is finished. Raises RequestError where the engine fails it."""
-        tokenizer, metrics, generation = self._service.tokenizer, self._service.metrics, self.generation
-        transcript = Transcript(tokenizer, generation)
-        async for delta in self._ticket:
-            self.cached = max(self.cached, delta.cached)
+    async def follow(self, hear: Callable[[Piece], None]) -> None:
+        """Until the generation is finished, call ``hear`` with each piece: at once, in the middle of reading what the
+        engine sent. Raises RequestError where the engine fails it."""
+        self._hear = hear
+        await self._ticket.follow(self._grow)
+        if self.finish is None:
+            raise RequestError(INCOMPLETE)
+
+    def _grow(self, delta: Delta) -> None:
+        if delta.cached:
+            self.cached = delta.cached
+        if delta.prompt:
             self.prompt += delta.prompt
-            if delta.tokens:
-                metrics.spoke(len(delta.tokens))
-            for at, token in enumerate(delta.tokens, 1):
-                self.tokens += 1
-                last = delta.finish is not None and at == len(delta.tokens)
-                text, grown, stop = transcript.push(token.id, last=last)
-                if last:
-                    self.finish = delta.finish
-                if stop is not None:
-                    self.finish, self.stop = "stop_sequence", stop
-                self._text.append(grown)
-                if self.finish is not None:
-                    self._ticket.cancel()
-                    self._record()
-                special = token.id in tokenizer.special_ids
-                shown = grown if generation.keep_stop else text
-                if special and not shown:
-                    shown = tokenizer.piece(token.id)
-                top = self._service.tokens(token.top)
-                yield Piece(Token(token.id, shown, token.logprob, special), top, grown, self.finish)
-                if self.finish is not None:
-                    return
-            if delta.finish is not None:  # without a token: only the prompt was to be computed
-                self.finish, self.embedding = delta.finish, delta.embedding
-                self._record()
+        count = len(delta.tokens)
+        for at, token in enumerate(delta.tokens, 1):
+            piece = self._piece(token, delta.finish if at == count else None)
+            self._hear(piece)
+            if piece.finish is not None:
                 return
-        raise RequestError(INCOMPLETE)
+        if delta.finish is not None:  # without a token: only the prompt was to be computed
+            self.finish, self.embedding = delta.finish, delta.embedding
+            self._record()
+
+    def _piece(self, token: Drawn, finish: FinishReason | None) -> Piece:
+        """The next token's; ``finish``: why the engine stops with it."""
+        tokenizer, generation = self._service.tokenizer, self.generation
+        self.tokens += 1
+        text, grown, stop = self._transcript.push(token.id, last=finish is not None)
+        if stop is not None:
+            finish, self.stop = "stop_sequence", stop
+        self._text.append(grown)
+        if finish is not None:
+            self.finish = finish
+            self._ticket.cancel()
+            self._record()
+        special = token.id in tokenizer.special_ids
+        shown = grown if generation.keep_stop else text
+        if special and not shown:
+            shown = tokenizer.piece(token.id)
+        top = self._service.tokens(token.top) if token.top else []
+        return Piece(Token(token.id, shown, token.logprob, special), top, grown, finish)
 
     @property
     def text(self) -> str:
@@ -229,6 +239,9 @@ class Answer:
 
 async def together(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """All results, in order. The first failure ends the others."""
+    works = list(works)
+    if len(works) == 1:
+        return [await works[0]]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(work) for work in works]
@@ -241,39 +254,15 @@ async def collect(runs: Sequence[Run]) -> list[Answer]:
     """All answers, in order."""
 
     async def follow(run: Run) -> Answer:
+        answer = Answer(run, [])
         async with run:
-            return Answer(run, [piece async for piece in run])
+            await run.follow(answer.pieces.append)
+        return answer
 
     return await together(follow(run) for run in runs)
 
 
-async def interleave(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """(which run, its next piece) as they come; the first failure ends the others. The runs have been entered."""
-    if len(runs) == 1:
-        async for piece in runs[0]:
-            yield 0, piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(len(runs))
-
-    async def follow(index: int, run: Run) -> None:
-        try:
-            async for piece in run:
-                await queue.put((index, piece))
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.ensure_future(follow(index, run)) for index, run in enumerate(runs)]
-    try:
-        unfinished = len(runs)
-        while unfinished:
-            news = await queue.get()
-            if isinstance(news, Exception):
-                raise news
-            if news is None:
-                unfinished -= 1
-            else:
-                yield news
-    finally:
-        for task in tasks:
-            task.cancel()
+async def follow_all(runs: Sequence[Run], hear: Callable[[int, Piece], None]) -> None:
+    """``hear`` of (which run, its next piece) as they come; the first failure ends the others. The runs have been
+    entered."""
+    await together(run.follow(partial(hear, index)) for index, run in enumerate(runs))

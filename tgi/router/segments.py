@@ -5,9 +5,9 @@ For dialects whose answers are lists of items: steps become their events, segmen
 streams and whole answers agree. Knows no dialect.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from tgi.router.conversation import Said
 from tgi.router.pipeline import Piece
@@ -59,25 +59,29 @@ class Finish(NamedTuple):
 Step = Begin | Grow | End | Finish
 
 
-async def steps(answer: AsyncIterable[Said]) -> AsyncIterator[Step]:
-    """One answer: its segments, one after the other, and why it ends."""
+class Answer(Protocol):
+    """One answer on its way, such as a conversation of one choice."""
+
+    async def follow(self, hear: Callable[[Said], None], /) -> None: ...
+
+
+async def follow(answer: Answer, hear: Callable[[Step], None]) -> None:
+    """Call ``hear`` with each step: the segments, one after the other, and why the answer ends."""
     cutter = _Cutter()
-    async for said in answer:
+
+    def cut(said: Said) -> None:
         for step in cutter.push(said):
-            yield step
+            hear(step)
+
+    await answer.follow(cut)
 
 
-async def whole(answer: AsyncIterable[Said]) -> tuple[list[Segment], FinishReason]:
+async def whole(answer: Answer) -> tuple[list[Segment], FinishReason]:
     """One answer, to its end."""
-    segments: list[Segment] = []
-    reason: FinishReason = "stop"
-    async for step in steps(answer):
-        match step:
-            case End(segment):
-                segments.append(segment)
-            case Finish(reason):
-                pass
-    return segments, reason
+    steps: list[Step] = []
+    await follow(answer, steps.append)
+    *_, reason = (step.reason for step in steps if isinstance(step, Finish))
+    return [step.segment for step in steps if isinstance(step, End)], reason
 
 
 class _Cutter:

@@ -1,7 +1,7 @@
 """Anthropic's messages, and the count of their tokens."""
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from tgi.router.call import Call, ErrorStyle, named_event
 from tgi.router.conversation import Conversation, converse
 from tgi.router.pipeline import Run, Service
 from tgi.router.prompt import prompt_of
-from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, steps, whole
+from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, Step, follow, whole
 from tgi.router.tools import tools_of
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.anthropic import (
@@ -75,7 +75,8 @@ async def messages(call: Call, service: Service, request: MessagesRequest) -> No
         request_id = _new_request_id()
         if request.stream:
             fields = headers.of_stream(compute_type, [run.generation.text]) | request_id
-            await call.stream(_events(service, conversation), fields, _fail_with(service, request_id))
+            async with call.stream(fields, _fail_with(service, request_id)) as say:
+                await _stream(service, conversation, say)
         else:
             segments, reason = await whole(conversation)
             answer = _message(service, conversation, [_block(segment) for segment in segments], reason)
@@ -194,26 +195,30 @@ def _delta(kind: Kind, text: str) -> ThinkingDelta | TextDelta | InputJsonDelta:
             return InputJsonDelta(text)
 
 
-async def _events(service: Service, conversation: Conversation) -> AsyncGenerator[bytes, None]:
+async def _stream(service: Service, conversation: Conversation, say: Callable[[bytes], None]) -> None:
     (run,) = conversation.runs
     started = False
-    async for step in steps(conversation):
+
+    def hear(step: Step) -> None:
+        nonlocal started
         if not started:  # not before the first token: only then it is known what of the prompt was cached
             started = True
-            yield named_event(MessageStart(_message(service, conversation, [])))
-            yield named_event(Ping())
+            say(named_event(MessageStart(_message(service, conversation, []))))
+            say(named_event(Ping()))
         match step:
             case Begin(segment):
-                yield named_event(ContentBlockStart(segment.index, _block(segment)))
+                say(named_event(ContentBlockStart(segment.index, _block(segment))))
             case Grow(segment, text):
-                yield named_event(ContentBlockDelta(segment.index, _delta(segment.kind, text)))
+                say(named_event(ContentBlockDelta(segment.index, _delta(segment.kind, text))))
             case End(segment):
                 if segment.kind == "reasoning":
-                    yield named_event(ContentBlockDelta(segment.index, SignatureDelta("")))
-                yield named_event(ContentBlockStop(segment.index))
+                    say(named_event(ContentBlockDelta(segment.index, SignatureDelta(""))))
+                say(named_event(ContentBlockStop(segment.index)))
             case Finish(reason):
-                yield named_event(MessageDelta(StopDelta(_stop_reason(run, reason), run.stop), _usage(conversation)))
-                yield named_event(MessageStop())
+                say(named_event(MessageDelta(StopDelta(_stop_reason(run, reason), run.stop), _usage(conversation))))
+                say(named_event(MessageStop()))
+
+    await follow(conversation, hear)
 
 
 # --- The request -----------------------------------------------------------------------------------------------------

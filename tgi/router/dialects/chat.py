@@ -1,6 +1,6 @@
 """OpenAI's chat completions, and TGI's /chat_tokenize."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET
 
@@ -54,7 +54,8 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
             fields = headers.of_stream(compute_type, [runs[0].generation.text])
             # text-generation reads no delta without a role; OpenAI's Python library strings all roles together.
             every_role = not is_openais(call)
-            await call.stream(_events(service, request, conversation, every_role), fields, fail_with(service))
+            async with call.stream(fields, fail_with(service)) as say:
+                await _stream(service, request, conversation, every_role, say)
         else:
             replies = await conversation.replies()
             response = ChatCompletion(
@@ -65,14 +66,19 @@ async def chat(call: Call, service: Service, request: ChatRequest) -> None:
             await call.json(response, headers.of_answer(compute_type, runs, len(runs)))
 
 
-async def _events(
-    service: Service, request: ChatRequest, conversation: Conversation, every_role: bool
-) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    service: Service,
+    request: ChatRequest,
+    conversation: Conversation,
+    every_role: bool,
+    say: Callable[[bytes], None],
+) -> None:
     """``every_role``: each delta says whose it is, as TGI's do; otherwise the first of each choice, as OpenAI's."""
     common, runs = identity(service, "chatcmpl"), conversation.runs
     continuous = wants_continuous_usage(request)
     silent = set(range(len(runs)))
-    async for said in conversation:
+
+    def hear(said: Said) -> None:
         role = "assistant" if every_role or said.choice in silent else UNSET
         silent.discard(said.choice)
         choice = ChatChunkChoice(
@@ -87,10 +93,12 @@ async def _events(
             said.finish,
         )
         usage = _usage(conversation) if continuous else None
-        yield event(ChatCompletionChunk(**common, choices=[choice], usage=usage))
+        say(event(ChatCompletionChunk(**common, choices=[choice], usage=usage)))
+
+    await conversation.follow(hear)
     if wants_usage(request):
-        yield event(ChatCompletionChunk(**common, choices=[], usage=_usage(conversation)))
-    yield DONE
+        say(event(ChatCompletionChunk(**common, choices=[], usage=_usage(conversation))))
+    say(DONE)
 
 
 def _usage(conversation: Conversation) -> Usage:

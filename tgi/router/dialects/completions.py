@@ -1,6 +1,6 @@
 """OpenAI's legacy completions: one or several texts that are gone on with, each in one or several ways."""
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
 
 from msgspec import UNSET
@@ -11,7 +11,7 @@ from tgi.router import headers
 from tgi.router.call import Call, event
 from tgi.router.conversation import FINISH
 from tgi.router.dialects.openai import DONE, fail_with, identity, usage_of, wants_continuous_usage, wants_usage
-from tgi.router.pipeline import Answer, Piece, Run, Service, collect, interleave
+from tgi.router.pipeline import Answer, Piece, Run, Service, collect, follow_all
 from tgi.router.prompt import is_greedy, to_parameters
 from tgi.router.stream import Detokenizer
 from tgi.router.validate import Generation, invalid, refuse
@@ -49,7 +49,8 @@ async def completions(call: Call, service: Service, request: CompletionRequest) 
                 for run in runs:
                     await stack.enter_async_context(run)
                 fields = headers.of_stream(compute_type, [generation.text for generation in generations])
-                await call.stream(_events(service, request, runs, candidates), fields, fail_with(service))
+                async with call.stream(fields, fail_with(service)) as say:
+                    await _stream(service, request, runs, candidates, say)
         else:
             answers = await collect(runs)
             response = Completion(
@@ -86,36 +87,40 @@ def _choice(service: Service, request: CompletionRequest, index: int, answer: An
     return CompletionChoice(index, text, logprobs, FINISH[run.finish] if run.finish else None)
 
 
-async def _events(
-    service: Service, request: CompletionRequest, runs: Sequence[Run], choices: int
-) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    service: Service, request: CompletionRequest, runs: Sequence[Run], choices: int, say: Callable[[bytes], None]
+) -> None:
     """With ``include_usage`` one sum at the end, as OpenAI; without, each choice's own on its last chunk, as TGI."""
     common, scribes = identity(service, "cmpl"), [_Scribe(service, request, run) for run in runs]
     usage_at_end, continuous = wants_usage(request), wants_continuous_usage(request)
 
-    def chunk(index: int, text: str, logprobs: CompletionLogprobs | None, finish: FinishReason | None) -> bytes:
+    def chunk(index: int, text: str, logprobs: CompletionLogprobs | None, finish: FinishReason | None) -> None:
         choice = CompletionChoice(index, text, logprobs, FINISH[finish] if finish else None)
         if finish is not None and not (usage_at_end or continuous):
-            return event(Completion(**common, choices=[choice], usage=usage_of([runs[index]])))
+            say(event(Completion(**common, choices=[choice], usage=usage_of([runs[index]]))))
+            return
         usage = usage_of(runs, choices) if continuous else None if usage_at_end else UNSET
-        return event(CompletionChunk(**common, choices=[choice], usage=usage))
+        say(event(CompletionChunk(**common, choices=[choice], usage=usage)))
 
-    def echo(index: int) -> bytes:
+    def echo(index: int) -> None:
         run = runs[index]
         finish = run.finish if run.tokens == 0 else None
-        return chunk(index, run.generation.text, scribes[index].write([], prompt=True), finish)
+        chunk(index, run.generation.text, scribes[index].write([], prompt=True), finish)
 
     unspoken = set(range(len(runs))) if request.echo else set[int]()
-    async for index, piece in interleave(runs):
+
+    def hear(index: int, piece: Piece) -> None:
         if index in unspoken:
             unspoken.remove(index)
-            yield echo(index)
-        yield chunk(index, piece.text, scribes[index].write([piece]), piece.finish)
+            echo(index)
+        chunk(index, piece.text, scribes[index].write([piece]), piece.finish)
+
+    await follow_all(runs, hear)
     for index in sorted(unspoken):
-        yield echo(index)
+        echo(index)
     if usage_at_end:
-        yield event(Completion(**common, choices=[], usage=usage_of(runs, choices)))
-    yield DONE
+        say(event(Completion(**common, choices=[], usage=usage_of(runs, choices))))
+    say(DONE)
 
 
 class _Scribe:

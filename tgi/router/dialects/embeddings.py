@@ -33,8 +33,7 @@ async def embeddings(call: Call, service: Service, request: EmbeddingsRequest) -
         async with places:
             generation = await service.validator.validate(prompt, parameters, generates=False)
             async with Run(service, generation, call.arrived, pooling=request.pooling or "mean") as run:
-                async for _ in run:
-                    pass
+                await run.follow(lambda _: None)
         if request.dimensions not in (None, len(run.embedding)):
             raise invalid(f"`dimensions` must be {len(run.embedding)}, the model's own. Given: {request.dimensions}")
         item = Embedding(index=index, embedding=_encode(run.embedding, request))

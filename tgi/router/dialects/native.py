@@ -1,7 +1,5 @@
 """TGI's own routes: generate, stream, tokenize, and what tells about the server."""
 
-from collections.abc import AsyncGenerator
-
 from msgspec import UNSET
 from msgspec.structs import replace
 
@@ -10,7 +8,7 @@ from tgi.core.errors import UNAUTHORIZED, UNHEALTHY, RequestError
 from tgi.router import headers
 from tgi.router.call import Call, ErrorStyle, event
 from tgi.router.metrics import CONTENT_TYPE
-from tgi.router.pipeline import Answer, Run, Service, collect
+from tgi.router.pipeline import Answer, Piece, Run, Service, collect
 from tgi.router.wire.base import ErrorResponse, Unreadable
 from tgi.router.wire.native import (
     BestOfSequence,
@@ -128,31 +126,24 @@ async def _stream(call: Call, service: Service, request: GenerateRequest, full_t
     def fail(error: Exception) -> bytes:
         return event(service.judge(error).body)
 
-    fields = headers.of_stream(service.settings.compute_type, [request.inputs])
-    await call.stream(_events(call, service, request, full_text), fields, fail)
+    fields, parameters = headers.of_stream(service.settings.compute_type, [request.inputs]), request.parameters
+    async with call.stream(fields, fail) as say:
+        service.metrics.arrived()
+        service.validator.check_stream(parameters)
+        with service.permits.take():
+            generation = await service.validator.validate(request.inputs, parameters)
+            async with Run(service, generation, call.arrived) as run:
 
+                def tell(piece: Piece) -> None:
+                    text, details = None, None
+                    if piece.finish is not None:
+                        text = whole_text(request, run, full_text)
+                        if parameters.details:
+                            given = len(generation.token_ids)
+                            details = StreamDetails(piece.finish, run.tokens, generation.seed, given)
+                    say(event(StreamResponse(run.tokens, piece.token, piece.top or UNSET, text, details)))
 
-async def _events(
-    call: Call, service: Service, request: GenerateRequest, full_text: bool
-) -> AsyncGenerator[bytes, None]:
-    parameters = request.parameters
-    service.metrics.arrived()
-    service.validator.check_stream(parameters)
-    with service.permits.take():
-        generation = await service.validator.validate(request.inputs, parameters)
-        async with Run(service, generation, call.arrived) as run:
-            async for piece in run:
-                text, details = None, None
-                if piece.finish is not None:
-                    text = whole_text(request, run, full_text)
-                    if parameters.details:
-                        details = StreamDetails(piece.finish, run.tokens, generation.seed, len(generation.token_ids))
-                top = piece.top or UNSET
-                yield event(
-                    StreamResponse(
-                        index=run.tokens, token=piece.token, top_tokens=top, generated_text=text, details=details
-                    )
-                )
+                await run.follow(tell)
 
 
 def whole_text(request: GenerateRequest, run: Run, full_text: bool) -> str:

@@ -4,7 +4,7 @@ import itertools
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 from urllib.parse import parse_qsl
@@ -18,7 +18,7 @@ from tgi.router.conversation import Conversation, converse
 from tgi.router.dialects.chat import logprobs_of
 from tgi.router.dialects.openai import error_of
 from tgi.router.pipeline import Piece, Service
-from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, Step, steps, whole
+from tgi.router.segments import Begin, End, Finish, Grow, Kind, Segment, Step, follow, whole
 from tgi.router.store import Stored
 from tgi.router.validate import invalid, refuse
 from tgi.router.wire.base import Unreadable
@@ -97,7 +97,8 @@ async def responses(call: Call, service: Service, request: ResponsesRequest) -> 
         answer = _Answer(service, request, context, conversation)
         if request.stream:
             fields = headers.of_stream(compute_type, [run.generation.text])
-            await call.stream(answer.events(), fields, answer.fail)
+            async with call.stream(fields, answer.fail) as say:
+                await answer.stream(say)
         else:
             segments, reason = await whole(conversation)
             items = [answer.item(segment) for segment in segments]
@@ -164,12 +165,15 @@ class _Answer:
         self._items: list[OutputItem] = []
         """Those whose end has been told."""
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        yield self._event(Created, response=self._response("in_progress", []))
-        yield self._event(InProgress, response=self._response("in_progress", []))
-        async for step in steps(self._conversation):
+    async def stream(self, say: Callable[[bytes], None]) -> None:
+        say(self._event(Created, response=self._response("in_progress", [])))
+        say(self._event(InProgress, response=self._response("in_progress", [])))
+
+        def hear(step: Step) -> None:
             for event in self._told(step):
-                yield event
+                say(event)
+
+        await follow(self._conversation, hear)
 
     def fail(self, error: Exception) -> bytes:
         """The last events of a stream that fails."""

@@ -109,7 +109,7 @@ class StreamDetails(Struct, frozen=True):
     input_length: int
 
 
-class StreamResponse(Struct, frozen=True, kw_only=True):
+class StreamResponse(Struct, frozen=True):
     index: int
     token: Token
     top_tokens: list[Token] | UnsetType = UNSET
