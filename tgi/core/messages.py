@@ -2,6 +2,8 @@
 
 A frame is a 4-byte little-endian length and the encoded message. Token ids travel, never text; times are
 ``time.monotonic()`` seconds, which processes of one machine share.
+
+What each step makes many of is not tracked by the garbage collector (``gc=False``): it can't be part of a cycle.
 """
 
 import struct
@@ -94,7 +96,7 @@ class Ping(msgspec.Struct, tag=3, array_like=True, frozen=True):
 ToEngine = Submit | Cancel | Ping
 
 
-class Token(msgspec.Struct, array_like=True, frozen=True):
+class Token(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One generated token with the model's own log-probability (before penalties and warpers)."""
 
     id: int
@@ -103,14 +105,14 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
     """The ``top_n_tokens`` most likely (id, logprob), best first."""
 
 
-class PromptToken(msgspec.Struct, array_like=True, frozen=True):
+class PromptToken(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The log-probability of one prompt token, and the most likely (id, logprob) in its place, best first."""
 
     logprob: float
     top: list[tuple[int, float]] = []
 
 
-class Delta(msgspec.Struct, array_like=True, frozen=True):
+class Delta(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one step added to one request; applied only if ``index`` equals the number of tokens known so far."""
 
     id: int

@@ -93,10 +93,13 @@ class Ticket:
             return
         if delta.index > known:
             raise RequestError(GENERATION, f"Server error: tokens {known} to {delta.index - 1} never arrived")
-        self.output_ids += [token.id for token in delta.tokens]
-        self.started = self.started or delta.started
+        if not self.started:
+            self.started = delta.started
         if delta.tokens:
-            self.first_token = self.first_token or now
+            for token in delta.tokens:
+                self.output_ids.append(token.id)
+            if not self.first_token:
+                self.first_token = now
             self.last_token = now
         if delta.finish is not None:
             self.finished = now

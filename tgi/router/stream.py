@@ -3,8 +3,8 @@
 The text of a generation is by definition what these classes yield, so that a stream and its whole always agree.
 """
 
-import codecs
 from collections.abc import Sequence
+from encodings.utf_8 import IncrementalDecoder
 from typing import NamedTuple
 
 from tgi.router.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Transcript:
             shown=generation.shown,
             spelled=bool(generation.sampling.grammar),
         )
-        self._stops = Stops(generation.stop, keep=generation.keep_stop)
+        self._stops = Stops(generation.stop, keep=generation.keep_stop) if generation.stop else None
         self._hidden_ends = frozenset(() if generation.keep_stop else generation.stop_token_ids)
         self._early = generation.sampling.min_tokens
         """How many tokens are yet to come before a stop string may be complete."""
@@ -48,6 +48,10 @@ class Transcript:
         self._early -= 1
         hidden = last and token_id in self._hidden_ends
         said = "" if hidden else self._detokenizer.push(token_id)
+        if self._stops is None:
+            if last:
+                said += self._detokenizer.flush()
+            return Growth(said, said, None)
         text, stop = self._stops.push(said, may_end=may_end)
         if last and stop is None:
             rest = self._detokenizer.flush()
@@ -77,13 +81,15 @@ class Detokenizer:
         """``shown``: special tokens that aren't skipped. ``spelled``: by a grammar, to which every space counts."""
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._utf8 = IncrementalDecoder(errors="replace")
         # A generation continues its prompt's text, so a leading space stays. Special tokens are no text, whether they
         # are shown or not: both views of one generation have the same spaces.
         self._first = not spelled and all(id in tokenizer.special_ids for id in prompt_ids)
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; "" while a character is incomplete."""
+        if not (self._first or self._utf8.buffer) and (text := self._tokenizer.text(token_id)) is not None:
+            return text  # as decoded below, and ten times as fast
         if token_id in self._tokenizer.special_ids:
             return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
         first, self._first = self._first, False

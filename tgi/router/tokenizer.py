@@ -3,6 +3,7 @@ of a model folder; knows no request."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -45,6 +46,7 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary, files: _Files) -> None:
         self._vocabulary = vocabulary
         self._backend = vocabulary.backend
+        self._texts: dict[int, str | None] = {}
         self.added = vocabulary.added
         self.special_ids = vocabulary.special_ids
         self.vocab_size = vocabulary.size
@@ -89,6 +91,18 @@ class Tokenizer:
     def piece(self, token_id: int) -> str:
         """The text of one token decoded alone; specials keep their name, a part of a character is U+FFFD."""
         return self._vocabulary.decode([token_id])
+
+    def text(self, token_id: int) -> str | None:
+        """What this token adds to a text behind another; None for a special token and for one that begins or ends
+        inside a character."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            text = None
+            if token_id not in self.special_ids:
+                with contextlib.suppress(UnicodeDecodeError):
+                    text = self.token_bytes(token_id).decode()
+            return self._texts.setdefault(token_id, text)
 
     def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """See ``Vocabulary``."""
