@@ -36,6 +36,8 @@ INLINE Part p_max(Part a, Part b) { return _mm512_max_ps(a, b); }
 INLINE Part p_min(Part a, Part b) { return _mm512_min_ps(a, b); }
 INLINE Part p_round(Part a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Part p_less(Part a, Part b, Part yes, Part no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+INLINE unsigned p_at_most(Part a, Part b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE Part p_where(unsigned bits, Part yes, Part no) { return _mm512_mask_blend_ps((__mmask16)bits, no, yes); }
 INLINE IPart p_int(Part a) { return _mm512_cvtps_epi32(a); }
 INLINE Part p_float(IPart a) { return _mm512_cvtepi32_ps(a); }
 INLINE Part p_bits(IPart a) { return _mm512_castsi512_ps(a); }
@@ -70,6 +72,12 @@ INLINE Part p_max(Part a, Part b) { return _mm256_max_ps(a, b); }
 INLINE Part p_min(Part a, Part b) { return _mm256_min_ps(a, b); }
 INLINE Part p_round(Part a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE Part p_less(Part a, Part b, Part yes, Part no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+INLINE unsigned p_at_most(Part a, Part b) { return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
+INLINE Part p_where(unsigned bits, Part yes, Part no) {
+    __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i is = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
+    return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(is));
+}
 INLINE IPart p_int(Part a) { return _mm256_cvtps_epi32(a); }
 INLINE Part p_float(IPart a) { return _mm256_cvtepi32_ps(a); }
 INLINE Part p_bits(IPart a) { return _mm256_castsi256_ps(a); }
@@ -110,6 +118,12 @@ INLINE Part p_max(Part a, Part b) { return vmaxq_f32(a, b); }
 INLINE Part p_min(Part a, Part b) { return vminq_f32(a, b); }
 INLINE Part p_round(Part a) { return vrndnq_f32(a); }
 INLINE Part p_less(Part a, Part b, Part yes, Part no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+INLINE uint32x4_t p_each() {
+    const uint32_t each[4] = {1, 2, 4, 8};
+    return vld1q_u32(each);
+}
+INLINE unsigned p_at_most(Part a, Part b) { return vaddvq_u32(vandq_u32(vcleq_f32(a, b), p_each())); }
+INLINE Part p_where(unsigned bits, Part yes, Part no) { return vbslq_f32(vtstq_u32(vdupq_n_u32(bits), p_each()), yes, no); }
 INLINE IPart p_int(Part a) { return vcvtnq_s32_f32(a); }
 INLINE Part p_float(IPart a) { return vcvtq_f32_s32(a); }
 INLINE Part p_bits(IPart a) { return vreinterpretq_f32_s32(a); }
@@ -151,6 +165,9 @@ INLINE V16 vmax(V16 a, V16 b) { EACH a.part[i] = p_max(a.part[i], b.part[i]); re
 INLINE V16 vmin(V16 a, V16 b) { EACH a.part[i] = p_min(a.part[i], b.part[i]); return a; }
 INLINE V16 vround(V16 a) { EACH a.part[i] = p_round(a.part[i]); return a; }
 INLINE V16 where_less(V16 a, V16 b, V16 yes, V16 no) { EACH no.part[i] = p_less(a.part[i], b.part[i], yes.part[i], no.part[i]); return no; }
+// Bit i of what follows is number i of the sixteen.
+INLINE unsigned at_most(V16 a, V16 b) { unsigned r = 0; EACH r |= p_at_most(a.part[i], b.part[i]) << (i * WIDTH); return r; }
+INLINE V16 where(unsigned bits, V16 yes, V16 no) { EACH no.part[i] = p_where(bits >> (i * WIDTH), yes.part[i], no.part[i]); return no; }
 INLINE I16 to_int(V16 a) { I16 r; EACH r.part[i] = p_int(a.part[i]); return r; }
 INLINE V16 to_float(I16 a) { V16 r; EACH r.part[i] = p_float(a.part[i]); return r; }
 INLINE V16 as_float(I16 a) { V16 r; EACH r.part[i] = p_bits(a.part[i]); return r; }
@@ -176,6 +193,22 @@ INLINE void store_some(float* p, V16 a, int n) {
     float buffer[16];
     store(buffer, a);
     memcpy(p, buffer, n * sizeof(float));
+}
+// Those of `bits` side by side; what lies behind them, up to p + 16, is lost. Returns how many they are.
+INLINE int pack(float* p, V16 a, unsigned bits) {
+#if defined(__AVX512F__)
+    store(p, V16{{_mm512_maskz_compress_ps((__mmask16)bits, a.part[0])}});
+    return __builtin_popcount(bits);
+#else
+    float buffer[16];
+    store(buffer, a);
+    int n = 0;
+    for (int i = 0; i < 16; i++) {
+        p[n] = buffer[i];
+        n += bits >> i & 1;
+    }
+    return n;
+#endif
 }
 
 // The 32 bfloat16 of a panel's 16 outputs at two neighbours along k: even k in the lower halves, odd in the upper.
