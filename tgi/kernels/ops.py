@@ -1,7 +1,7 @@
 """The structs of csrc/ops.h, field by field: what Python hands to the library."""
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
 
@@ -109,9 +109,55 @@ class Embed(Op):
     ]
 
 
+class Choice(ctypes.Structure):
+    """How a request's tokens are chosen."""
+
+    _fields_ = [
+        ("seed", c_uint64),
+        ("green", c_void_p),
+        ("history", c_void_p),
+        ("counts", c_void_p),
+        ("biased", c_void_p),
+        ("bias", c_void_p),
+        ("barred", c_void_p),
+        ("history_size", c_int32),
+        ("biased_size", c_int32),
+        ("barred_size", c_int32),
+        ("greedy", c_int32),
+        ("top_k", c_int32),
+        ("top_n", c_int32),
+        ("delta", c_float),
+        ("repetition", c_float),
+        ("frequency", c_float),
+        ("presence", c_float),
+        ("temperature", c_float),
+        ("top_p", c_float),
+        ("typical_p", c_float),
+        ("min_p", c_float),
+    ]
+
+
+class Sample(Op):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("choices", c_void_p),
+        ("positions", c_void_p),
+        ("masks", c_void_p),
+        ("known", c_void_p),
+        ("ids", c_void_p),
+        ("logprobs", c_void_p),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+        ("most", c_int64),
+        ("vocabulary", c_int32),
+    ]
+
+
 STRUCTS: dict[Kind, type[Op]] = {
     Kind.LINEAR: Linear,
     Kind.QUANTIZE: Quantize,
     Kind.NORM: Norm,
     Kind.EMBED: Embed,
+    Kind.SAMPLE: Sample,
 }

@@ -1,6 +1,7 @@
 // All operations for one instruction set; build.py compiles this file once for each, naming it TGI_ISA.
 #include "linear.h"
 #include "rows.h"
+#include "sampling.h"
 #include "table.h"
 
 using namespace TGI_ISA;
@@ -17,4 +18,5 @@ extern const Table NAME(TGI_ISA) = {{
     {QUANTIZE, call<Quantize, quantize>},
     {NORM, call<Norm, norm>},
     {EMBED, call<Embed, embed>},
+    {SAMPLE, call<Sample, sample>},
 }};

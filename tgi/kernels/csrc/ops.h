@@ -73,6 +73,37 @@ struct Embed : Op {
     float factor;
 };
 
+// How a request's tokens are chosen. What is null, empty or neutral costs nothing.
+struct Choice {
+    uint64_t seed;
+    const uint8_t* green;     // bit t % 8 of byte t / 8: whether token t gets `delta`
+    const int32_t* history;   // distinct tokens of prompt and text
+    const float* counts;      // of these: how often they were generated
+    const int32_t* biased;
+    const float* bias;
+    const int32_t* barred;    // tokens that may not come
+    int32_t history_size, biased_size, barred_size;
+    int32_t greedy, top_k, top_n;
+    float delta, repetition, frequency, presence;
+    float temperature, top_p, typical_p, min_p;
+};
+
+// One token for each row of logits.
+struct Sample : Op {
+    const float* logits;
+    int64_t stride;                // numbers from row to row
+    const Choice* const* choices;  // [rows]
+    const int64_t* positions;      // [rows]: of the tokens
+    const uint8_t* const* masks;   // [rows], or null: bits as in `green` of the tokens that may come; null: all
+    const int64_t* known;          // [rows], or null: the tokens, where there is nothing to choose
+    int32_t* ids;                  // [rows]; -1: the row's logits are not numbers, and all else of it is undefined
+    float* logprobs;               // [rows]: before all changes
+    int32_t* top_ids;              // [rows, most]: the likeliest `top_n` of the row, best first
+    float* top_logprobs;
+    int64_t most;                  // at least each row's `top_n`, at most the vocabulary
+    int32_t vocabulary;
+};
+
 // One thread's share of an operation: threads take tasks by number until there are none.
 struct Worker {
     int index, count;          // this thread among all

@@ -106,6 +106,7 @@ int64_t tgi_size(int kind) {
         case QUANTIZE: return sizeof(Quantize);
         case NORM: return sizeof(Norm);
         case EMBED: return sizeof(Embed);
+        case SAMPLE: return sizeof(Sample);
     }
     return -1;
 }

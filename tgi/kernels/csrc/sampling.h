@@ -1,0 +1,366 @@
+// The next token of a row of logits, and the log-probabilities of tokens. tgi/runtime/torch_sampler.py says the same with
+// torch and is the definition; here nothing is sorted but a few candidates, and a row costs what its request asks for.
+//
+// A token's depth is how far its logit, divided by the temperature, lies below the largest: never negative. Each warper keeps
+// the tokens down to some depth, or near to some depth, so what is left is a list of (depth, id), in the order of ids.
+#pragma once
+#include <cmath>
+#include <cstdlib>
+
+#include "ops.h"
+#include "simd.h"
+
+namespace TGI_ISA {
+
+constexpr int BUCKET = 256;  // tokens whose largest and whose sum are kept; the draw chooses one of these first
+constexpr float INFINITE = __builtin_inff(), GREATEST = 3.402823466e38f;
+constexpr float BOTTOM = 88.f;  // from this depth on e^-depth is nothing
+
+// Memory that is kept for the next row. (No std::vector: the linker would share its code between instruction sets.)
+template <class T> struct Room {
+    T* at = nullptr;
+    int64_t size = 0;
+    T* of(int64_t wanted) {
+        if (size < wanted) {
+            free(at);
+            at = (T*)malloc((size = wanted) * sizeof(T));
+            if (!at) abort();
+        }
+        return at;
+    }
+    ~Room() { free(at); }
+};
+
+struct Item {
+    uint32_t key;  // a depth's bits, which are ordered as numbers that are not negative are
+    float weight;
+};
+
+// One thread's memory: a row as its request's wishes change it, its buckets, and the list.
+struct Desk {
+    Room<float> row_, most_, mass_, depth_, weight_, key_;
+    Room<int32_t> id_;
+    Room<Item> item_;
+    float *row, *most, *mass, *depth, *weight, *key;
+    int32_t* id;
+    Item* item;
+    double histogram[2048];
+
+    void fit(int size) {
+        int64_t tokens = size + 32, buckets = size / BUCKET + 1;
+        row = row_.of(tokens), depth = depth_.of(tokens), weight = weight_.of(tokens), key = key_.of(tokens);
+        most = most_.of(buckets), mass = mass_.of(buckets), id = id_.of(tokens), item = item_.of(tokens);
+    }
+};
+
+INLINE V16 take(const float* x, int left, float rest) { return left >= 16 ? load(x) : load_some(x, left, rest); }
+INLINE unsigned first(int n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
+INLINE unsigned bits16(const uint8_t* bits, int at, int left) { return bits[at / 8] | (left > 8 ? bits[at / 8 + 1] << 8 : 0); }
+
+// Each bucket's largest number in `most`; returns the first place of the largest of all.
+static int peak(const float* x, int size, float* most) {
+    int best = 0;
+    float top = -INFINITE;
+    for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
+        int n = size - at < BUCKET ? size - at : BUCKET, i = 0;
+        V16 even = set1(-INFINITE), odd = even;
+        for (; i + 32 <= n; i += 32) {
+            even = vmax(even, load(x + at + i));
+            odd = vmax(odd, load(x + at + i + 16));
+        }
+        for (; i < n; i += 16) even = vmax(even, take(x + at + i, n - i, -INFINITE));
+        most[b] = largest(vmax(even, odd));
+        if (most[b] > top) top = most[b], best = at;
+    }
+    for (int i = best; i < size && i < best + BUCKET; i++)
+        if (x[i] == top) return i;
+    return best;
+}
+
+// Each bucket's sum of e^((x - top) · inverse) in `mass`; returns the sum of all. NaN if a number is NaN or infinite.
+static double masses(const float* x, int size, float top, float inverse, float* mass) {
+    V16 offset = set1(top), factor = set1(inverse);
+    double total = 0;
+    for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
+        int n = size - at < BUCKET ? size - at : BUCKET, i = 0;
+        V16 even = zero(), odd = zero();
+        for (; i + 32 <= n; i += 32) {
+            even = even + vexp((load(x + at + i) - offset) * factor);
+            odd = odd + vexp((load(x + at + i + 16) - offset) * factor);
+        }
+        for (; i < n; i += 16) even = even + vexp((take(x + at + i, n - i, -INFINITE) - offset) * factor);
+        total += mass[b] = sum(even + odd);
+    }
+    return total;
+}
+
+// List the tokens at most `limit` below `top`, with that as their depth, buckets without any unseen.
+static int collect(const float* x, int size, float top, float limit, Desk& d) {
+    V16 offset = set1(top), bound = set1(limit);
+    const I16 steps = iload("\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\5\0\0\0\6\0\0\0\7\0\0\0"
+                            "\10\0\0\0\11\0\0\0\12\0\0\0\13\0\0\0\14\0\0\0\15\0\0\0\16\0\0\0\17\0\0\0");
+    int n = 0;
+    for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
+        if (!(top - d.most[b] <= limit)) continue;
+        int end = size - at < BUCKET ? size : at + BUCKET;
+        for (int i = at; i < end; i += 16) {
+            V16 depth = offset - take(x + i, end - i, -INFINITE);
+            unsigned bits = at_most(depth, bound) & first(end - i);
+            if (!bits) continue;
+            pack((float*)d.id + n, as_float(iset1(i) + steps), bits);
+            n += pack(d.depth + n, depth, bits);
+        }
+    }
+    return n;
+}
+
+// Keep those of the list whose key is at most `limit`.
+static int keep(const float* key, int n, float limit, Desk& d) {
+    V16 bound = set1(limit);
+    int kept = 0;
+    for (int i = 0; i < n; i += 16) {  // all lists have room for 16 more
+        unsigned bits = at_most(load(key + i), bound) & first(n - i);
+        V16 depth = load(d.depth + i), weight = load(d.weight + i), id = load((float*)d.id + i);
+        pack(d.weight + kept, weight, bits);
+        pack((float*)d.id + kept, id, bits);
+        kept += pack(d.depth + kept, depth, bits);
+    }
+    return kept;
+}
+
+// weight = e^-depth of the list; returns their sum.
+static double weigh(int n, Desk& d) {
+    double total = 0;
+    for (int i = 0; i < n; i += 16) {
+        V16 weight = vexp(zero() - take(d.depth + i, n - i, INFINITE));
+        store(d.weight + i, weight);
+        total += sum(weight);
+    }
+    return total;
+}
+
+// The key at which weights (null: 1 each), summed from the least key on, reach `target`; if they don't, the largest. Keys are
+// not negative. Not a sort: a histogram over the highest bits finds the part where that happens, and then only that part counts.
+static float reach(const float* key, const float* weight, int n, double target, Desk& d) {
+    Item* items = d.item;
+    for (int i = 0; i < n; i++) {
+        memcpy(&items[i].key, key + i, 4);
+        items[i].key &= 0x7fffffff;
+        items[i].weight = weight ? weight[i] : 1.f;
+    }
+    double before = 0;
+    for (int shift = 20; shift >= 0 && n > 48; shift -= 10) {
+        memset(d.histogram, 0, sizeof d.histogram);
+        for (int i = 0; i < n; i++) d.histogram[items[i].key >> shift & 2047] += items[i].weight;
+        uint32_t part = 0;
+        double last = 0;
+        for (uint32_t p = 0; p < 2048; p++) {
+            if (d.histogram[p] == 0) continue;
+            before += last;
+            last = d.histogram[p], part = p;
+            if (before + last >= target) break;
+        }
+        int left = 0;
+        for (int i = 0; i < n; i++) {
+            items[left] = items[i];
+            left += (items[i].key >> shift & 2047) == part;
+        }
+        n = left;
+        if (shift == 0) n = n > 0;  // all the same
+    }
+    for (int i = 1; i < n; i++) {
+        Item item = items[i];
+        int j = i;
+        for (; j && items[j - 1].key > item.key; j--) items[j] = items[j - 1];
+        items[j] = item;
+    }
+    float found = INFINITE;
+    for (int i = 0; i < n; i++) {
+        memcpy(&found, &items[i].key, 4);
+        if ((before += items[i].weight) >= target) break;
+    }
+    return found;
+}
+
+// List the k largest, and ties with the last; depths are divided by the temperature.
+static int best(const float* x, int size, float top, int k, float temperature, Desk& d) {
+    int buckets = (size + BUCKET - 1) / BUCKET;
+    float limit = INFINITE;
+    if (k < buckets) {  // as many buckets have a token of that depth: it can't be lower
+        for (int b = 0; b < buckets; b++) d.key[b] = top - d.most[b];
+        limit = reach(d.key, nullptr, buckets, k, d);
+    }
+    int n = collect(x, size, top, limit, d);
+    for (int i = 0; i < n; i += 16) store(d.depth + i, load(d.depth + i) / set1(temperature));
+    return k < n ? keep(d.depth, n, reach(d.depth, nullptr, n, k, d), d) : n;
+}
+
+// Exponential races: of all that run, the one of the largest weight / E wins, E being drawn from the unit exponential
+// distribution by SplitMix64 (Steele, Lea & Flood 2014) as a function of (seed, position, counter).
+struct Race {
+    uint64_t key;
+    double record = -1;
+    int winner = 0;
+
+    static constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+    static uint64_t mix(uint64_t x) {
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+        return x ^ x >> 31;
+    }
+    Race(uint64_t seed, uint64_t position) : key(mix(mix(seed + GOLDEN) + (position + 1) * GOLDEN)) {}
+    void run(double weight, int64_t counter, int who) {
+        if (!(weight > 0)) return;
+        uint64_t x = mix(key + (uint64_t)counter * GOLDEN);
+        double speed = weight / -log(((double)(x >> 11) + 0.5) * 0x1p-53);
+        if (speed > record) record = speed, winner = who;
+    }
+    void again() { record = -1, winner = 0; }
+};
+
+// A token drawn from a row whose largest is at `peak`. `total`: of the masses, if d.mass has them at temperature 1; or 0.
+static int draw(const Choice& c, int64_t position, const float* x, int size, int peak, double total, Desk& d) {
+    float top = x[peak];
+    Race race(c.seed, position);
+    bool limited = c.top_k > 0, nucleus = c.top_p != 1.f, typical = c.typical_p != 1.f, least = c.min_p != 0.f;
+    if (!limited && (nucleus || !(typical || least)) && (c.temperature != 1.f || total == 0))
+        total = masses(x, size, top, 1.f / c.temperature, d.mass);
+    if (!(limited || nucleus || typical || least)) {
+        for (int b = 0; b * BUCKET < size; b++) race.run(d.mass[b], -1 - b, b);
+        int at = race.winner * BUCKET, n = size - at < BUCKET ? size - at : BUCKET;
+        race.again();
+        for (int i = 0; i < n; i += 16)
+            store(d.weight + i, vexp((take(x + at + i, n - i, -INFINITE) - set1(top)) * set1(1.f / c.temperature)));
+        for (int i = 0; i < n; i++) race.run(d.weight[i], at + i, at + i);
+        return race.winner;
+    }
+    int n;
+    if (limited) {
+        n = best(x, size, top, c.top_k, c.temperature, d);
+        total = weigh(n, d);
+    } else {
+        // Together, tokens less likely than `rare` have at most half of what top-p leaves away.
+        float rare = (float)(0.5 * (1 - c.top_p) * total / size);
+        float depth = nucleus ? -logf(rare) : typical ? BOTTOM : -logf(c.min_p);
+        depth = depth < BOTTOM ? depth : BOTTOM;
+        n = collect(x, size, top, depth * c.temperature * 1.0001f, d);
+        for (int i = 0; i < n; i += 16) store(d.depth + i, load(d.depth + i) / set1(c.temperature));
+        double listed = weigh(n, d);
+        if (!nucleus) total = listed;
+    }
+    if (nucleus) n = keep(d.depth, n, reach(d.depth, d.weight, n, c.top_p * total, d), d);
+    if (typical) {
+        // A token's information less the entropy is its depth less the mean depth.
+        double mean = 0;
+        total = 0;
+        for (int i = 0; i < n; i++) {
+            total += d.weight[i];
+            if (d.weight[i] > 0) mean += (double)d.weight[i] * d.depth[i];
+        }
+        V16 middle = set1((float)(mean / total));
+        for (int i = 0; i < n; i += 16) {
+            V16 distance = load(d.depth + i) - middle;
+            store(d.key + i, vmax(distance, zero() - distance));
+        }
+        n = keep(d.key, n, reach(d.key, d.weight, n, c.typical_p * total, d), d);
+    }
+    if (least) {
+        float shallowest = INFINITE;
+        for (int i = 0; i < n; i++) shallowest = d.depth[i] < shallowest ? d.depth[i] : shallowest;
+        n = keep(d.depth, n, shallowest - logf(c.min_p), d);
+    }
+    if (!n) return peak;  // not numbers, which a row that was changed can hold
+    double mass = 0;
+    for (int i = 0, start = 0; i < n; i++) {
+        mass += d.weight[i];
+        int bucket = d.id[i] / BUCKET;
+        if (i + 1 == n || d.id[i + 1] / BUCKET != bucket) {
+            race.run(mass, -1 - bucket, start);
+            mass = 0, start = i + 1;
+        }
+    }
+    int start = race.winner;
+    race.again();
+    race.winner = d.id[start];
+    for (int i = start; i < n && d.id[i] / BUCKET == d.id[start] / BUCKET; i++) race.run(d.weight[i], d.id[i], d.id[i]);
+    return race.winner;
+}
+
+// The row with all that applies before the warpers: watermark, penalties, bias, barred tokens, mask; in this order.
+static const float* change(const Choice& c, const uint8_t* mask, const float* raw, int size, float* x) {
+    if (c.green) {
+        for (int i = 0; i < size; i += 16) {
+            V16 v = take(raw + i, size - i, 0);
+            store(x + i, where(bits16(c.green, i, size - i), v + set1(c.delta), v));
+        }
+    } else {
+        memcpy(x, raw, size * sizeof(float));
+    }
+    for (int i = 0; i < c.history_size; i++) {
+        int id = c.history[i];
+        if (id < 0 || id >= size) continue;
+        float v = x[id];
+        if (c.repetition != 1.f) {
+            v = v > 0 ? v / c.repetition : v * c.repetition;
+            v = v < -GREATEST ? -GREATEST : v > GREATEST ? GREATEST : v;
+        }
+        x[id] = v - c.frequency * c.counts[i] - (c.counts[i] > 0 ? c.presence : 0.f);
+    }
+    for (int i = 0; i < c.biased_size; i++)
+        if (c.biased[i] >= 0 && c.biased[i] < size) x[c.biased[i]] += c.bias[i];
+    for (int i = 0; i < c.barred_size; i++)
+        if (c.barred[i] >= 0 && c.barred[i] < size) x[c.barred[i]] = -INFINITE;
+    if (mask)
+        for (int i = 0; i < size; i += 16) store(x + i, where(bits16(mask, i, size - i), load(x + i), set1(-INFINITE)));
+    return x;
+}
+
+static void sample_row(const Sample& op, int row, Desk& d) {
+    const Choice& c = *op.choices[row];
+    const uint8_t* mask = op.masks ? op.masks[row] : nullptr;
+    const float *raw = op.logits + row * op.stride, *x = raw;
+    int size = op.vocabulary, id = peak(raw, size, d.most);
+    float top = raw[id];
+    double total = masses(raw, size, top, 1, d.mass);
+    if (!(total < INFINITE)) {
+        op.ids[row] = -1;
+        return;
+    }
+    double norm = top + log(total);
+    if (c.top_n) {
+        int n = best(raw, size, top, c.top_n, 1, d);
+        // Inserted one by one, ids staying in order where depths are equal.
+        for (int i = 1; i < n; i++) {
+            float depth = d.depth[i];
+            int32_t token = d.id[i], j = i;
+            for (; j && d.depth[j - 1] > depth; j--) d.depth[j] = d.depth[j - 1], d.id[j] = d.id[j - 1];
+            d.depth[j] = depth, d.id[j] = token;
+        }
+        for (int i = 0; i < n && i < c.top_n; i++) {
+            op.top_ids[row * op.most + i] = d.id[i];
+            op.top_logprobs[row * op.most + i] = (float)(raw[d.id[i]] - norm);
+        }
+    }
+    if (op.known) {
+        id = (int)op.known[row];
+    } else {
+        if (c.green || c.history_size || c.biased_size || c.barred_size || mask) {
+            x = change(c, mask, raw, size, d.row);
+            id = peak(x, size, d.most);
+            total = 0;
+        }
+        if (!c.greedy && x[id] > -INFINITE) id = draw(c, op.positions[row], x, size, id, total, d);
+    }
+    op.ids[row] = id;
+    op.logprobs[row] = (float)(raw[id] - norm);
+}
+
+static void sample(const Sample& op, int rows, Worker& worker) {
+    static thread_local Desk desk;
+    for (int row; (row = worker.next()) < rows;) {
+        desk.fit(op.vocabulary);
+        sample_row(op, row, desk);
+    }
+}
+
+}  // namespace TGI_ISA
