@@ -28,7 +28,7 @@ state() {
 # install EXTRA: this package in .venv. EXTRA is empty, or [test], which holds all that empty does.
 install() {
     local extra=$1 venv=.venv options=() sources=(pyproject.toml) file wanted
-    for file in setup.py tgi/kernels/native/*; do
+    for file in setup.py tgi/kernels/build.py tgi/kernels/csrc/*; do
         if [[ -f $file ]]; then sources+=("$file"); fi
     done
     wanted=$(state "$venv" "${sources[@]}")

@@ -11,7 +11,7 @@ from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.launcher import fit as fitting
 from tgi.launcher.errors import ArgumentValidation
-from tgi.launcher.fit import Machine, Plan, choose_dtype, elements, fit, probe
+from tgi.launcher.fit import Machine, Plan, choose_dtype, choose_quantize, elements, fit, probe
 from tgi.launcher.flags import Options
 
 GB = 10**9
@@ -29,6 +29,7 @@ CONFIG = {
 TOKEN = 3 * 2 * 2 * 16 * 4
 """Bytes of one token in the KV cache in float32: layers, k and v, kv heads, head dimension, width."""
 CPU = Machine("cpu", "cpu", 16 * GB, 8 * GB)
+NATIVE = Machine("cpu", "cpu", 16 * GB, 8 * GB, native=True)
 GPU = Machine("cuda", "NVIDIA H100 80GB HBM3", 80 * GB, 70 * GB)
 
 
@@ -205,7 +206,9 @@ def test_a_broken_header_is_named(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("dtype", "device", "stored", "chosen"),
     [
-        ("auto", "cpu", "bfloat16", "float32"),
+        ("auto", "cpu", "float32", "float32"),
+        ("auto", "native", "float16", "bfloat16"),
+        ("float32", "native", "bfloat16", "float32"),
         ("auto", "cuda", "bfloat16", "bfloat16"),
         ("auto", "cuda", "float16", "float16"),
         ("auto", "cuda", "float32", "bfloat16"),
@@ -213,7 +216,41 @@ def test_a_broken_header_is_named(tmp_path: Path, content: bytes) -> None:
     ],
 )
 def test_dtype(dtype: str, device: str, stored: str, chosen: str) -> None:
-    assert choose_dtype(dtype, device, {"torch_dtype": stored}) == chosen
+    machine = {"cpu": CPU, "native": NATIVE, "cuda": GPU}[device]
+    assert choose_dtype(dtype, machine, {"torch_dtype": stored}) == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "machine", "chosen"),
+    [
+        ({}, "m.safetensors", "native", None),
+        ({}, "m.gguf", "native", "stored"),
+        ({}, "m.gguf", "cpu", None),
+        ({"dtype": "float32"}, "m.gguf", "native", None),
+        ({"quantize": "int8"}, "m.gguf", "native", "int8"),
+        ({"quantize": "int4"}, "m.safetensors", "native", "int4"),
+    ],
+)
+def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str | None) -> None:
+    files = ModelFiles(model_id="m", folder="/x", weights=[f"/x/{name}"])
+    assert choose_quantize(Options(**options), files, {"cpu": CPU, "native": NATIVE}[machine]) == chosen
+
+
+def test_quantize_needs_the_kernels_that_multiply_it(tmp_path: Path) -> None:
+    for machine in (CPU, GPU):
+        with pytest.raises(ArgumentValidation, match="--quantize int8"):
+            fit(Options(quantize="int8"), model(tmp_path), machine)
+    with pytest.raises(ArgumentValidation, match="--dtype"):
+        fit(Options(quantize="int4", dtype="float16"), model(tmp_path), NATIVE)
+
+
+def test_quantized_weights_are_billed_as_what_they_are(tmp_path: Path) -> None:
+    files = model(tmp_path, vocab_size=1)
+    plain, eight, four = (
+        fit(Options(quantize=kind), files, NATIVE).ledger["weights"] for kind in (None, "int8", "int4")
+    )
+    assert plain == 2 * 205
+    assert four < eight < plain
 
 
 def machine_files(root: Path, files: dict[str, str]) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny import write_model
-from tgi.attention.base import AttnSpec
+from tgi.attention.base import AttnSpec, Kind, Turn
 from tgi.core.config import ModelFiles
 from tgi.core.messages import Delta, Fault, Submit
 from tgi.engine.request import Request
@@ -35,8 +35,9 @@ class FullAttention:
         self._specs = specs
         self._lengths = list(lengths)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
         spec = self._specs[layer]
+        q, k, v = turn(qkv)
         outs = []
         for q_, k_, v_ in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
             place = torch.arange(len(q_))
@@ -72,7 +73,9 @@ class Engine:
     def __init__(self, folder: Path, device: str = "cpu", *, blocks: int = 64, step_tokens: int = 512) -> None:
         self.model = load(folder, device)
         place = torch.device(device)
-        self.runner = Runner(self.model, KVCache(self.model.specs, blocks, torch.float32, place), place)
+        self.runner = Runner(
+            self.model, KVCache(self.model.specs, blocks, Kind(torch.float32, torch.float32), place), place
+        )
         self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []

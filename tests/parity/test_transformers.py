@@ -126,7 +126,7 @@ def test_the_operators_scaling_overrides_the_config(tmp_path: Path, name: str):
 def test_logits_are_float32_whatever_the_weights_are(tmp_path: Path, dtype: torch.dtype):
     """Penalties, warpers and log-probabilities are made of them."""
     model = load(write_model(tmp_path, "llama"), dtype=dtype)
-    assert model.forward(tokens(9), torch.arange(9), FullAttention(model.specs, [9])).dtype == dtype
+    assert model.forward(tokens(9), torch.arange(9), FullAttention(model.specs, [9])).dtype == model.compute
     assert logits(model, tokens(9)).dtype == torch.float32
 
 

@@ -5,12 +5,14 @@ import random
 import pytest
 import torch
 
-from tgi.attention.base import AttnSpec, Segment, choose
+from tgi.attention.base import AttnSpec, Kind, Segment, choose
 from tgi.attention.sdpa import SdpaAttention
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.errors import StartupError
+from tgi.layers.attention import Turn
 
 BLOCKS = 64
+KIND = Kind(torch.float32, torch.float32)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -33,7 +35,7 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
     torch.manual_seed(seed)
     kv_heads = chance.choice([1, 2, 3])
     spec = AttnSpec(kv_heads * chance.choice([1, 3]), kv_heads, chance.choice([8, 16]), 0.3, window)
-    backend = SdpaAttention(spec, torch.float32, torch.device(device))
+    backend = SdpaAttention(spec, KIND, torch.device(device))
     pages = backend.allocate(BLOCKS).fill_(float("nan"))  # left by a request that failed
     free = chance.sample(range(BLOCKS), BLOCKS)
     requests = []
@@ -54,8 +56,9 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
                 parts.append((number, span, q[span], k[span], v[span]))
         if not segments:
             continue
-        packed = [torch.cat([part[i] for part in parts]).to(device) for i in (2, 3, 4)]
-        out = backend.prepare(segments).run(pages, *packed).cpu()
+        qkv = torch.cat([torch.cat([part[i] for part in parts]) for i in (2, 3, 4)], dim=1).flatten(1).to(device)
+        turn = Turn(spec.heads, spec.kv_heads, None, None)
+        out = backend.prepare(segments).run(pages, qkv, turn).cpu()
         at = 0
         for number, span, _, _, _ in parts:
             _, _, q, k, v = requests[number]
@@ -68,4 +71,4 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
 def test_no_backend_for_a_spec_is_an_error_with_each_reason():
     spec = AttnSpec(2, 2, 8, 1.0, softcap=50.0)
     with pytest.raises(StartupError, match="sdpa: no soft-capping"):
-        choose(spec, torch.float32, torch.device("cpu"), [SdpaAttention])
+        choose(spec, KIND, torch.device("cpu"), [SdpaAttention])

@@ -27,14 +27,38 @@ class AttnSpec:
     """Scores become ``softcap * tanh(score / softcap)``."""
 
 
+class Norm(Protocol):
+    """RMSNorm of the heads of q and k."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[heads + kv heads, head_dim]."""
+
+    @property
+    def eps(self) -> float: ...
+
+
+class Turn(Protocol):
+    """How q, k and v are made of a layer's packed projection: in torch by a call, in a kernel by the fields."""
+
+    @property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin of the step's tokens, float32 [tokens, half the dimensions that turn]; None: nothing turns."""
+
+    @property
+    def norm(self) -> Norm | None: ...
+
+    def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[tokens, (heads + 2 kv_heads) · head_dim] → q [tokens, heads, head_dim]; k, v, the kv heads likewise."""
+
+
 class Attend(Protocol):
     """The one thing a model's forward knows of attention and cache."""
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Store k, v of the step's tokens and attend.
 
-        q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], rotated where the model rotates.
-        Returns [tokens, heads * head_dim].
+        qkv: the projection [tokens, (heads + 2 kv_heads) · head_dim]. Returns [tokens, heads · head_dim].
         """
 
 
@@ -49,16 +73,26 @@ class Segment:
     """Pages of the request in order; they cover ``start + length`` tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Number formats, fixed at load."""
+
+    compute: torch.dtype
+    """Of what goes in and comes out."""
+    stored: torch.dtype
+    """Of keys and values in the cache."""
+
+
 class AttentionBackend(Protocol):
     """A kernel family, serving all layers of one spec. Pages are passed in: a backend holds no state of requests."""
 
     name: str
 
     @staticmethod
-    def declines(spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
         """Why this backend can't serve the spec; None if it can."""
 
-    def __init__(self, spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> None: ...
+    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None: ...
 
     def allocate(self, blocks: int) -> torch.Tensor:
         """One layer's zeroed pages, laid out as this backend reads them."""
@@ -70,7 +104,7 @@ class AttentionBackend(Protocol):
 class PreparedAttention(Protocol):
     """One step, ready to run layer by layer."""
 
-    def run(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Write k, v into the layer's ``pages`` and attend; shapes as in Attend."""
 
 
@@ -83,12 +117,12 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 
 def choose(
-    spec: AttnSpec, dtype: torch.dtype, device: torch.device, backends: Sequence[type[AttentionBackend]]
+    spec: AttnSpec, kind: Kind, device: torch.device, backends: Sequence[type[AttentionBackend]]
 ) -> type[AttentionBackend]:
     """The first backend that serves ``spec``; if none does, an error with each one's reason."""
     reasons = []
     for backend in backends:
-        if (reason := backend.declines(spec, dtype, device)) is None:
+        if (reason := backend.declines(spec, kind, device)) is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise StartupError(f"no attention backend serves {spec} in {dtype} on {device}: " + "; ".join(reasons))
+    raise StartupError(f"no attention backend serves {spec} with {kind} on {device}: " + "; ".join(reasons))

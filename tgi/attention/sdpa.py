@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tgi.attention.base import AttnSpec, PreparedAttention, Segment, zeros
+from tgi.attention.base import AttnSpec, Kind, PreparedAttention, Segment, Turn, zeros
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS
 
 
@@ -19,17 +19,19 @@ class SdpaAttention:
     name = "sdpa"
 
     @staticmethod
-    def declines(spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
+        if not kind.stored.is_floating_point:
+            return f"no cache in {kind.stored}"
         return None if spec.softcap is None else "no soft-capping of scores"
 
-    def __init__(self, spec: AttnSpec, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None:
         self.spec = spec
-        self._dtype = dtype
+        self._kind = kind
         self._device = device
-        self._workspace = torch.empty(0, dtype=dtype, device=device)
+        self._workspace = torch.empty(0, dtype=kind.stored, device=device)
 
     def allocate(self, blocks: int) -> torch.Tensor:
-        return zeros((blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._dtype, self._device)
+        return zeros((blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._kind.stored, self._device)
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
         slots: list[int] = []
@@ -58,10 +60,10 @@ class SdpaAttention:
         shape = (part.blocks.numel(), *pages.shape[1:])
         size = part.blocks.numel() * pages[0].numel()
         if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=self._dtype, device=self._device)
+            self._workspace = torch.empty(size, dtype=self._kind.stored, device=self._device)
         out = self._workspace[:size].view(shape)
         torch.index_select(pages, 0, part.blocks, out=out)
-        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context]
+        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context].to(self._kind.compute)
 
     def _part(self, at: int, tokens: int, group: Sequence[Segment]) -> "_Part":
         """Blocks and mask of one group. Only the blocks that the window reaches are gathered."""
@@ -101,7 +103,9 @@ class SdpaAttention:
         hidden = key > query
         if self.spec.window is not None:
             hidden |= key <= query - self.spec.window
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+        return torch.zeros(hidden.shape, dtype=self._kind.compute, device=self._device).masked_fill_(
+            hidden, float("-inf")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +129,14 @@ class _Prepared:
     begun: torch.Tensor | None
     """Blocks whose first slots, and not the last, are written in this step."""
 
-    def run(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
+        q, k, v = turn(qkv)
         if self.begun is not None:
             # A masked score of 0 times what an earlier request left behind could be NaN.
             pages.index_fill_(0, self.begun, 0)
         flat = pages.view(-1, *pages.shape[2:])
-        flat[:, 0].index_copy_(0, self.slots, k)
-        flat[:, 1].index_copy_(0, self.slots, v)
+        flat[:, 0].index_copy_(0, self.slots, k.to(pages.dtype))
+        flat[:, 1].index_copy_(0, self.slots, v.to(pages.dtype))
         outs = [self._attend(pages, part, q[part.at : part.at + part.tokens]) for part in self.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 

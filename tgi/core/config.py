@@ -69,6 +69,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the engine listens, if not in ``run_dir``."""
     device: str = "cpu"
     dtype: str = "float32"
+    """Of weights that aren't quantized, of the KV cache, and of activations unless native kernels compute these."""
+    quantize: str | None = None
+    """"int8", "int4": the weights are rounded so at load; "stored": they stay as the checkpoint has them quantized."""
     rope_scaling: str | None = None
     rope_factor: float | None = None
     ledger: dict[str, int] = {}

@@ -1,10 +1,11 @@
-"""The compiled library: found, loaded, and set to the best instruction set that this processor has."""
+"""The compiled library: found, loaded, and set to the best instruction set that this processor has. Imports no torch.
+
+Whoever computes has imported torch before, so that torch's OpenMP runtime serves both: one pool of threads.
+"""
 
 import ctypes
 import logging
 from functools import cache
-
-import torch
 
 from tgi.kernels import ops
 from tgi.kernels.build import LIBRARY
@@ -13,13 +14,14 @@ log = logging.getLogger(__name__)
 
 
 class Library:
-    """The C functions. torch is imported first, so that its OpenMP runtime serves both: one pool of threads."""
+    """The C functions."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError if it can't be loaded or was built from other sources than these."""
+        """Raises OSError if it can't be loaded, fits another source than this, or finds no instruction set."""
         self._c = ctypes.CDLL(path)
         self._c.tgi_size.restype = ctypes.c_int64
         self.run = self._c.tgi_run
+        self.plan = self._c.tgi_plan
         for kind, struct in ops.STRUCTS.items():
             if self._c.tgi_size(int(kind)) != ctypes.sizeof(struct):
                 raise OSError(f"{path} is older than its sources: install the package again")
@@ -28,7 +30,7 @@ class Library:
         self.isas = names.value.decode().split()
         """Instruction sets that run here, best last."""
         if not self.isas:
-            raise OSError("the processor has none of the instruction sets that the kernels are made for (AVX2 with FMA)")
+            raise OSError("the processor has none of the instruction sets they are made for (AVX2, FMA and F16C)")
         self.choose(self.isas[-1])
 
     def choose(self, isa: str) -> None:
@@ -38,7 +40,7 @@ class Library:
         self.isa = isa
 
     def profile(self, seconds: "ctypes.Array[ctypes.c_double] | None") -> None:
-        """From now on add each kind's seconds to ``seconds``; None ends it."""
+        """From now on add each kind's seconds to ``seconds``, by Kind; None ends it."""
         self._c.tgi_profile(seconds)
 
 
@@ -50,8 +52,3 @@ def library() -> Library | None:
     except OSError as error:
         log.warning("No native kernels, plain torch instead: %s", error)
         return None
-
-
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()

@@ -1,12 +1,10 @@
-"""Matrices packed for the linear kernel, and the kernel. csrc/linear.h describes how panels lie in memory."""
+"""Matrices packed for the linear kernel. csrc/linear.h describes how panels lie in memory."""
 
 from dataclasses import dataclass
 
 import torch
 
-from tgi.kernels.library import Library
-from tgi.kernels.ops import Finish, Form, Kind, Linear, Quantize
-from tgi.kernels.program import empty, run
+from tgi.kernels.ops import Form
 
 OUTPUTS = 32
 """Rows of a matrix come in twos of panels; the last are filled up with zeros."""
@@ -14,7 +12,7 @@ OUTPUTS = 32
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """A matrix [outs, inner]. Quantized: weight = (stored - zero) · scale + min, with one scale for ``group`` columns."""
+    """A matrix [outs, inner]. Quantized: (stored - zero) · scale + min, with one scale for each ``group`` columns."""
 
     form: Form
     outs: int
@@ -26,9 +24,19 @@ class Panels:
     """[panels, groups, 16] float32 or float16."""
     min: torch.Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """Outputs with those that fill up."""
+        return -(-self.outs // OUTPUTS) * OUTPUTS
+
+    @property
+    def half(self) -> bool:
+        """Whether scales are float16."""
+        return self.scale is not None and self.scale.dtype == torch.float16
+
     def unpack(self) -> torch.Tensor:
         """The matrix in float32: the reference of all that is computed with it."""
-        panels = -(-self.outs // OUTPUTS) * 2
+        panels = self.rows // 16
         if self.form is Form.FP32:
             full = self.weight.view(panels, self.inner, 16).transpose(1, 2)
         elif self.form is Form.BF16:
@@ -77,74 +85,8 @@ def pack_quantized(
     )
 
 
-def linear(
-    library: Library,
-    panels: Panels,
-    x: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    finish: Finish = Finish.STORE,
-    alpha: float = 1.0,
-) -> torch.Tensor:
-    """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
-
-    Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
-    """
-    assert x.dtype == torch.float32 and x.shape[1] == panels.inner and x.stride(1) == 1
-    rows = x.shape[0]
-    if out is None:
-        out = empty(rows, panels.outs // 2 if finish is Finish.GATE else panels.outs)
-    op = Linear(
-        Kind.LINEAR,
-        rows,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        weight=panels.weight.data_ptr(),
-        bias=_address(bias),
-        out=out.data_ptr(),
-        out_stride=out.stride(0),
-        form=panels.form,
-        inner=panels.inner,
-        outs=panels.outs,
-        finish=finish,
-        alpha=alpha,
-    )
-    alive: tuple[object, ...] = (x, panels, bias, out)
-    if panels.scale is not None:
-        q, scale, total = quantize(library, x, panels.group)
-        op.x, op.x_stride, op.x_scale, op.x_sum = q.data_ptr(), q.stride(0), scale.data_ptr(), total.data_ptr()
-        op.sum_stride = total.stride(0)
-        op.scale, op.min = panels.scale.data_ptr(), _address(panels.min)
-        op.group, op.zero, op.half = panels.group, panels.zero, panels.scale.dtype == torch.float16
-        alive = (*alive, q, scale, total)
-    run(library, op, *alive)
-    return out
-
-
-def quantize(library: Library, x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 [rows, size] → int8 [rows, size], and for each group its scale (float32) and its sum (int32)."""
-    rows, size = x.shape
-    q = empty(rows, size, torch.int8)
-    scale, total = empty(rows, size // group), empty(rows, size // group, torch.int32)
-    op = Quantize(
-        Kind.QUANTIZE,
-        rows,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        q=q.data_ptr(),
-        q_stride=q.stride(0),
-        scale=scale.data_ptr(),
-        sum=total.data_ptr(),
-        sum_stride=total.stride(0),
-        size=size,
-        group=group,
-    )
-    run(library, op, x, q, scale, total)
-    return q, scale, total
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where its memory begins, for a kernel; None for none."""
     return None if tensor is None else tensor.data_ptr()
 
 

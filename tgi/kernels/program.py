@@ -1,20 +1,21 @@
 """Operations run one by one, or are recorded as a program that runs as often as one likes, with one call.
 
-Recording is to the CPU what capturing a graph is to a GPU: the model's forward runs once, for the most tokens a step may
-have, and every kernel call is noted instead of done. Whatever else the forward asked torch to do would be missing from
-the program, so it raises ``NotRecordable``.
+Recording is to the CPU what capturing a graph is to a GPU: the model's forward runs once, on buffers for the most
+tokens that a step may have, and every kernel call is noted instead of done. Whatever else the forward asked torch to do
+would be missing from the program, so it raises NotRecordable.
 """
 
 import ctypes
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tgi.kernels.library import Library, threads
+from tgi.kernels.library import Library
 from tgi.kernels.ops import Op
 
 _recording: "Program | None" = None
@@ -32,17 +33,17 @@ class Program:
         self._library = library
         self.capacity = capacity
         self._ops: list[Op] = []
-        self._alive: list[object] = []
-        self._free: defaultdict[tuple[int, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        self._lasting: list[object] = []
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._addresses: Any = None
 
     def record(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run ``forward`` on buffers of ``capacity`` rows, noting its kernels; returns its result's buffer."""
+        """Run ``forward`` on tensors of ``capacity`` rows, noting its kernels; returns its result's buffer."""
         global _recording
         assert _recording is None
         _recording = self
         try:
-            with _OnlyKernels():
+            with _OnlyKernels():  # type: ignore[no-untyped-call]  # torch gives it no type
                 result = forward()
         finally:
             _recording = None
@@ -50,27 +51,33 @@ class Program:
         return result
 
     def run(self, rows: int) -> None:
-        assert rows <= self.capacity
-        self._library.run(self._addresses, len(self._ops), rows, threads())
+        assert 0 < rows <= self.capacity
+        self._library.run(self._addresses, len(self._ops), rows, torch.get_num_threads())
 
-    def append(self, op: Op, alive: tuple[object, ...]) -> None:
+    def append(self, op: Op, lasting: tuple[object, ...]) -> None:
         op.rows = -1
         self._ops.append(op)
-        self._alive.append(alive)
+        self._lasting.append(lasting)
 
-    def empty(self, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer that goes to the next who asks once nobody holds it any more, as in a graph's memory pool."""
-        key = width, dtype
-        memory = self._free[key].pop() if self._free[key] else torch.empty(self.capacity, width, dtype=dtype)
-        buffer = memory.view_as(memory)
-        weakref.finalize(buffer, self._free[key].append, memory)
-        return buffer
+    def lend(self, size: int) -> torch.Tensor:
+        """``size`` bytes, which go to the next who asks once nobody holds a tensor of them any more."""
+        memory = self._free[size].pop() if self._free[size] else torch.empty(size, dtype=torch.uint8)
+        self._lasting.append(memory)
+        lease = _lease(size).from_address(memory.data_ptr())
+        weakref.finalize(lease, self._free[size].append, memory)
+        return torch.frombuffer(lease, dtype=torch.uint8)
+
+
+@cache
+def _lease(size: int) -> Any:
+    """A type of ``size`` bytes, of which one can tell when nobody uses them any more (ctypes' own can't)."""
+    return type("Lease", (ctypes.c_uint8 * size,), {})  # type: ignore[no-untyped-call]  # ctypes gives it no type
 
 
 class _OnlyKernels(TorchDispatchMode):
     """Lets through what makes and cuts tensors, nothing that computes."""
 
-    _ALLOWED = frozenset("empty view view_as slice split narrow select as_strided alias detach expand unsqueeze".split())
+    _ALLOWED = frozenset("empty detach view alias slice narrow select split as_strided expand unsqueeze".split())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name.removeprefix("aten::") not in self._ALLOWED:
@@ -78,20 +85,20 @@ class _OnlyKernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(library: Library, op: Op, *alive: object) -> None:
-    """Do ``op`` now, or note it; ``alive`` are the tensors whose memory it names."""
+def run(library: Library, op: Op, *lasting: object) -> None:
+    """Do ``op`` now, or note it. ``lasting`` is what it names beside the buffers of ``empty``: weights, pages."""
     if _recording is not None:
-        _recording.append(op, (op, *alive))
+        _recording.append(op, lasting)
     else:
-        library.run((ctypes.c_void_p * 1)(ctypes.addressof(op)), 1, op.rows, threads())
+        library.run((ctypes.c_void_p * 1)(ctypes.addressof(op)), 1, op.rows, torch.get_num_threads())
 
 
 def empty(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Uninitialised memory for ``rows`` rows of ``width``, each beginning 64 bytes, times an odd number, after the last:
-    rows that lie a power of two apart would fight for the same lines of the cache."""
+    """Uninitialised memory for ``rows`` rows of ``width``. From one row to the next it is an odd multiple of 64 bytes:
+    rows a power of two apart would compete for the same lines of the cache."""
     line = 64 // dtype.itemsize
     padded = (-(-width // line) | 1) * line
     if _recording is not None:
         assert rows == _recording.capacity
-        return _recording.empty(padded, dtype)[:, :width]
+        return _recording.lend(rows * padded * dtype.itemsize).view(dtype).view(rows, padded)[:, :width]
     return torch.empty(rows, padded, dtype=dtype)[:, :width]

@@ -9,7 +9,7 @@ import logging
 import math
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape, read_config
+from tgi.kernels.library import library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
 from tgi.launcher.progress import size
@@ -26,6 +27,16 @@ log = logging.getLogger(__name__)
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number."""
+
+_QUANTIZED = {"int8": 1.125, "int4": 0.625}
+"""Bytes of one number with its share of a scale, in the smallest groups."""
+_GGUF = {
+    **dict.fromkeys(("Q4_0", "Q4_1"), 0.625),
+    "Q4_K": 0.75,
+    **dict.fromkeys(("Q8_0", "Q5_0", "Q5_1"), 1.125),
+    **dict.fromkeys(("Q5_K", "Q6_K"), 1.25),
+}
+"""The same for ggml's types; the others are dequantized."""
 
 PREFILL = {"cuda": 4096, "cpu": 512}
 """Default tokens of a step: a GPU needs many to be busy; a CPU is busy with few, and longer steps delay decodes."""
@@ -51,6 +62,8 @@ class Machine:
     """Bytes of memory the device has."""
     available: int
     """Bytes of it that are free now."""
+    native: bool = False
+    """Whether our own kernels run there."""
 
     @property
     def compute_type(self) -> str:
@@ -68,7 +81,7 @@ def probe(device: str, visible: str | None) -> Machine:
             raise ArgumentValidation(f"`--device cuda`: torch {build} is built for CPUs only")
         log.warning("Running on CPU beside a %s: torch %s is built for CPUs only", gpu.name, build)
         gpu = None
-    return gpu or _cpu(Path("/"))
+    return gpu or dataclasses.replace(_cpu(Path("/")), native=library() is not None)
 
 
 def _gpu(visible: str | None) -> Machine | None:
@@ -131,13 +144,25 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
                 yield int(limit), max(used - int(stat.get(names[2], 0)), 0)
 
 
-def choose_dtype(dtype: str, device: str, raw: Mapping[str, Any]) -> str:
-    """Resolve ``auto``: float32 on CPU; on GPU float16 if the checkpoint is, else bfloat16."""
+def choose_dtype(dtype: str, machine: Machine, raw: Mapping[str, Any]) -> str:
+    """Resolve ``auto``: bfloat16; float16 on a GPU if the checkpoint is; float32 on a CPU without our kernels."""
     if dtype != "auto":
         return dtype
-    if device == "cpu":
-        return "float32"
+    if machine.device == "cpu":
+        return "bfloat16" if machine.native else "float32"
     return "float16" if raw.get("dtype", raw.get("torch_dtype")) == "float16" else "bfloat16"
+
+
+def choose_quantize(options: Options, files: ModelFiles, machine: Machine) -> str | None:
+    """As in Settings. A GGUF file stays as it is unless another number format is asked for."""
+    if options.quantize is None:
+        gguf = files.weights[0].endswith(".gguf")
+        return "stored" if gguf and machine.native and options.dtype == "auto" else None
+    if not machine.native:
+        raise ArgumentValidation(f"`--quantize {options.quantize}` needs the native kernels, which run on CPU")
+    if options.dtype == "float16":
+        raise ArgumentValidation(f"`--quantize {options.quantize}` goes with `--dtype` bfloat16 or float32")
+    return options.quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +171,7 @@ class Plan:
 
     limits: Limits
     dtype: str
+    quantize: str | None
     memory: int
     """Bytes the engine may use in all."""
     ledger: dict[str, int]
@@ -161,15 +187,17 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
     raw = read_config(files.folder)
     shape = ModelShape.read(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
-    dtype = choose_dtype(options.dtype, machine.device, raw)
+    dtype = choose_dtype(options.dtype, machine, raw)
+    quantize = choose_quantize(options, files, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)
     slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
-    bill = _Bill(shape, WIDTH[dtype])
+    native = machine.native and dtype != "float16"
+    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype])
     rows = min(max(batch_size, SCORED_ROWS), prefill)
     ledger = {
-        "weights": bill.weights(elements(files), machine.device),
+        "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
         "attention": bill.gathered(GATHERED_TOKENS),
@@ -219,7 +247,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         validation_workers=options.validation_workers,
         payload_limit=options.payload_limit,
     )
-    return Plan(limits, dtype, budget, ledger)
+    return Plan(limits, dtype, quantize, budget, ledger)
 
 
 def _budget(machine: Machine, fraction: float) -> int:
@@ -231,21 +259,27 @@ def _budget(machine: Machine, fraction: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bill:
-    """Bytes that a model of this shape takes, with numbers of ``width`` bytes."""
+    """Bytes that a model of this shape takes, with numbers of ``width`` bytes, and activations of ``compute`` bytes."""
 
     shape: ModelShape
     width: int
+    compute: int
 
-    def weights(self, elements: int, device: str) -> int:
-        """On CPU a tied head is a packed copy of the embedding."""
-        copy = self.shape.vocab * self.shape.hidden if self.shape.tied and device == "cpu" else 0
-        return (elements + copy) * self.width
+    def weights(self, files: ModelFiles, quantize: str | None, *, copies: bool) -> int:
+        """``copies``: a tied head is a packed copy of the embedding."""
+        vocab = self.shape.vocab * self.shape.hidden
+        if quantize == "stored":
+            return stored_bytes(files)
+        if quantize is not None:
+            heads = vocab if self.shape.tied else 2 * vocab
+            return int((elements(files) - heads) * _QUANTIZED[quantize] + heads * _QUANTIZED["int8"])
+        return (elements(files) + (vocab if copies and self.shape.tied else 0)) * self.width
 
     def activations(self, tokens: int) -> int:
         """A step at the widest place of a layer: residual, its norm, and either attention or the MLP."""
         shape = self.shape
         attention = 2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        return tokens * (3 * shape.hidden + max(attention, 3 * shape.intermediate)) * self.width
+        return tokens * (3 * shape.hidden + max(attention, 3 * shape.intermediate)) * self.compute
 
     def gathered(self, tokens: int) -> int:
         """Keys and values of one layer."""
@@ -254,7 +288,8 @@ class _Bill:
     def context(self, chunk: int) -> int:
         """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once
         more for every query head, and the chunk's mask with the two it is made from."""
-        return self.gathered(1) + 2 * self.shape.heads * self.shape.head_dim * self.width + chunk * (self.width + 2)
+        heads = 2 * self.shape.heads * self.shape.head_dim
+        return self.gathered(1) + heads * self.compute + chunk * (self.compute + 2)
 
 
 def _total_tokens(options: Options, files: ModelFiles, shape: ModelShape, longest: int) -> int:
@@ -309,13 +344,22 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
 
 def elements(files: ModelFiles) -> int:
     """Numbers in all weights, by the headers of the safetensors files or by the index of a GGUF file."""
+    return int(_sum_over(files, lambda tensor: math.prod(tensor["shape"])))
+
+
+def stored_bytes(files: ModelFiles) -> int:
+    """Bytes of a GGUF file's weights in memory, in the forms that our kernels multiply."""
+    return int(_sum_over(files, lambda tensor: math.prod(tensor["shape"]) * _GGUF.get(tensor["type"], 4)))
+
+
+def _sum_over(files: ModelFiles, count: Callable[[Any], float]) -> float:
     index = Path(files.folder) / "gguf_index.json"
     headers = [index] if files.weights[0].endswith(".gguf") else [Path(name) for name in files.weights]
-    total = 0
+    total = 0.0
     for path in headers:
         try:
             tensors = json.loads(path.read_bytes()) if path is index else _safetensors_header(path)
-            total += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+            total += sum(count(tensor) for tensor in tensors.values())
         except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StartupError(f"{path} can't be read: {error}") from None
     return total

@@ -130,6 +130,8 @@ class Options:
     )
     quantize: str | None = _flag(
         kinds.one_of(
+            "int8",
+            "int4",
             "awq",
             "compressed-tensors",
             "eetq",
@@ -142,8 +144,10 @@ class Options:
             "fp8",
         ),
         None,
-        "Quantize the weights while loading. A GGUF file keeps its own quantization without this flag.",
+        "Quantize the weights while loading: `int8` and `int4` on CPU, with activations in int8 groups. A GGUF file "
+        "keeps its own quantization without this flag.",
         "refused",
+        neutral=(None, "int8", "int4"),
     )
     speculate: int | None = _flag(
         kinds.integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0)
@@ -151,8 +155,9 @@ class Options:
     dtype: str = _flag(
         kinds.one_of("auto", "float32", "float16", "bfloat16"),
         "auto",
-        "Number format of activations and of weights that aren't quantized. `auto`: float32 on CPU; on GPU bfloat16 or "
-        "float16, as the model's config says.",
+        "Number format of the KV cache and of weights that aren't quantized, and on a GPU of activations; on CPU these "
+        "are float32. `auto`: bfloat16; float16 on a GPU if the model's config says so; float32 on a CPU without the "
+        "native kernels.",
     )
     device: str = _flag(
         kinds.one_of("auto", "cpu", "cuda"),

@@ -58,6 +58,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         run_dir=run_dir,
         device=machine.device,
         dtype=plan.dtype,
+        quantize=plan.quantize,
         rope_scaling=options.rope_scaling,
         rope_factor=options.rope_factor,
         ledger=plan.ledger,

@@ -1,11 +1,16 @@
-"""What a layer needs to take its weights: the checkpoint's tensors by name, and where they go."""
+"""What a layer needs to take its weights: the checkpoint's tensors by name, and what becomes of them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from tgi.kernels.library import Library
+from tgi.kernels.panels import pack, pack_quantized
 from tgi.parallel import Group
+from tgi.quantization.base import LinearMethod, NativeLinear, dense
+from tgi.quantization.quantized import Quantized, quantize, stack
 
 
 class Tensors(Protocol):
@@ -14,6 +19,20 @@ class Tensors(Protocol):
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor on CPU in its stored dtype, read-only; StartupError if missing or of another shape."""
 
+    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+        """The same, and quantized if it is stored so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of one of the checkpoint's matrices."""
+
+    name: str
+    """Of the module: ``.weight`` and ``.bias`` belong to it."""
+    shape: tuple[int, int]
+    rows: Sequence[slice]
+    columns: slice
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -21,12 +40,102 @@ class Checkpoint:
 
     tensors: Tensors
     dtype: torch.dtype
+    """Of weights that aren't quantized, and of activations unless our own kernels compute these: then float32."""
     device: torch.device
     group: Group
+    library: Library | None = None
+    """Our own kernels, if the model runs on them."""
+    quantize: str | None = None
+    """"int8", "int4": round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
 
-    def empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    @property
+    def compute(self) -> torch.dtype:
+        """Of activations."""
+        return self.dtype if self.library is None else torch.float32
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """A whole one-dimensional tensor, alike on all ranks."""
-        return self.empty(size).copy_(self.tensors.take(name, (size,)))
+        return torch.empty(size, dtype=self.compute, device=self.device).copy_(self.tensors.take(name, (size,)))
+
+    def linear(self, pieces: Sequence[Piece], *, bias: bool, gated: bool = False) -> LinearMethod:
+        """A method for the pieces' rows, one below the other. ``gated``: the first half of the rows gates the second,
+        and the method will be asked for nothing else than that. ``bias``: added on every rank that has one."""
+        offset = torch.cat([self._bias(piece) for piece in pieces]) if bias else None
+        if self.library is None:
+            return dense(self.table(pieces), offset)
+        return self.native(self.library, pieces, offset, gated=gated)
+
+    def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """The pieces as one tensor on the device, copied once."""
+        rows = sum(run.stop - run.start for piece in pieces for run in piece.rows)
+        columns = pieces[0].columns.stop - pieces[0].columns.start
+        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        at = 0
+        for piece in pieces:
+            stored = self.tensors.take(f"{piece.name}.weight", piece.shape)
+            for run in piece.rows:
+                part = stored[run, piece.columns]
+                weight[at : at + len(part)].copy_(part)
+                at += len(part)
+        return weight
+
+    def native(
+        self,
+        library: Library,
+        pieces: Sequence[Piece],
+        bias: torch.Tensor | None = None,
+        *,
+        gated: bool = False,
+        bits: int | None = None,
+    ) -> NativeLinear:
+        """The pieces packed for our own kernel. ``bits`` overrides what ``quantize`` says of rounding."""
+        parts = [part for piece in pieces for part in self._stored(piece)]
+        quantized = [part for part in parts if isinstance(part, Quantized)]
+        if bits is None and self.quantize in ("int8", "int4"):
+            bits = int(self.quantize.removeprefix("int"))
+        whole: torch.Tensor | Quantized | None = None
+        if len(quantized) == len(parts):
+            whole = stack(quantized)
+        else:
+            plain = torch.cat([_plain(part).to(self.dtype) for part in parts])
+            whole = plain if bits is None else quantize(plain, bits) or plain
+        outs = whole.shape[0]
+        if gated:
+            whole = _interleave(whole) if isinstance(whole, torch.Tensor) else whole.rows(_interleave)
+        if isinstance(whole, Quantized):
+            panels = pack_quantized(whole.stored, whole.scale, whole.min, bits=whole.bits, zero=whole.zero)
+        else:
+            panels = pack(whole)
+        if bias is not None:
+            bias = _interleave(bias[:, None])[:, 0] if gated else bias
+            bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
+        return NativeLinear(library, replace(panels, outs=outs), bias)
+
+    def _stored(self, piece: Piece) -> list[torch.Tensor | Quantized]:
+        """The rows of a piece, as they are stored where that is wanted and can be cut so."""
+        if self.quantize != "stored":
+            whole: torch.Tensor | Quantized = self.tensors.take(f"{piece.name}.weight", piece.shape)
+        else:
+            whole = self.tensors.take_stored(f"{piece.name}.weight", piece.shape)
+        if isinstance(whole, Quantized):
+            return [whole.rows(_cut(run)).columns(piece.columns) for run in piece.rows]
+        return [whole[run, piece.columns] for run in piece.rows]
+
+    def _bias(self, piece: Piece) -> torch.Tensor:
+        stored = self.tensors.take(f"{piece.name}.bias", (piece.shape[0],))
+        return torch.cat([stored[run] for run in piece.rows]).to(self.device, self.compute)
+
+
+def _cut(run: slice) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda rows: rows[run]
+
+
+def _plain(part: torch.Tensor | Quantized) -> torch.Tensor:
+    return part.dequantize() if isinstance(part, Quantized) else part
+
+
+def _interleave(rows: torch.Tensor) -> torch.Tensor:
+    """The panels of the first half and those of the second by turns, each half filled up to whole panels."""
+    halves = rows.view(2, rows.shape[0] // 2, -1)
+    halves = torch.nn.functional.pad(halves, (0, 0, 0, -halves.shape[1] % 16))
+    return halves.view(2, halves.shape[1] // 16, 16, -1).transpose(0, 1).reshape(-1, rows.shape[1])

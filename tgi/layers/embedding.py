@@ -2,31 +2,34 @@
 
 import torch
 
-from tgi.layers.checkpoint import Checkpoint
+from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.parallel import Group
-from tgi.quantization.base import LinearMethod, dense
+from tgi.quantization.base import LinearMethod, NativeLinear, dense
 
 
 class VocabEmbedding:
-    """One row per token."""
+    """One row per token, times ``factor``."""
 
-    __slots__ = ("_group", "table")
+    __slots__ = ("_factor", "_group", "table")
 
-    def __init__(self, table: torch.Tensor, group: Group) -> None:
+    def __init__(self, table: torch.Tensor | NativeLinear, group: Group, factor: float) -> None:
         self.table = table
         self._group = group
+        self._factor = factor
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "VocabEmbedding":
-        return cls(_rows(checkpoint, name, vocab, hidden), checkpoint.group)
-
-    def scaled(self, factor: float) -> "VocabEmbedding":
-        """A copy with every row multiplied, so that the forward need not."""
-        return VocabEmbedding(self.table * factor, self._group)
+    def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int, factor: float = 1.0) -> "VocabEmbedding":
+        piece = _piece(checkpoint, name, vocab, hidden)
+        if checkpoint.library is not None:
+            return cls(_native(checkpoint, piece), checkpoint.group, factor)
+        return cls(checkpoint.table([piece]), checkpoint.group, factor)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [tokens] → [tokens, hidden], freshly allocated."""
-        return self._group.all_reduce(self.table.index_select(0, token_ids))
+        if isinstance(self.table, NativeLinear):
+            return self._group.all_reduce(self.table.rows(token_ids, self._factor))
+        rows = self.table.index_select(0, token_ids)
+        return self._group.all_reduce(rows if self._factor == 1.0 else rows.mul_(self._factor))
 
 
 class LmHead:
@@ -40,20 +43,28 @@ class LmHead:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "LmHead":
-        return cls(dense(_rows(checkpoint, name, vocab, hidden), None), checkpoint.group)
+        piece = _piece(checkpoint, name, vocab, hidden)
+        if checkpoint.library is not None:
+            return cls(_native(checkpoint, piece), checkpoint.group)
+        return cls(checkpoint.linear([piece], bias=False), checkpoint.group)
 
     @classmethod
     def tie(cls, embedding: VocabEmbedding, group: Group) -> "LmHead":
-        """The embedding's own rows; a method that packs its weight keeps a copy."""
-        return cls(dense(embedding.table, None), group)
+        """The embedding's own rows; a method of torch's that packs its weight keeps a copy."""
+        table = embedding.table
+        return cls(table if isinstance(table, NativeLinear) else dense(table, None), group)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → float32 [rows, vocab]."""
         return self._group.all_gather(self.method(hidden)).float()
 
 
-def _rows(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> torch.Tensor:
+def _piece(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> Piece:
     """This rank's rows of a [vocab, hidden] matrix."""
-    shard = checkpoint.group.shard(vocab)
-    rows = checkpoint.empty(shard.stop - shard.start, hidden)
-    return rows.copy_(checkpoint.tensors.take(f"{name}.weight", (vocab, hidden))[shard])
+    return Piece(name, (vocab, hidden), [checkpoint.group.shard(vocab)], slice(0, hidden))
+
+
+def _native(checkpoint: Checkpoint, piece: Piece) -> NativeLinear:
+    """At least 8 bits, for rare tokens have nothing else than their row."""
+    assert checkpoint.library is not None
+    return checkpoint.native(checkpoint.library, [piece], bits=8 if checkpoint.quantize == "int4" else None)

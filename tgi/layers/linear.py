@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.layers.checkpoint import Checkpoint
-from tgi.quantization.base import LinearMethod, dense
+from tgi.layers.checkpoint import Checkpoint, Piece
+from tgi.quantization.base import LinearMethod
 
 
 class ColumnLinear:
@@ -13,35 +13,34 @@ class ColumnLinear:
 
     ``parts`` maps a checkpoint's module names to the row blocks stacked in it: ``{"q": (64,), "k": (32,), "v": (32,)}``
     and ``{"qkv": (64, 32, 32)}`` load the same layer. The output holds the blocks side by side in this order.
+    ``gated``: there are two blocks, gate and up, and the layer is only asked to ``gate``.
     """
 
-    __slots__ = ("method",)
+    __slots__ = ("gate", "method")
 
     def __init__(self, method: LinearMethod) -> None:
         self.method = method
+        self.gate = method.gate
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, parts: Mapping[str, tuple[int, ...]], columns: int, *, bias: bool
+        cls,
+        checkpoint: Checkpoint,
+        parts: Mapping[str, tuple[int, ...]],
+        columns: int,
+        *,
+        bias: bool,
+        gated: bool = False,
     ) -> "ColumnLinear":
-        group = checkpoint.group
-        rows = sum(group.shard(block).stop - group.shard(block).start for blocks in parts.values() for block in blocks)
-        weight = checkpoint.empty(rows, columns)
-        offset = checkpoint.empty(rows) if bias else None
-        at = 0
+        pieces = []
         for name, blocks in parts.items():
-            stored = checkpoint.tensors.take(f"{name}.weight", (sum(blocks), columns))
-            biases = checkpoint.tensors.take(f"{name}.bias", (sum(blocks),)) if bias else None
-            first = 0
+            rows, first = [], 0
             for block in blocks:
-                shard = group.shard(block)
-                source = slice(first + shard.start, first + shard.stop)
-                target = slice(at, at + shard.stop - shard.start)
-                weight[target].copy_(stored[source])
-                if offset is not None and biases is not None:
-                    offset[target].copy_(biases[source])
-                first, at = first + block, target.stop
-        return cls(dense(weight, offset))
+                shard = checkpoint.group.shard(block)
+                rows.append(slice(first + shard.start, first + shard.stop))
+                first += block
+            pieces.append(Piece(name, (first, columns), rows, slice(0, columns)))
+        return cls(checkpoint.linear(pieces, bias=bias, gated=gated))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.method(x)
@@ -61,11 +60,13 @@ class RowLinear:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, rows: int, columns: int, *, bias: bool) -> "RowLinear":
-        shard = checkpoint.group.shard(columns)
-        weight = checkpoint.empty(rows, shard.stop - shard.start)
-        weight.copy_(checkpoint.tensors.take(f"{name}.weight", (rows, columns))[:, shard])
-        offset = checkpoint.vector(f"{name}.bias", rows) if bias else None
-        return cls(dense(weight, offset if checkpoint.group.rank == 0 else None), checkpoint)
+        group = checkpoint.group
+        piece = Piece(name, (rows, columns), [slice(0, rows)], group.shard(columns))
+        return cls(checkpoint.linear([piece], bias=bias and group.rank == 0), checkpoint)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._group.all_reduce(self.method(x))
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        """Add ``factor`` times the product to ``into`` [tokens, rows]."""
+        if self._group.size == 1:
+            self.method.add(into, x, factor)
+        else:
+            into.add_(self._group.all_reduce(self.method(x)), alpha=factor)

@@ -10,6 +10,10 @@ import math
 import torch
 
 from tgi.core.model_config import Rope
+from tgi.kernels.library import Library
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, each float32 [tokens, half the dimensions that turn]."""
 
 
 class Rotary:
@@ -18,33 +22,34 @@ class Rotary:
     ``reach`` is the longest sequence served; see ``inverse_frequencies``.
     """
 
-    __slots__ = ("_dtype", "_frequencies", "_scale", "_size")
+    __slots__ = ("_library", "_scale", "frequencies", "size")
 
-    def __init__(self, rope: Rope, head_dim: int, reach: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._size = int(head_dim * rope.partial)
-        frequencies, self._scale = inverse_frequencies(rope, self._size, reach)
-        self._frequencies = frequencies.to(device)
-        self._dtype = dtype
+    def __init__(
+        self, rope: Rope, head_dim: int, reach: int, device: torch.device, library: Library | None = None
+    ) -> None:
+        self.size = int(head_dim * rope.partial)
+        """Leading dimensions of a head that turn."""
+        frequencies, self._scale = inverse_frequencies(rope, self.size, reach)
+        self.frequencies = frequencies.to(device)
+        self._library = library
 
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [tokens] → (cos, sin), each [tokens, 1, rotary dims], computed in float32.
+    def angles(self, positions: torch.Tensor) -> Angles:
+        """int64 [tokens] → (cos, sin), each float32 [tokens, size / 2]."""
+        if False and self._library is not None:  # until it is there
+            from tgi.kernels.attention import angles as native_angles
 
-        The first half of sin is negated: it multiplies the swapped halves of ``rotate``.
-        """
-        angles = positions[:, None, None].float() * self._frequencies
+            return native_angles(self._library, positions, self.frequencies, self._scale)
+        angles = positions[:, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        if self._scale != 1.0:
-            cos, sin = cos * self._scale, sin * self._scale
-        return cos.to(self._dtype), sin.to(self._dtype)
+        return (cos, sin) if self._scale == 1.0 else (cos * self._scale, sin * self._scale)
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """[tokens, heads, head dim] → the same, rotated, contiguous. Dimension i turns against i + half."""
-        size = self._size
-        if x.shape[-1] == size:
-            return x.mul(cos).add_(x.roll(size // 2, -1).mul_(sin))
-        turning, still = x[..., :size], x[..., size:]
-        return torch.cat((turning.mul(cos).add_(turning.roll(size // 2, -1).mul_(sin)), still), dim=-1)
+
+def rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:
+    """[tokens, heads, head dim] → the same, rotated, contiguous. Dimension i turns against i + size / 2."""
+    cos, sin = (values[:, None].to(x.dtype) for values in angles)
+    half = cos.shape[-1]
+    first, second, still = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, still), dim=-1)
 
 
 def inverse_frequencies(rope: Rope, size: int, reach: int) -> tuple[torch.Tensor, float]:

@@ -3,12 +3,13 @@
 import torch
 
 from tgi.attention.base import Attend, AttnSpec
+from tgi.layers.attention import HeadNorm, Turn
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
 from tgi.layers.linear import ColumnLinear, RowLinear
 from tgi.layers.mlp import GatedMLP
 from tgi.layers.norm import RMSNorm
-from tgi.layers.rotary import Rotary
+from tgi.layers.rotary import Angles, Rotary
 from tgi.models.config import DenseConfig
 
 
@@ -18,20 +19,21 @@ class DenseDecoder:
     def __init__(self, config: DenseConfig, checkpoint: Checkpoint, reach: int) -> None:
         shape = config.shape
         self.vocab_size = shape.vocab
+        self.compute = checkpoint.compute
         self.specs = [
             AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, config.attention_scale, window)
             for window in config.windows
         ]
-        self._embed = VocabEmbedding.load(checkpoint, "model.embed_tokens", shape.vocab, shape.hidden)
+        self._embed = VocabEmbedding.load(
+            checkpoint, "model.embed_tokens", shape.vocab, shape.hidden, config.embedding_multiplier
+        )
         if shape.tied:
             self._head = LmHead.tie(self._embed, checkpoint.group)
         else:
             self._head = LmHead.load(checkpoint, "lm_head", shape.vocab, shape.hidden)
         self._logits_scaling = config.logits_scaling
-        if config.embedding_multiplier != 1.0:
-            self._embed = self._embed.scaled(config.embedding_multiplier)
-        self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.dtype, checkpoint.device)
-        self._layers = [DenseLayer(config, checkpoint, index, self._rotary) for index in range(shape.layers)]
+        self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)
+        self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]
         self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps)
 
     @torch.inference_mode()
@@ -53,7 +55,7 @@ class DenseDecoder:
 class DenseLayer:
     """Attention and MLP, each adding to the residual stream."""
 
-    def __init__(self, config: DenseConfig, checkpoint: Checkpoint, index: int, rotary: Rotary) -> None:
+    def __init__(self, config: DenseConfig, checkpoint: Checkpoint, index: int) -> None:
         shape = config.shape
         name = f"model.layers.{index}"
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -65,48 +67,24 @@ class DenseLayer:
             qkv = {f"{attention}.q_proj": (q,), f"{attention}.k_proj": (kv,), f"{attention}.v_proj": (kv,)}
             gate_up = {f"{mlp}.gate_proj": (shape.intermediate,), f"{mlp}.up_proj": (shape.intermediate,)}
         self._index = index
-        self._rotary = rotary
-        self._heads, self._kv_heads, self._head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self._heads, self._kv_heads = shape.heads, shape.kv_heads
         self._residual = config.residual_multiplier
         self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", shape.hidden, config.eps)
         self._qkv = ColumnLinear.load(checkpoint, qkv, shape.hidden, bias=config.qkv_bias)
-        self._qk_norm = HeadNorm.load(checkpoint, attention, config) if config.qk_norm else None
+        self._qk_norm = None
+        if config.qk_norm:
+            heads = shape.heads, shape.kv_heads, shape.head_dim
+            self._qk_norm = HeadNorm.load(checkpoint, attention, *heads, config.eps)
         self._o = RowLinear.load(checkpoint, f"{attention}.o_proj", shape.hidden, q, bias=config.o_bias)
         self._mlp_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", shape.hidden, config.eps)
         self._mlp = GatedMLP(
-            ColumnLinear.load(checkpoint, gate_up, shape.hidden, bias=config.mlp_bias),
+            ColumnLinear.load(checkpoint, gate_up, shape.hidden, bias=config.mlp_bias, gated=True),
             RowLinear.load(checkpoint, f"{mlp}.down_proj", shape.hidden, shape.intermediate, bias=config.mlp_bias),
         )
 
-    def __call__(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> None:
+    def __call__(self, x: torch.Tensor, angles: Angles, attend: Attend) -> None:
         """Add this layer's work to ``x`` [tokens, hidden] in place."""
-        x.add_(self._attention(self._norm(x), angles, attend), alpha=self._residual)
-        x.add_(self._mlp(self._mlp_norm(x)), alpha=self._residual)
-
-    def _attention(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        heads = self._qkv(x).view(x.shape[0], -1, self._head_dim)
-        turning, v = heads[:, : -self._kv_heads], heads[:, -self._kv_heads :]
-        if self._qk_norm is not None:
-            turning = self._qk_norm(turning)
-        turned = self._rotary.rotate(turning, *angles)
-        return self._o(attend(self._index, turned[:, : self._heads], turned[:, self._heads :], v))
-
-
-class HeadNorm:
-    """RMSNorm over every head of q and k at once, each kind with its own weight."""
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self._weight = weight
-        self._eps = eps
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, config: DenseConfig) -> "HeadNorm":
-        shape = config.shape
-        weight = checkpoint.empty(shape.heads + shape.kv_heads, shape.head_dim)
-        weight[: shape.heads] = checkpoint.vector(f"{name}.q_norm.weight", shape.head_dim)
-        weight[shape.heads :] = checkpoint.vector(f"{name}.k_norm.weight", shape.head_dim)
-        return cls(weight, config.eps)
-
-    def __call__(self, heads: torch.Tensor) -> torch.Tensor:
-        """[tokens, heads + kv heads, head dim] → the same."""
-        return torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, self._eps).mul_(self._weight)
+        turn = Turn(self._heads, self._kv_heads, angles, self._qk_norm)
+        heads = attend(self._index, self._qkv(self._norm(x)), turn)
+        self._o.add(x, heads, self._residual)
+        self._mlp.add(x, self._mlp_norm(x), self._residual)

@@ -47,6 +47,10 @@ class Model(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def compute(self) -> "torch.dtype":
+        """Of activations."""
+
     def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
         """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
 
@@ -71,10 +75,12 @@ def load_model(
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
     max_total_tokens: int | None = None,
+    quantize: str | None = None,
     progress: Callable[[int, int], None],
 ) -> Model:
     """Read the weights into memory, ready to run.
 
+    ``dtype``: of weights, where they aren't quantized. ``quantize``: see Checkpoint; needs the native kernels.
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
     choose by it (None: all that the config allows). ``progress`` gets (bytes done, bytes in all).
     """
@@ -82,6 +88,7 @@ def load_model(
 
     import torch
 
+    from tgi.kernels.library import library
     from tgi.layers.checkpoint import Checkpoint
     from tgi.models.weights import open_weights
     from tgi.parallel import Group
@@ -89,7 +96,11 @@ def load_model(
     row = ARCHITECTURES[parsed.shape.architecture]
     model_class = getattr(importlib.import_module(row.module), row.name)
     reach = max_total_tokens or parsed.shape.max_position_embeddings
+    native = library() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+    if quantize is not None and native is None:
+        raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
     with torch.inference_mode(), open_weights(files, tied=parsed.shape.tied, progress=progress) as tensors:
-        model: Model = model_class(parsed, Checkpoint(tensors, dtype, device, Group()), reach)
+        checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize)
+        model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     return model

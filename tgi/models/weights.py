@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
+from tgi.quantization import gguf
+from tgi.quantization.quantized import Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Entry:
     bytes: int
     read: Callable[[], torch.Tensor]
     """In floating point, on CPU; may be a view of the file."""
+    read_stored: Callable[[], torch.Tensor | Quantized]
+    """The same, and quantized if it is stored so."""
 
 
 class Weights:
@@ -41,14 +45,20 @@ class Weights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor ``name``; StartupError if it isn't there or has another shape than the config implies."""
+        return self._taken(name, shape).read()
+
+    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+        """The same, quantized if it is stored so."""
+        return self._taken(name, shape).read_stored()
+
+    def _taken(self, name: str, shape: tuple[int, ...]) -> Entry:
         if (entry := self._left.pop(name, None)) is None:
             raise StartupError(f"{self._where}: tensor {name} is missing")
         if entry.shape != shape:
             raise StartupError(f"{entry.path}: tensor {name} has shape {entry.shape}, the config implies {shape}")
-        tensor = entry.read()
         self._done += entry.bytes
         self._progress(self._done, self._total)
-        return tensor
+        return entry
 
     def finish(self) -> None:
         """StartupError if anything is left: what a model does not use, it does not compute."""
@@ -99,7 +109,8 @@ def _safetensors(paths: Sequence[Path], stack: ExitStack) -> dict[str, Entry]:
             if (kind := stored.get_dtype()) not in _WIDTH:
                 raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
             shape = tuple(stored.get_shape())
-            entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], partial(file.get_tensor, name))
+            read = partial(file.get_tensor, name)
+            entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], read, read)
     return entries
 
 
@@ -119,28 +130,6 @@ def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
         shape, end = tuple(row["shape"]), row["offset"] + row["bytes"]
         if end > data.size:
             raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
-        read = partial(_dequantize, data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"))
-        entries[name] = Entry(path, shape, row["bytes"], read)
+        stored = gguf.Stored(data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"))
+        entries[name] = Entry(path, shape, row["bytes"], stored.dequantize, stored.read)
     return entries
-
-
-_NUMPY = {"F32": np.float32, "F16": np.float16}
-
-
-def _dequantize(stored: Any, kind: str, shape: tuple[int, ...], permuted_heads: int | None) -> torch.Tensor:
-    """ggml's blocks, as uint8, to values."""
-    if kind in _NUMPY:
-        values = torch.from_numpy(stored.view(_NUMPY[kind])).view(shape)
-    elif kind == "BF16":
-        values = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).view(shape)
-    else:
-        from gguf import GGMLQuantizationType, dequantize
-
-        values = torch.from_numpy(dequantize(stored.reshape(*shape[:-1], -1), GGMLQuantizationType[kind]))
-    return values if permuted_heads is None else _unpermute(values, permuted_heads)
-
-
-def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF's llama files order the rows of each head of q and k so that the two that rotate together lie side by side:
-    0, half, 1, half + 1, …; this restores 0, 1, …, half, half + 1, …"""
-    return values.view(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

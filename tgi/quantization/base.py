@@ -6,22 +6,63 @@ A format says how a checkpoint stores weights, a method is a kernel with its wei
 from typing import Protocol
 
 import torch
+from torch.nn.functional import linear, silu
+
+from tgi.kernels.library import Library
+from tgi.kernels.linear import linear as native_linear
+from tgi.kernels.ops import Finish
+from tgi.kernels.panels import Panels
+from tgi.kernels.rows import embed
 
 
 class LinearMethod(Protocol):
-    """One matrix ready to be multiplied."""
+    """One matrix ready to be multiplied. A row's result does not depend on the other rows where the method says so."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] → [tokens, out], bias added. A row's result does not depend on the other rows where the
-        method says so."""
+        """[tokens, in] → [tokens, out], bias added."""
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        """Add ``factor`` times the product to ``into`` [tokens, out]."""
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """silu of the product's first half times its second: [tokens, in] → [tokens, out / 2]. A method made with
+        ``gated`` does this alone."""
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
-    """The fastest method for a plain floating-point ``weight`` [out, in] on its device."""
+    """The fastest method of torch's for a plain floating-point ``weight`` [out, in] on its device."""
     has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch gives it no type
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_mkldnn:
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
+
+
+class NativeLinear:
+    """Our own kernel on CPU: float32 activations, and a weight in any of the forms of ``Panels``.
+
+    Each row's result is bit-equal whatever the other rows are.
+    """
+
+    __slots__ = ("_bias", "_library", "panels")
+
+    def __init__(self, library: Library, panels: Panels, bias: torch.Tensor | None) -> None:
+        """``bias``: as long as the panels are, or None."""
+        self._library = library
+        self.panels = panels
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return native_linear(self._library, self.panels, x, bias=self._bias)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        native_linear(self._library, self.panels, x, bias=self._bias, out=into, finish=Finish.ADD, alpha=factor)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        return native_linear(self._library, self.panels, x, bias=self._bias, finish=Finish.GATE)
+
+    def rows(self, ids: torch.Tensor, factor: float) -> torch.Tensor:
+        """The matrix's own rows, times ``factor``: int64 [tokens] → float32 [tokens, in]."""
+        return embed(self._library, self.panels, ids, factor)
 
 
 class PlainLinear:
@@ -34,21 +75,26 @@ class PlainLinear:
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        return linear(x, self._weight, self._bias)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        into.add_(self(x), alpha=factor)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        return silu_mul(self(x))
 
 
-class PackedLinear:
+class PackedLinear(PlainLinear):
     """float32 on CPU with the weight in oneDNN's blocked layout: two to three times ``linear`` for 2 to 32 rows.
 
     Each row's result is bit-equal whatever the other rows are. A lone row would take a kernel that splits the sum over
     threads, so it is computed twice.
     """
 
-    __slots__ = ("_bias", "_weight")
+    __slots__ = ()
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias = bias
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 1:
@@ -58,3 +104,17 @@ class PackedLinear:
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return product
+
+
+def silu_mul(product: torch.Tensor) -> torch.Tensor:
+    """silu of the first half of the columns times the second (SwiGLU; Shazeer, arXiv 2002.05202).
+
+    Each element's value is independent of its place. torch's own CPU silu is not: the vector loop and the scalar loop
+    behind it round differently, and where one ends depends on the batch and the number of threads. exp and division
+    round alike in both.
+    """
+    gate, up = product.chunk(2, dim=-1)
+    if gate.device.type != "cpu":
+        return silu(gate) * up
+    denominator = gate.neg().exp_().add_(1)
+    return torch.div(gate, denominator, out=denominator).mul_(up)

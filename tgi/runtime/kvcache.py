@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Segment, choose
+from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Kind, Segment, Turn, choose
 from tgi.attention.sdpa import SdpaAttention
 
 BACKENDS: tuple[type[AttentionBackend], ...] = (SdpaAttention,)
@@ -14,11 +14,11 @@ BACKENDS: tuple[type[AttentionBackend], ...] = (SdpaAttention,)
 class KVCache:
     """``blocks`` pages of BLOCK_SIZE tokens in every layer; block ids mean the same in all layers."""
 
-    def __init__(self, specs: Sequence[AttnSpec], blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, specs: Sequence[AttnSpec], blocks: int, kind: Kind, device: torch.device) -> None:
         """Raises StartupError if no backend serves a layer."""
         self._specs = list(specs)
         self._backends = {
-            spec: choose(spec, dtype, device, BACKENDS)(spec, dtype, device) for spec in dict.fromkeys(specs)
+            spec: choose(spec, kind, device, BACKENDS)(spec, kind, device) for spec in dict.fromkeys(specs)
         }
         self._pages = [self._backends[spec].allocate(blocks) for spec in specs]
 
@@ -26,7 +26,7 @@ class KVCache:
         """The attention of one step, as the model's forward sees it."""
         prepared = {spec: backend.prepare(segments) for spec, backend in self._backends.items()}
 
-        def run(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return prepared[self._specs[layer]].run(self._pages[layer], q, k, v)
+        def run(layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
+            return prepared[self._specs[layer]].run(self._pages[layer], qkv, turn)
 
         return run

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tgi.attention.base import Kind
 from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
@@ -14,7 +15,7 @@ from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score
-from tgi.runtime.sampler import NOT_A_NUMBER, sample
+from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,11 @@ class Runner:
             rope_scaling=settings.rope_scaling,
             rope_factor=settings.rope_factor,
             max_total_tokens=settings.limits.max_total_tokens,
+            quantize=settings.quantize,
             progress=progress,
         )
         blocks = settings.limits.max_batch_total_tokens // BLOCK_SIZE
-        return cls(model, KVCache(model.specs, blocks, dtype, device), device)
+        return cls(model, KVCache(model.specs, blocks, Kind(model.compute, dtype), device), device)
 
     @property
     def vocab_size(self) -> int:

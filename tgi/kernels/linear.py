@@ -1,0 +1,52 @@
+"""The linear kernel: rows times a packed matrix."""
+
+import torch
+
+from tgi.kernels.library import Library
+from tgi.kernels.ops import Finish, Kind, Linear
+from tgi.kernels.panels import Panels, address
+from tgi.kernels.program import empty, run
+from tgi.kernels.rows import quantize
+
+
+def linear(
+    library: Library,
+    panels: Panels,
+    x: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    finish: Finish = Finish.STORE,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
+
+    Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
+    """
+    assert x.dtype == torch.float32 and x.shape[1] == panels.inner and x.stride(1) == 1
+    rows = x.shape[0]
+    if out is None:
+        out = empty(rows, panels.outs // 2 if finish is Finish.GATE else panels.outs)
+    op = Linear(
+        Kind.LINEAR,
+        rows,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        weight=panels.weight.data_ptr(),
+        bias=address(bias),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        form=panels.form,
+        inner=panels.inner,
+        outs=panels.outs,
+        finish=finish,
+        alpha=alpha,
+    )
+    if panels.scale is not None:
+        q, scale, total = quantize(library, x, panels.group)
+        op.x, op.x_stride, op.x_scale, op.x_sum = q.data_ptr(), q.stride(0), scale.data_ptr(), total.data_ptr()
+        op.sum_stride = total.stride(0)
+        op.scale, op.min = panels.scale.data_ptr(), address(panels.min)
+        op.group, op.zero, op.half = panels.group, panels.zero, panels.half
+    run(library, op, panels, bias)
+    return out

@@ -1,0 +1,122 @@
+"""A matrix of small integers with scales, apart from the format it is stored in and the kernel that multiplies it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """(stored - zero) · scale + min, with one scale, and perhaps one min, for each group of columns of a row."""
+
+    bits: int
+    """4 or 8."""
+    zero: int
+    stored: torch.Tensor
+    """uint8 [outs, inner], below 2**bits."""
+    scale: torch.Tensor
+    """float16 or float32 [outs, groups]."""
+    min: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.stored.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.stored.shape[1] // self.scale.shape[1]
+
+    def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "Quantized":
+        """``pick`` chooses or reorders rows, alike for all parts."""
+        least = None if self.min is None else pick(self.min)
+        return replace(self, stored=pick(self.stored), scale=pick(self.scale), min=least)
+
+    def columns(self, run: slice) -> "Quantized":
+        """A run of columns; ValueError if it cuts a group."""
+        start, stop, _ = run.indices(self.stored.shape[1])
+        if start % self.group or stop % self.group:
+            raise ValueError(f"columns {start} to {stop} cut a group of {self.group}")
+        groups = slice(start // self.group, stop // self.group)
+        least = None if self.min is None else self.min[:, groups]
+        return replace(self, stored=self.stored[:, run], scale=self.scale[:, groups], min=least)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [outs, inner]."""
+        outs, inner = self.shape
+        values = (self.stored.view(outs, -1, self.group).float() - self.zero) * self.scale.float()[..., None]
+        if self.min is not None:
+            values = values + self.min.float()[..., None]
+        return values.view(outs, inner)
+
+    def _like(self, bits: int, zero: int, group: int, dtype: torch.dtype, has_min: bool) -> "Quantized":
+        """The same numbers in a wider form."""
+        times = self.group // group
+        scale = self.scale.to(dtype).repeat_interleave(times, 1)
+        least = self.min
+        if has_min:
+            least = torch.zeros_like(self.scale) if least is None else least
+            least = least.to(dtype).repeat_interleave(times, 1)
+        return Quantized(bits, zero, self.stored + (zero - self.zero), scale, least)
+
+
+def stack(parts: Sequence[Quantized]) -> Quantized:
+    """One matrix above the other, in the narrowest form that holds them all exactly."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    forms = {(p.bits, p.zero, p.group, p.scale.dtype, p.min is not None) for p in parts}
+    if len(forms) > 1:
+        bits = max(p.bits for p in parts)
+        zeros = {p.zero for p in parts if p.bits == bits}
+        dtype = torch.float32 if any(p.scale.dtype == torch.float32 for p in parts) else first.scale.dtype
+        form = (bits, max(zeros), min(p.group for p in parts), dtype, any(p.min is not None for p in parts))
+        if bits == 4 and len(zeros) > 1:
+            form = (8, max(zeros), *form[2:])
+        parts = [p._like(*form) for p in parts]
+        first = parts[0]
+    mins = [p.min for p in parts if p.min is not None]
+    return replace(
+        first,
+        stored=torch.cat([p.stored for p in parts]),
+        scale=torch.cat([p.scale for p in parts]),
+        min=torch.cat(mins) if mins else None,
+    )
+
+
+def quantize(weight: torch.Tensor, bits: int) -> Quantized | None:
+    """Round a floating-point matrix [outs, inner] to ``bits``; None if its rows don't divide into groups.
+
+    8 bits: scale such that a group's largest number becomes 127. 4 bits: of a few scales around that, the one with the
+    least squared error.
+    """
+    outs, inner = weight.shape
+    sizes = (64, 32, 16) if bits == 8 else (32, 16)
+    group = next((size for size in sizes if inner % size == 0), None)
+    if group is None:
+        return None
+    blocks = weight.float().view(outs, -1, group)
+    if bits == 8:
+        scale = (blocks.abs().amax(-1) / 127).half()
+        return _rounded(blocks, scale, 8)
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best, least = torch.zeros_like(extreme, dtype=torch.float16), torch.full_like(extreme, float("inf"))
+    for steps in (-8.5, -8.25, -8.0, -7.75, -7.5, -7.25, -7.0, -6.75):
+        scale = (extreme / steps).half()
+        errors = (_round(blocks, scale, 8) * scale.float()[..., None] - blocks).square_().sum(-1)
+        better = errors < least
+        best, least = torch.where(better, scale, best), torch.where(better, errors, least)
+    return _rounded(blocks, best, 4)
+
+
+def _round(blocks: torch.Tensor, scale: torch.Tensor, half: int) -> torch.Tensor:
+    divisor = scale.float()
+    inverse = torch.where(divisor == 0, 0.0, 1 / divisor)
+    return (blocks * inverse[..., None]).round_().clamp_(-half, half - 1)
+
+
+def _rounded(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> Quantized:
+    half = 1 << bits - 1
+    stored = (_round(blocks, scale, half) + half).to(torch.uint8).flatten(1)
+    return Quantized(bits, half, stored, scale)
