@@ -11,6 +11,7 @@ from tgi.attention.base import Kind
 from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
+from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
@@ -40,6 +41,7 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = device
+        self._sampler = Sampler(library() if device.type == "cpu" else None)
 
     @classmethod
     def load(cls, settings: Settings, progress: Callable[[int, int], None]) -> "Runner":
@@ -88,7 +90,8 @@ class Runner:
         rows = {index: row for row, index in enumerate(at for at in launched.order if works[at].samples)}
         if masks is not None:
             masks = Masks([rows[index] for index in masks.rows], masks.bits)
-        drawn = dict(zip(rows, sample(launched.logits, [works[index] for index in rows], masks), strict=True))
+        tokens = self._sampler.sample(launched.logits, [works[index] for index in rows], masks)
+        drawn = dict(zip(rows, tokens, strict=True))
         known: dict[int, list[Token]] = {}
         if scores is not None:
             known = dict(zip(launched.order, scores.tokens([works[at] for at in launched.order]), strict=True))

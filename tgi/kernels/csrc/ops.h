@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, MERGE, SAMPLE, KINDS };
+enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, SAMPLE, KINDS };
 
 struct Op {
     int32_t kind;
@@ -100,8 +100,78 @@ struct Sample : Op {
     float* logprobs;               // [rows]: before all changes
     int32_t* top_ids;              // [rows, most]: the likeliest `top_n` of the row, best first
     float* top_logprobs;
-    int64_t most;                  // at least each row's `top_n`, at most the vocabulary
+    int64_t most;                  // at least the `top_n` of each row, or the vocabulary if that is less
     int32_t vocabulary;
+};
+
+struct Angles : Op {
+    const int64_t* positions;
+    const float* frequencies;  // [half]
+    float* cos;
+    float* sin;
+    int64_t stride;            // of cos and sin
+    int32_t half;
+    float factor;              // on both
+};
+
+// A run of one request's tokens; as many as `start` are in the cache before them.
+struct Segment {
+    const int32_t* blocks;  // its pages in order
+    int32_t start, length;
+};
+
+// One task for each kv head: some queries of a segment against their keys, all of them or those of one split.
+struct Item {
+    const int32_t* blocks;
+    int32_t row, position;  // of the first token: on the step's token axis, in its request
+    int32_t tokens;
+    int32_t first, end;     // splits with keys that the queries see
+    int32_t split;          // -1: all of them
+    int32_t partial;        // else where the results of the splits go: [kv heads][splits][rows]
+    int32_t done;           // and how many there are: [kv heads]
+};
+
+// What a step's layers share. Python writes the segments, `plan` the rest.
+struct Step {
+    Segment* segment;
+    Item* item;
+    int32_t* slot;           // [tokens]: page times 16, plus the place in it
+    float* partial;          // [partials, stride]
+    std::atomic<int>* done;  // zeros between the layers
+    int32_t segments, items;
+    int32_t partials, apart;  // room: for rows of splits, for items of one split
+    int32_t heads, kv_heads;
+    int32_t window;           // 0: none
+};
+
+// Keys and values of a layer; attention.h describes how pages lie.
+struct Paged : Op {
+    const Step* step;
+    char* pages;
+    int64_t page;    // bytes of a page of one head
+    int64_t values;  // where they begin in it
+    int32_t form;    // FP32, BF16 or INT8
+    int32_t dim;     // of a head
+};
+
+struct Turn : Paged {
+    float* qkv;           // q is turned in place
+    int64_t qkv_stride;
+    const float* cos;     // null: nothing turns
+    const float* sin;
+    int64_t angle_stride;
+    const float* norm;    // [heads + kv heads, dim] or null
+    int32_t half;         // of the dimensions that turn
+    float eps;
+};
+
+struct Attend : Paged {
+    const float* q;
+    int64_t q_stride;
+    float* out;
+    int64_t out_stride;
+    float scale;
+    float softcap;  // 0: none
 };
 
 // One thread's share of an operation: threads take tasks by number until there are none.
