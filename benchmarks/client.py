@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -59,7 +60,7 @@ class _Usage(msgspec.Struct):
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Event).decode
@@ -87,8 +88,9 @@ class _Exchange(asyncio.Protocol):
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, msgspec.DecodeError) as error:
-            self._finish(f"{error.__class__.__name__}: {error}")
+        except httptools.HttpParserError as error:
+            cause = error.__context__ or error  # what a callback raised
+            self._finish(f"{cause.__class__.__name__}: {cause}")
 
     def on_body(self, body: bytes) -> None:
         if self._parser.get_status_code() != 200:
@@ -105,7 +107,7 @@ class _Exchange(asyncio.Protocol):
                 if event.usage is not None:
                     self.usage = event.usage
                 if event.error is not None:
-                    self._finish(bytes(event.error).decode()[:300])
+                    self._finish(str(event.error)[:300])
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()

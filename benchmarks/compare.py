@@ -11,11 +11,9 @@ FOLDER/compare.md and .svg are written. benchmarks/README.md says where to get t
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,34 +21,10 @@ import uvloop
 
 import machine
 from client import BenchmarkError, run
-from report import OURS, PRECISIONS, Data, Record, Shape, markdown
+from records import OURS, PRECISIONS, Data, Journal, Record
+from report import Shape, markdown
 from servers import RECIPES, Places, Recipe, Server, start
 from workloads import FULL, QUICK, WORKLOADS, Figures, Prompts, Sizes
-
-
-class Journal:
-    """Records on disk, one JSON object a line, each written at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.records: list[Record] = []
-        if path.exists():
-            self.records = [json.loads(line) for line in path.read_text().splitlines()]
-
-    def write(self, kind: str, **figures: object) -> None:
-        record = {"kind": kind, "at": time.strftime("%Y-%m-%d %H:%M:%S"), **figures}
-        self.records.append(record)
-        with self._path.open("a") as out:
-            out.write(json.dumps(record) + "\n")
-        shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()}
-        print(json.dumps(shown), file=sys.stderr, flush=True)
-
-    def has(self, **keys: object) -> bool:
-        """Whether there is a cell that needn't be measured again."""
-        return any(
-            record["kind"] == "cell" and record["clean"] and all(record[key] == value for key, value in keys.items())
-            for record in self.records
-        )
 
 
 class Comparison:
@@ -79,7 +53,8 @@ class Comparison:
 
     def _missing(self, number: int, recipe: Recipe) -> list[str]:
         keys = {"round": number, "server": recipe.server, "precision": recipe.precision}
-        return [w for w in self._arguments.only if w in recipe.workloads and not self._journal.has(workload=w, **keys)]
+        done = {cell["workload"] for cell in self._journal.data.of("cell", clean=True, **keys)}
+        return [w for w in self._arguments.only if w in recipe.workloads and w not in done]
 
     async def _serve(self, number: int, recipe: Recipe, workloads: list[str]) -> None:
         """Start it, run its workloads, tell its start and its memory."""
@@ -98,7 +73,8 @@ class Comparison:
                     self._fail(number, recipe, workload, error)
                 if workload == "W3":
                     resident = server.resident
-                    kv = (recipe.reserved or held) * self._shape.cached * recipe.kv_bits / 8
+                    tokens = recipe.reserved_tokens or held
+                    kv = recipe.reserved_bytes or tokens * self._shape.cached * recipe.kv_bits / 8
                     beyond = resident - self._shape.weights * recipe.bits / 8 - kv
                     self._journal.write("memory", **keys, resident=resident, kv=kv, beyond=beyond)
 
@@ -220,7 +196,7 @@ def main() -> None:
             for recipe in RECIPES
             if (recipe.server, recipe.precision) == (server, precision)
         ]
-        if any(record["quick"] != arguments.quick for record in journal.records if record["kind"] == "run"):
+        if any(record["quick"] != arguments.quick for record in journal.data.of("run")):
             parser.error(f"{arguments.out} holds figures of other sizes: --quick and full loads don't mix")
         for recipe in recipes:
             places.fill(recipe.command, 0)

@@ -60,6 +60,8 @@ class Process:
     pid: int
     parent: int
     session: int
+    state: str
+    """The kernel's letter; Z: it has ended, and nobody has asked how."""
     cpu: float
     """Seconds of processor time, with that of children it has waited for."""
 
@@ -85,8 +87,8 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def processes(session: int) -> list[Process]:
-    """All of a session: a server that was started as the leader of one, with its descendants."""
-    return [process for process in _all() if process.session == session]
+    """All that live of a session: a server that was started as the leader of one, with its descendants."""
+    return [process for process in _all() if process.session == session and process.state not in "ZX"]
 
 
 def _all() -> Iterator[Process]:
@@ -94,7 +96,7 @@ def _all() -> Iterator[Process]:
         if entry.isdigit() and (stat := _read(int(entry), "stat")):
             fields = stat.rpartition(b")")[2].split()
             cpu = sum(int(ticks) for ticks in fields[11:15]) / _TICK
-            yield Process(int(entry), int(fields[1]), int(fields[3]), cpu)
+            yield Process(int(entry), int(fields[1]), int(fields[3]), fields[0].decode(), cpu)
 
 
 @dataclass(frozen=True, slots=True)

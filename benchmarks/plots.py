@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib
 from cycler import cycler
 
-from report import ROWS, Data, Record, Row
+from records import Data, Record
+from report import ROWS, Row
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # the backend is chosen first

@@ -1,19 +1,14 @@
-"""Records of runs → tables in Markdown. Knows what is to be reached; measures nothing.
-
-A record is a JSON object with a ``kind``; ``compare.py`` and ``quality.py`` write them, one a line.
-"""
+"""Records of runs → tables in Markdown. Knows what is to be reached; measures nothing."""
 
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from records import OURS, PRECISIONS, Data, Record
+
 _LLAMA = "llama.cpp"
-PRECISIONS = ("32-bit", "16-bit", "8-bit", "4-bit")
-OURS = "tgi"
 BITS = {"32-bit": 32, "16-bit": 16, "8-bit": 8.5, "4-bit": 4.5}
 """Of a weight, with its share of a scale: what a step at one stream must read at least."""
 
@@ -126,37 +121,6 @@ ROWS = [
 PER_TOKEN = ("W1", "W2", "W3", "W7")
 
 
-class Data:
-    """What was measured. Only clean cells count; where a server has none of a workload, the unclean ones do, and are
-    marked."""
-
-    def __init__(self, records: Iterable[Record]) -> None:
-        self._records = list(records)
-        self.servers = list(dict.fromkeys(record["server"] for record in self.of("cell")))
-        self.peers = [server for server in self.servers if server != OURS]
-        self.precisions = [p for p in PRECISIONS if any(r["precision"] == p for r in self.of("cell"))]
-
-    @classmethod
-    def read(cls, paths: Sequence[Path]) -> "Data":
-        return cls(json.loads(line) for path in paths for line in path.read_text().splitlines())
-
-    def of(self, kind: str, **keys: object) -> list[Record]:
-        """Records of a kind, with these values."""
-        return [r for r in self._records if r["kind"] == kind and all(r[key] == value for key, value in keys.items())]
-
-    def cells(self, server: str, precision: str, workload: str) -> list[Record]:
-        found = self.of("cell", server=server, precision=precision, workload=workload)
-        return [cell for cell in found if cell["clean"]] or found
-
-    def values(self, kind: str, figure: str, **keys: object) -> list[float]:
-        return [record[figure] for record in self.of(kind, **keys) if figure in record]
-
-    def ceiling(self, cell: Record) -> Record | None:
-        """Of the same round, or of any."""
-        found = self.of("ceiling")
-        return next((record for record in found if record["round"] == cell["round"]), found[-1] if found else None)
-
-
 def spread(values: Sequence[float]) -> str:
     """Median, lowest and highest."""
     middle = _number(statistics.median(values))
@@ -259,14 +223,6 @@ def side_table(data: Data) -> Iterator[str]:
 
 
 def _side_verdicts(data: Data) -> Iterator[str]:
-    def best(kind: str, figure: str, server: str) -> float | None:
-        values = [
-            statistics.median(v)
-            for p in data.precisions
-            if (v := data.values(kind, figure, server=server, precision=p))
-        ]
-        return min(values) if values else None
-
     for precision in data.precisions:
         keys = {"server": OURS, "precision": precision}
         told = []
@@ -274,8 +230,9 @@ def _side_verdicts(data: Data) -> Iterator[str]:
             told.append(_judged("p99 ≤ 2x median", statistics.median(even), 2))
         if first := data.values("start", "first_token_s", **keys):
             for peer, bound in (("vllm", 0.1), ("llama.cpp", 1.5)):
-                if theirs := best("start", "first_token_s", peer):
-                    told.append(_judged(f"first token ≤ {bound:g}x {peer}'s", statistics.median(first) / theirs, bound))
+                if theirs := data.values("start", "first_token_s", server=peer, precision=precision):
+                    ratio = statistics.median(first) / statistics.median(theirs)
+                    told.append(_judged(f"first token ≤ {bound:g}x {peer}'s", ratio, bound))
             told.append(_judged("ready ≤ 3 s", statistics.median(data.values("start", "ready_s", **keys)), 3))
             told.append(_judged("port ≤ 0.5 s", statistics.median(data.values("start", "port_s", **keys)), 0.5))
         if beyond := data.values("memory", "beyond", **keys):
@@ -304,7 +261,7 @@ def latency_table(data: Data) -> Iterator[str]:
 
 
 def quality_table(data: Data) -> Iterator[str]:
-    yield from _head(["weights", "KL to fp32, mean", "p99", "same first choice", "perplexity", "to fp32"])
+    yield from _head(["weights", "KL to fp32, mean", "p99", "same first choice", "perplexity", "to fp32", "of prefill"])
     for record in data.of("quality"):
         yield _cells(
             [
@@ -314,6 +271,7 @@ def quality_table(data: Data) -> Iterator[str]:
                 f"{record['same_choice']:.1%}",
                 f"{record['perplexity']:.3f}",
                 f"{record['perplexity_ratio']:.4f}",
+                f"{record['prefill_perplexity']:.3f}" if "prefill_perplexity" in record else "-",
             ]
         )
 
@@ -352,7 +310,7 @@ def markdown(data: Data, shape: Shape) -> str:
         ]
     if data.of("quality"):
         lines += [*quality_table(data), ""]
-    if errors := data.of("error"):
+    if errors := data.failures():
         lines += [
             "Errors:",
             "",

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,15 +40,25 @@ class Recipe:
     kv_bits: int = 16
     environment: Mapping[str, str] = field(default_factory=dict)
     workloads: Sequence[str] = SHORT + LONG
-    reserved: int = 0
-    """Tokens whose keys and values it holds from the start; 0: memory is touched as it is needed."""
+    reserved_tokens: int = 0
+    """Tokens whose keys and values it holds from the start, if its memory isn't touched as it is needed."""
+    reserved_bytes: int = 0
+    """The same for a server whose cache is of a given size."""
 
     @property
     def name(self) -> str:
         return f"{self.server}, {self.precision}"
 
 
-_TGI = "{tgi} --model-id {model} --hostname 127.0.0.1 --port {port}"
+TGI = {
+    "32-bit": "--dtype float32",
+    "16-bit": "--dtype bfloat16",
+    "8-bit": "--quantize int8",
+    "4-bit": "--quantize int4",
+}
+"""Our own options for each precision."""
+
+_TGI = "{tgi} --model-id {model} --hostname 127.0.0.1 --port {port} "
 _LLAMA = (
     "{llama_bin}/llama-server --host 127.0.0.1 --port {port} -t {threads} -tb {threads} -fa on --cont-batching"
     " -m {gguf}"
@@ -70,22 +81,22 @@ _VLLM_ENVIRONMENT = {
 def _llama(server: str, precision: str, form: str, bits: float) -> list[Recipe]:
     command = f"{_LLAMA}/model-{form}.gguf"
     return [
-        Recipe(server, precision, form, bits, command + _STREAMS, workloads=SHORT, reserved=16384),
-        Recipe(server, precision, form, bits, command + _ONE, workloads=LONG, reserved=8192),
+        Recipe(server, precision, form, bits, command + _STREAMS, workloads=SHORT, reserved_tokens=16384),
+        Recipe(server, precision, form, bits, command + _ONE, workloads=LONG, reserved_tokens=8192),
     ]
 
 
 RECIPES = [
-    Recipe("tgi", "32-bit", "float32", 32, f"{_TGI} --dtype float32", kv_bits=32),
-    Recipe("tgi", "16-bit", "bfloat16", 16, f"{_TGI} --dtype bfloat16"),
-    Recipe("tgi", "8-bit", "int8", 8.5, f"{_TGI} --quantize int8"),
-    Recipe("tgi", "4-bit", "int4", 4.5, f"{_TGI} --quantize int4"),
+    Recipe("tgi", "32-bit", "float32", 32, _TGI + TGI["32-bit"], kv_bits=32),
+    Recipe("tgi", "16-bit", "bfloat16", 16, _TGI + TGI["16-bit"]),
+    Recipe("tgi", "8-bit", "int8", 8.5, _TGI + TGI["8-bit"]),
+    Recipe("tgi", "4-bit", "int4", 4.5, _TGI + TGI["4-bit"]),
     *_llama("llama.cpp", "32-bit", "F32", 32),
     *_llama("llama.cpp", "16-bit", "F16", 16),
     *_llama("llama.cpp BF16", "16-bit", "BF16", 16),
     *_llama("llama.cpp", "8-bit", "Q8_0", 8.51),
     *_llama("llama.cpp", "4-bit", "Q4_0", 5.35),  # its own default: the tied embedding stays at 8 bits
-    Recipe("vllm", "16-bit", "float32", 32, _VLLM, kv_bits=32, environment=_VLLM_ENVIRONMENT),
+    Recipe("vllm", "16-bit", "float32", 32, _VLLM, kv_bits=32, environment=_VLLM_ENVIRONMENT, reserved_bytes=4 << 30),
 ]
 """vLLM's 16-bit weights are slower than its float32 on CPUs without AMX, so these stand for it in that column."""
 
@@ -145,11 +156,11 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        for process in processes(self.pid):
-            try:
-                os.kill(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        while left := processes(self.pid):
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     async def begin(self, prompt: str, seconds: float = 600) -> dict[str, float]:
         """Wait until it serves. Seconds from its command to: any HTTP answer, readiness, the first token."""

@@ -13,10 +13,13 @@ from tokenizers import Tokenizer
 
 from client import Answer, BenchmarkError, quantile, run, summary
 
-_NOUNS = """apple river stone cloud paper window garden letter summer winter music table market bridge engine forest
-silver copper island harbor lantern mirror ladder button candle carpet basket bottle kitchen village mountain teacher
-doctor sailor farmer painter student captain question answer promise secret journey problem reason moment morning evening year
-street corner office station library school theatre kitchen museum castle tower valley desert ocean meadow""".split()
+_NOUNS = """
+apple river stone cloud paper window garden letter summer winter music table market bridge engine forest
+silver copper island harbor lantern mirror ladder button candle carpet basket bottle kitchen village mountain
+teacher doctor sailor farmer painter student captain question answer promise secret journey problem reason
+moment morning evening year street corner office station library school theatre museum castle tower valley
+desert ocean meadow
+""".split()
 _VERBS = (
     "finds carries paints forgets follows repairs admires describes borrows measures watches hides opens builds".split()
 )

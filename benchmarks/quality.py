@@ -1,0 +1,179 @@
+"""What each precision loses: next-token distributions and perplexity against float32, on the text beside this file.
+
+    python benchmarks/quality.py --model FOLDER [--out FOLDER]
+    python benchmarks/quality.py --model FOLDER --also Q4_0=FILE.gguf --transformers
+
+The text is cut into windows. Each runs through the engine token by token, all windows in one batch: the logits are
+those of real decoding steps. The prefill's own perplexity, from prompts' log-probabilities, is told beside it.
+``--transformers`` compares our float32 with transformers'. With ``--out`` the figures go to ``compare.py``'s journal.
+"""
+
+import argparse
+import math
+import shlex
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn.functional import kl_div, log_softmax
+
+from client import quantile
+from engine import load
+from records import Data, Journal, Record
+from report import quality_table
+from servers import TGI
+from tgi.core.config import BLOCK_SIZE
+from tgi.core.messages import Sampling, Submit
+from tgi.core.plan import Work
+from tgi.runtime.runner import Runner
+
+TEXT = Path(__file__).with_name("text.txt")
+
+
+def windows(tokenizer: Path, length: int) -> list[list[int]]:
+    """The text's ids in pieces of equal length; a shorter rest is left out."""
+    ids = Tokenizer.from_file(str(tokenizer)).encode(TEXT.read_text(), add_special_tokens=False).ids
+    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+
+
+class Reader:
+    """Reads windows with one runner. Each has pages of its own."""
+
+    def __init__(self, runner: Runner, texts: Sequence[list[int]]) -> None:
+        self._runner = runner
+        self._texts = texts
+        pages = -(-len(texts[0]) // BLOCK_SIZE)
+        self._blocks = [array("i", range(pages * row, pages * (row + 1))) for row in range(len(texts))]
+        self._scratch: list[dict[str, object]] = [{} for _ in texts]
+
+    def step(self, position: int) -> torch.Tensor:
+        """Log-probabilities of what follows ``position`` in each window: float32 [windows, vocabulary]."""
+        works = [
+            Work(
+                Submit(row, text, 1, len(text), [], Sampling(), 0.0),
+                text[: position + 1],
+                position,
+                1,
+                position + 1,
+                True,
+                self._blocks[row],
+                self._scratch[row],
+            )
+            for row, text in enumerate(self._texts)
+        ]
+        launched = self._runner.launch(works)
+        rows = torch.empty_like(launched.logits)
+        rows[list(launched.order)] = launched.logits
+        return log_softmax(rows.float(), 1)
+
+    def prefill(self) -> float:
+        """Perplexity by whole windows, each a prompt."""
+        total, count = 0.0, 0
+        for row, text in enumerate(self._texts):
+            submit = Submit(row, text, len(text), 0, [], Sampling(), 0.0, prompt_logprobs=True)
+            work = Work(submit, text, 0, len(text), 1, False, self._blocks[row], {})
+            [result] = self._runner.sample(self._runner.launch([work]))
+            total -= sum(token.logprob for token in result.tokens)
+            count += len(result.tokens)
+        return math.exp(total / count)
+
+
+@dataclass(slots=True)
+class Loss:
+    """How one runner's distributions differ from the reference's."""
+
+    divergences: list[float] = field(default_factory=list)
+    same: int = 0
+    surprise: float = 0.0
+
+    def add(self, mine: torch.Tensor, reference: torch.Tensor, following: torch.Tensor) -> None:
+        """Log-probabilities [rows, vocabulary] and the ids that follow."""
+        self.divergences += kl_div(mine, reference, reduction="none", log_target=True).sum(1).tolist()
+        self.same += int((mine.argmax(1) == reference.argmax(1)).sum())
+        self.surprise -= float(mine.gather(1, following[:, None]).sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.surprise / len(self.divergences))
+
+
+@torch.inference_mode()
+def losses(reference: Reader, readers: Sequence[Reader], texts: Sequence[list[int]]) -> list[Loss]:
+    """Of the reference itself first, then of each."""
+    ids = torch.tensor(texts)
+    found = [Loss() for _ in range(len(readers) + 1)]
+    for position in range(ids.shape[1] - 1):
+        right = reference.step(position)
+        for loss, mine in zip(found, [right, *(reader.step(position) for reader in readers)], strict=True):
+            loss.add(mine, right, ids[:, position + 1])
+    return found
+
+
+def figures(loss: Loss, reference: Loss) -> dict[str, float]:
+    return {
+        "kl_mean": sum(loss.divergences) / len(loss.divergences),
+        "kl_p99": quantile(loss.divergences, 0.99),
+        "same_choice": loss.same / len(loss.divergences),
+        "perplexity": loss.perplexity,
+        "perplexity_ratio": loss.perplexity / reference.perplexity,
+    }
+
+
+@torch.inference_mode()
+def beside_transformers(reader: Reader, folder: str, texts: Sequence[list[int]]) -> Loss:
+    """Our float32 against transformers'."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = torch.stack([model(torch.tensor([text])).logits[0] for text in texts])
+    ids, loss = torch.tensor(texts), Loss()
+    for position in range(ids.shape[1] - 1):
+        loss.add(reader.step(position), log_softmax(theirs[:, position], 1), ids[:, position + 1])
+    return loss
+
+
+def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
+    """(name, model, the launcher's options): float32 first."""
+    for precision in dict.fromkeys(["32-bit", *arguments.precisions]):
+        yield f"{precision}, `{TGI[precision]}`", arguments.model, TGI[precision].split()
+    for also in arguments.also:
+        name, _, line = also.partition("=")
+        model, *options = shlex.split(line)
+        yield name, model, options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="FOLDER")
+    parser.add_argument("--precisions", nargs="*", default=["16-bit", "8-bit", "4-bit"], choices=list(TGI))
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=MODEL [OPTION…]", help="further models")
+    parser.add_argument("--window", type=int, default=512, help="tokens")
+    parser.add_argument("--windows", type=int, help="only so many of them")
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+    texts = windows(Path(arguments.model) / "tokenizer.json", arguments.window)[: arguments.windows]
+    names, readers = [], []
+    for name, model, options in variants(arguments):
+        names.append(name)
+        readers.append(Reader(load(model, options, requests=len(texts), context=arguments.window + 1)[0], texts))
+    found = losses(readers[0], readers[1:], texts)
+    records: list[Record] = [
+        {"kind": "quality", "form": name, "prefill_perplexity": reader.prefill(), **figures(loss, found[0])}
+        for name, reader, loss in zip(names, readers, found, strict=True)
+    ]
+    if arguments.transformers:
+        loss = beside_transformers(readers[0], arguments.model, texts)
+        records.append({"kind": "quality", "form": "32-bit, to transformers", **figures(loss, found[0])})
+    if arguments.out:
+        journal = Journal(arguments.out / "data.jsonl")
+        for record in records:
+            journal.write(**record)
+    print("\n".join(quality_table(Data(records))))
+
+
+if __name__ == "__main__":
+    main()

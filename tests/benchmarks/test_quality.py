@@ -1,0 +1,28 @@
+"""Losses of distributions."""
+
+import pytest
+import torch
+from torch import log_softmax
+
+from quality import Loss, figures
+
+
+def test_a_distribution_loses_nothing_to_itself() -> None:
+    rows = log_softmax(torch.randn(5, 30), 1)
+    loss = Loss()
+    loss.add(rows, rows, torch.arange(5))
+    told = figures(loss, loss)
+    assert told["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert told["same_choice"] == 1
+    assert told["perplexity_ratio"] == 1
+
+
+def test_a_known_divergence_and_perplexity() -> None:
+    mine, reference = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    loss, other = Loss(), Loss()
+    loss.add(mine, reference, torch.tensor([1]))
+    other.add(reference, reference, torch.tensor([1]))
+    told = figures(loss, other)
+    assert told["kl_mean"] == pytest.approx(0.9 * 0.5878 + 0.1 * -1.6094, rel=1e-3)
+    assert told["perplexity"] == pytest.approx(2)
+    assert told["perplexity_ratio"] == pytest.approx(0.2)
