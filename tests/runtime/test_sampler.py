@@ -1,4 +1,4 @@
-"""The sampler against plain definitions of each rule, and its independence of the batch."""
+"""The sampler, by torch and by kernel, against plain definitions of each rule, and its independence of the batch."""
 
 import math
 import random
@@ -11,8 +11,7 @@ import torch
 from tgi.core import watermark
 from tgi.core.messages import Sampling, Submit, Token
 from tgi.core.plan import Work
-from tgi.runtime import sampler
-from tgi.runtime.sampler import sample
+from tgi.runtime.sampler import Sampler
 
 VOCABULARY = 1000
 
@@ -25,16 +24,16 @@ def work(
     return Work(submit, tokens, len(tokens) - 1, 1, len(tokens), True, array("i", [0]), {})
 
 
-def drawn(logits: torch.Tensor, *works: Work) -> list[Token]:
-    tokens = sample(logits, works)
+def drawn(sampler: Sampler, logits: torch.Tensor, *works: Work) -> list[Token]:
+    tokens = sampler.sample(logits, works)
     assert all(isinstance(token, Token) for token in tokens)
     return [token for token in tokens if isinstance(token, Token)]
 
 
-def support(logits: torch.Tensor, **fields: Any) -> set[int]:
+def support(sampler: Sampler, logits: torch.Tensor, **fields: Any) -> set[int]:
     """All tokens that come up in many draws of one row."""
     works = [work(Sampling(greedy=False, seed=seed, **fields), [1]) for seed in range(2000)]
-    return {token.id for token in drawn(logits.expand(len(works), -1), *works)}
+    return {token.id for token in drawn(sampler, logits.expand(len(works), -1), *works)}
 
 
 @pytest.fixture
@@ -42,148 +41,59 @@ def logits() -> torch.Tensor:
     return torch.randn(8, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 3
 
 
-def test_greedy_takes_the_largest_with_the_models_own_logprob(logits: torch.Tensor):
-    tokens = drawn(logits, *[work(Sampling(repetition_penalty=1.0), [1])] * 8)
+def test_greedy_takes_the_largest_with_the_models_own_logprob(sampler: Sampler, logits: torch.Tensor):
+    tokens = drawn(sampler, logits, *[work(Sampling(repetition_penalty=1.0), [1])] * 8)
     assert [token.id for token in tokens] == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1).amax(-1).tolist()
     assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-5)
 
 
-def test_logprobs_are_taken_before_penalties_and_temperature(logits: torch.Tensor):
+def test_logprobs_are_taken_before_penalties_and_temperature(sampler: Sampler, logits: torch.Tensor):
     row = logits[:1]
     best = int(row.argmax())
-    (token,) = drawn(row, work(Sampling(logit_bias={best: -100.0}), [1]))
+    (token,) = drawn(sampler, row, work(Sampling(logit_bias={best: -100.0}), [1]))
     assert token.id == int(row[0].topk(2).indices[1])
     assert token.logprob == pytest.approx(float(row.log_softmax(-1)[0, token.id]), abs=1e-5)
 
 
-def test_top_tokens_are_the_most_likely_in_order_and_no_more_than_asked(logits: torch.Tensor):
+def test_top_tokens_are_the_most_likely_in_order_and_no_more_than_asked(sampler: Sampler, logits: torch.Tensor):
     works = [work(Sampling(top_n_tokens=n), [1]) for n in (0, 3, 1, 5, 0, 0, 2, 4)]
-    for row, (token, item) in enumerate(zip(drawn(logits, *works), works, strict=True)):
+    for row, (token, item) in enumerate(zip(drawn(sampler, logits, *works), works, strict=True)):
         expected = logits[row].log_softmax(-1).topk(item.submit.sampling.top_n_tokens)
         assert [id for id, _ in token.top] == expected.indices.tolist()
         assert [p for _, p in token.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
 
 
-def test_repetition_penalty_hits_each_id_of_prompt_and_text_once(logits: torch.Tensor):
-    row = logits[0].clone()
-    prompt, generated = [5, 5, 6], [7, 7, 7]
-    row[0] = 100.0  # no padding id is penalised unless it is there
-    expected = row.clone()
-    for token in (5, 6, 7):
-        expected[token] = row[token] / 1.7 if row[token] > 0 else row[token] * 1.7
-    assert torch.equal(_penalized(row, Sampling(repetition_penalty=1.7), prompt, generated), expected)
+def test_top_k_keeps_k(sampler: Sampler, logits: torch.Tensor):
+    assert support(sampler, logits[:1] / 10, top_k=5) == set(logits[0].topk(5).indices.tolist())
+    assert support(sampler, logits[:1], top_k=1) == {int(logits[0].argmax())}
+    assert len(support(sampler, logits[:1] / 100, top_k=10 * VOCABULARY)) > VOCABULARY / 2
 
 
-def test_frequency_and_presence_penalties_count_generated_tokens(logits: torch.Tensor):
-    row = logits[0]
-    prompt, generated = [5, 5, 6], [6, 7, 7, 7]
-    expected = row.clone()
-    expected[6] -= 0.5 * 1 + 0.25
-    expected[7] -= 0.5 * 3 + 0.25
-    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
-    torch.testing.assert_close(_penalized(row, sampling, prompt, generated), expected)
-
-
-def test_history_built_step_by_step_equals_history_built_at_once(logits: torch.Tensor):
-    chance = random.Random(0)
-    sampling = Sampling(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=-0.2, logit_bias={3: 2.5})
-    tokens = [chance.randrange(VOCABULARY) for _ in range(900)]
-    submit = Submit(0, tokens[:10], 10, 2000, [], sampling, 0.0)
-    scratch: dict[str, Any] = {}
-    for end in (10, 11, 12, 200, 201, 899, 900):
-        stepped = Work(submit, tokens[:end], end - 1, 1, end, True, array("i", [0]), scratch)
-        fresh = Work(submit, tokens[:end], end - 1, 1, end, True, array("i", [0]), {})
-        rows = []
-        for item in (stepped, fresh):
-            row = logits[0].clone()
-            sampler._History.of(item, row.device).apply(row, sampling)
-            rows.append(row)
-        assert torch.equal(*rows)
-
-
-def _penalized(row: torch.Tensor, sampling: Sampling, prompt: list[int], generated: list[int]) -> torch.Tensor:
-    row = row.clone()
-    sampler._History.of(work(sampling, prompt, generated), row.device).apply(row, sampling)
-    return row
-
-
-def test_top_k_keeps_k(logits: torch.Tensor):
-    assert support(logits[:1] / 10, top_k=5) == set(logits[0].topk(5).indices.tolist())
-    assert support(logits[:1], top_k=1) == {int(logits[0].argmax())}
-    assert len(support(logits[:1] / 100, top_k=10 * VOCABULARY)) > VOCABULARY / 2
-
-
-@pytest.mark.parametrize("flat", [1.0, 30.0])
-@pytest.mark.parametrize("candidates", [4, 1024])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(
-    logits: torch.Tensor, flat: float, candidates: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(sampler, "_CANDIDATES", candidates)  # few: the sorted path
-    row = logits[:1] / flat
-    probs, order = row[0].softmax(-1).sort(descending=True)
-    count = int((probs.cumsum(-1) < 0.6).sum()) + 1
-    kept = sampler._top_p(row, torch.tensor([0.6]))[0].isfinite().nonzero().squeeze(1)
-    assert set(kept.tolist()) == set(order[:count].tolist())
-    assert support(row, top_p=1e-6) == {int(row.argmax())}
-
-
-def test_typical_p_keeps_the_tokens_nearest_to_the_entropy(logits: torch.Tensor):
-    row = logits[0]
-    logprobs = row.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum()
-    order = (-logprobs - entropy).abs().argsort()
-    mass = logprobs.exp()[order].cumsum(-1)
-    count = int((mass < 0.4).sum()) + 1
-    kept = sampler._typical_p(logits[:1], torch.tensor([0.4]))[0].isfinite().nonzero().squeeze(1)
-    assert set(kept.tolist()) == set(order[:count].tolist())
-
-
-@pytest.mark.parametrize("p", [1e-3, 0.05, 0.3, 1.0])
-def test_min_p_keeps_what_is_not_too_far_below_the_likeliest(logits: torch.Tensor, p: float):
-    """As transformers' and vLLM's definition: p_i >= min_p * p_max."""
-    probs = logits[0].softmax(-1)
-    kept = sampler._min_p(logits[:1], torch.tensor([p]))[0].isfinite()
-    assert torch.equal(kept, probs >= p * probs.max())
-    assert int(kept.sum()) < VOCABULARY
-
-
-def test_min_p_looks_at_the_tempered_probabilities(logits: torch.Tensor):
+def test_min_p_looks_at_the_tempered_probabilities(sampler: Sampler, logits: torch.Tensor):
     probs = (logits[0] / 2.0).softmax(-1)
     expected = set((probs >= 0.3 * probs.max()).nonzero().squeeze(1).tolist())
     assert len(expected) > int((logits[0].softmax(-1) >= 0.3 * logits[0].softmax(-1).max()).sum())
-    assert support(logits[:1], temperature=2.0, min_p=0.3) == expected
-    (greedy,) = drawn(logits[:1], work(Sampling(min_p=0.3), [1]))
+    assert support(sampler, logits[:1], temperature=2.0, min_p=0.3) == expected
+    (greedy,) = drawn(sampler, logits[:1], work(Sampling(min_p=0.3), [1]))
     assert greedy.id == int(logits[0].argmax())
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_no_stop_token_before_min_tokens(greedy: bool):
+def test_no_stop_token_before_min_tokens(sampler: Sampler, greedy: bool):
     """A matter of how many were generated, wherever the request was interrupted in between."""
     rows = torch.zeros(1, VOCABULARY)
     rows[0, 5], rows[0, 6], rows[0, 7] = 300.0, 200.0, 100.0
     sampling = Sampling(greedy=greedy, min_tokens=3)
     for generated, expected in ((0, 7), (2, 7), (3, 5), (4, 5)):
-        (token,) = drawn(rows, work(sampling, [1, 2], [9] * generated, stops=[5, 6, VOCABULARY, -1]))
+        (token,) = drawn(sampler, rows, work(sampling, [1, 2], [9] * generated, stops=[5, 6, VOCABULARY, -1]))
         assert token.id == expected
         assert token.logprob == pytest.approx(rows[0, expected] - 300.0)
-    (token,) = drawn(rows, work(sampling, [1, 2]))
+    (token,) = drawn(sampler, rows, work(sampling, [1, 2]))
     assert token.id == 5, "without stop tokens there is nothing to hold back"
 
 
-@pytest.mark.parametrize(("prompt", "generated"), [([1, 2], [77]), ([77], [])])
-def test_a_watermark_favours_the_green_list_of_the_last_token(
-    logits: torch.Tensor, prompt: list[int], generated: list[int]
-):
-    permutation = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(15485863 * 77))
-    expected = logits[0].clone()
-    expected[permutation[: int(0.3 * VOCABULARY)]] += 2.5
-    row = logits[0].clone()
-    sampler._change(row, work(Sampling(watermark=(0.3, 2.5)), prompt, generated))
-    assert torch.equal(row, expected)
-
-
-def test_a_watermark_shows_in_greedy_and_sampled_text(logits: torch.Tensor):
+def test_a_watermark_shows_in_greedy_and_sampled_text(sampler: Sampler, logits: torch.Tensor):
     green = set(watermark.green(1, VOCABULARY, 0.25).nonzero()[0].tolist())
     assert len(green) == VOCABULARY // 4
     flat = logits / 10
@@ -191,34 +101,34 @@ def test_a_watermark_shows_in_greedy_and_sampled_text(logits: torch.Tensor):
         shares = []
         for marked in (None, (0.25, 4.0)):
             works = [work(Sampling(greedy=greedy, seed=seed, watermark=marked), [1]) for seed in range(400)]
-            tokens = drawn(flat[torch.arange(400) % 8], *works)
+            tokens = drawn(sampler, flat[torch.arange(400) % 8], *works)
             shares.append(sum(token.id in green for token in tokens) / 400)
         assert shares[0] < 0.5 and shares[1] > 0.9
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_a_watermark_is_found_by_its_test(logits: torch.Tensor, greedy: bool):
+def test_a_watermark_is_found_by_its_test(sampler: Sampler, logits: torch.Tensor, greedy: bool):
     for marked in (None, (0.25, 4.0)):
         ids = [1]
         for position in range(100):
             row = logits[position % 8, None].roll(position) / 10
-            (token,) = drawn(row, work(Sampling(greedy=greedy, seed=5, watermark=marked), [1], ids[1:]))
+            (token,) = drawn(sampler, row, work(Sampling(greedy=greedy, seed=5, watermark=marked), [1], ids[1:]))
             ids.append(token.id)
         assert (watermark.detect(ids, VOCABULARY, 0.25).z > 8) == (marked is not None)
 
 
-def test_a_watermark_of_all_or_nothing_changes_no_draw(logits: torch.Tensor):
-    plain = drawn(logits, *[work(Sampling(greedy=False, seed=seed), [1]) for seed in range(8)])
+def test_a_watermark_of_all_or_nothing_changes_no_draw(sampler: Sampler, logits: torch.Tensor):
+    plain = drawn(sampler, logits, *[work(Sampling(greedy=False, seed=seed), [1]) for seed in range(8)])
     for gamma in (0.0, 1.0):
         works = [work(Sampling(greedy=False, seed=seed, watermark=(gamma, 2.0)), [1]) for seed in range(8)]
-        assert [token.id for token in drawn(logits, *works)] == [token.id for token in plain]
+        assert [token.id for token in drawn(sampler, logits, *works)] == [token.id for token in plain]
 
 
-def test_draws_follow_the_distribution():
+def test_draws_follow_the_distribution(sampler: Sampler):
     row = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
     count = 20_000
     works = [work(Sampling(greedy=False, seed=seed, temperature=0.7), [1]) for seed in range(count)]
-    ids = torch.tensor([token.id for token in drawn(row.expand(count, -1), *works)])
+    ids = torch.tensor([token.id for token in drawn(sampler, row.expand(count, -1), *works)])
     expected = (row[0] / 0.7).softmax(-1)
     observed = torch.bincount(ids, minlength=5) / count
     assert observed[4] == 0
@@ -226,38 +136,7 @@ def test_draws_follow_the_distribution():
         assert abs(p - q) < 5 * math.sqrt(p * (1 - p) / count) + 1e-9
 
 
-def test_random_numbers_are_spread_over_seeds_positions_and_counters():
-    counters = torch.arange(10_000)
-    keys = [
-        ([sampler._key(7, 3)], counters),
-        ([sampler._key(seed, 3) for seed in range(10_000)], torch.tensor([5])),
-        ([sampler._key(3, position) for position in range(10_000)], torch.tensor([5])),
-    ]
-    for rows, counter in keys:
-        points = sampler._exponential(torch.tensor(rows), counter).neg().exp().flatten()
-        assert bool(((points > 0) & (points < 1)).all())
-        counts = torch.histc(points, 20, 0, 1)
-        assert float(((counts - 500) ** 2 / 500).sum()) < 50  # chi-squared, 19 degrees of freedom
-    assert sampler._key(2**64 - 1, 0) != sampler._key(0, 0)
-
-
-def test_the_generator_is_splitmix64():
-    """The first numbers of the published generator from state 1234567."""
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    points = sampler._exponential(torch.tensor([1234567]), torch.tensor([1, 2, 3])).neg().exp()[0]
-    assert points.tolist() == pytest.approx([x / 2**64 for x in expected], abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_draw_never_falls_on_a_removed_token(seed: int):
-    row = torch.full((3, 700), float("-inf"))
-    row[0, 0] = row[1, 699] = row[2, 300] = row[2, 400] = 1.0
-    ids = sampler._draw(row, torch.tensor([sampler._key(seed, at) for at in range(3)]))
-    assert ids[:2].tolist() == [0, 699]
-    assert int(ids[2]) in (300, 400)
-
-
-def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
+def test_rounding_of_the_logits_hardly_ever_changes_a_draw(sampler: Sampler):
     """A flat distribution, where most of the mass is in tokens of tiny probability."""
     generator = torch.Generator().manual_seed(3)
     row = torch.randn(1, 50_000, generator=generator)
@@ -265,12 +144,16 @@ def test_rounding_of_the_logits_hardly_ever_changes_a_draw():
     changed = 0
     for _ in range(5):
         noise = 1e-5 * torch.randn(1, 50_000, generator=generator)
-        pairs = zip(drawn(row.expand(200, -1), *works), drawn((row + noise).expand(200, -1), *works), strict=True)
+        pairs = zip(
+            drawn(sampler, row.expand(200, -1), *works),
+            drawn(sampler, (row + noise).expand(200, -1), *works),
+            strict=True,
+        )
         changed += sum(a.id != b.id for a, b in pairs)
     assert changed <= 1
 
 
-def test_a_row_draws_the_same_alone_and_among_others(logits: torch.Tensor):
+def test_a_row_draws_the_same_alone_and_among_others(sampler: Sampler, logits: torch.Tensor):
     chance = random.Random(2)
     works = []
     for row in range(8):
@@ -289,39 +172,39 @@ def test_a_row_draws_the_same_alone_and_among_others(logits: torch.Tensor):
             top_n_tokens=chance.choice([0, 2]),
         )
         works.append(work(sampling, [1, 2, 3], [4] * row, stops=[int(logits[row].argmax())]))
-    together = drawn(logits, *works)
+    together = drawn(sampler, logits, *works)
     for row, item in enumerate(works):
-        (alone,) = drawn(logits[row : row + 1], item)
+        (alone,) = drawn(sampler, logits[row : row + 1], item)
         assert alone.id == together[row].id
         assert alone.logprob == pytest.approx(together[row].logprob, abs=1e-6)
 
 
-def test_a_tiny_temperature_is_greedy(logits: torch.Tensor):
+def test_a_tiny_temperature_is_greedy(sampler: Sampler, logits: torch.Tensor):
     works = [work(Sampling(greedy=False, seed=seed, temperature=1e-40), [1]) for seed in range(8)]
-    assert [token.id for token in drawn(logits, *works)] == logits.argmax(-1).tolist()
+    assert [token.id for token in drawn(sampler, logits, *works)] == logits.argmax(-1).tolist()
 
 
-def test_a_row_that_is_not_a_number_is_an_error_of_its_own(logits: torch.Tensor):
+def test_a_row_that_is_not_a_number_is_an_error_of_its_own(sampler: Sampler, logits: torch.Tensor):
     logits[3, 5] = float("nan")
-    tokens = sample(logits, [work(Sampling(greedy=seed % 2 == 0, seed=seed), [1]) for seed in range(8)])
+    tokens = sampler.sample(logits, [work(Sampling(greedy=seed % 2 == 0, seed=seed), [1]) for seed in range(8)])
     assert [isinstance(token, str) for token in tokens] == [row == 3 for row in range(8)]
 
 
-def test_in_a_small_vocabulary_too():
+def test_in_a_small_vocabulary_too(sampler: Sampler):
     rows = torch.zeros(2, 40)
     rows[0] = float("nan")
-    broken, fine = sample(rows, [work(Sampling(greedy=False, seed=1), [1])] * 2)
+    broken, fine = sampler.sample(rows, [work(Sampling(greedy=False, seed=1), [1])] * 2)
     assert isinstance(broken, str)
     assert isinstance(fine, Token)
 
 
 @pytest.mark.parametrize("temperature", [1e-46, 1.0])
 @pytest.mark.parametrize("penalty", [1e-46, 1e-38])
-def test_a_tiny_repetition_penalty_prefers_what_was_said(penalty: float, temperature: float):
+def test_a_tiny_repetition_penalty_prefers_what_was_said(sampler: Sampler, penalty: float, temperature: float):
     rows = torch.zeros(8, 400)
     rows[:, 5], rows[:, 7] = 9.0, 20.0
     works = [
         work(Sampling(greedy=False, seed=seed, temperature=temperature, repetition_penalty=penalty), [5])
         for seed in range(8)
     ]
-    assert {token.id for token in drawn(rows, *works)} == {5}
+    assert {token.id for token in drawn(sampler, rows, *works)} == {5}

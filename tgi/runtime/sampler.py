@@ -32,10 +32,8 @@ class Sampler:
         """Without a library, which needs logits in the CPU's memory, torch does it."""
         self._draws = Draws(library) if library is not None else None
 
-    def sample(
-        self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None
-    ) -> Sequence[Token | str]:
-        """Draw one token per row. logits: float32 [rows, vocabulary]; works: one per row; masks: of those that have one.
+    def sample(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> Sequence[Token | str]:
+        """Draw one token per row. logits: float32 [rows, vocabulary]; works: one a row; masks: of those that have one.
 
         A row whose logits are not numbers gets an error text instead of a token.
         """
@@ -46,9 +44,7 @@ class Sampler:
         return _sample(self._draws, logits, works, masks)
 
 
-def _sample(
-    draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None
-) -> list[Token | str]:
+def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None) -> list[Token | str]:
     rows, vocabulary = logits.shape
     choices, positions = array("Q"), array("q")
     most, askers = 0, []
