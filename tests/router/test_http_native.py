@@ -246,7 +246,7 @@ def test_info(router: Router) -> None:
     assert info["memory"] == {"weights": 1, "cache": 2}
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/", "/livez", "/readyz"])
 def test_health(router: Router, path: str) -> None:
     response = router.http.get(path)
     assert (response.status_code, response.content) == (200, b"")
@@ -258,9 +258,11 @@ def test_health_knows_an_engine_that_listens_but_does_not_step(tmp_path: Path, m
         healthy = client.healthy
         monkeypatch.setattr(type(client), "healthy", lambda _, timeout=0.05: healthy(timeout))
         monkeypatch.setattr(client, "_longest_step", 0)
-        response = router.http.get("/health")
-        assert response.status_code == 503
-        assert response.json() == {"error": "unhealthy", "error_type": "healthcheck"}
+        for path in ("/health", "/readyz"):
+            response = router.http.get(path)
+            assert response.status_code == 503
+            assert response.json() == {"error": "unhealthy", "error_type": "healthcheck"}
+        assert router.http.get("/livez").status_code == 200
 
 
 def test_a_long_prompt_is_tokenised_beside_the_event_loop(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,21 @@ def test_serves_until_told_to_stop_and_finishes_open_answers(tmp_path: Path) -> 
                 engine.resume()
                 assert response.read().count(b"data: ") == 5
             assert process.popen.wait(10) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system doesn't tell")
+def test_an_idle_router_sleeps(tmp_path: Path) -> None:
+    def naps() -> int:
+        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    config = settings(tmp_path)
+    with started(config, tmp_path) as process, FakeEngine(config.socket):
+        until(lambda: httpx.get(f"{process.url}/readyz").status_code == 200)
+        time.sleep(0.5)
+        before = naps()
+        time.sleep(1.0)
+        assert naps() - before <= 2
 
 
 def test_a_model_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import re
 import socket
+import time
 from collections import deque
-from functools import partial
+from email.utils import formatdate
+from functools import lru_cache, partial
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -90,6 +92,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
         self._stop_waiting()
+        self.server_state.default_headers = _dated(int(time.time()))
         super().on_headers_complete()
         while self._unanswered and self._unanswered[0].response_complete:
             self._unanswered.popleft()
@@ -124,6 +127,12 @@ class Connection(HttpToolsProtocol):
         if self._in_head:
             self.transport.write(_LATE)
         self.transport.close()
+
+
+@lru_cache(1)
+def _dated(second: int) -> list[tuple[bytes, bytes]]:
+    """The headers of all answers."""
+    return [(b"date", formatdate(second, usegmt=True).encode())]
 
 
 def _write(cycle: RequestResponseCycle, data: bytes) -> None:

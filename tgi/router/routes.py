@@ -278,6 +278,8 @@ ROUTES = (
     ),
     Row("GET", "/info", native.info, "Text Generation Inference endpoint info", answer=Info),
     Row("GET", "/health", native.health, "Whether the engine answers: 200, or 503 with an error", failures=_SICK),
+    Row("GET", "/livez", native.livez, "Whether the server lives: 200, whatever the engine does"),
+    Row("GET", "/readyz", native.readyz, "As /health: whether the engine answers", failures=_SICK),
     Row("GET", "/metrics", native.metrics, "Prometheus metrics scrape endpoint"),
     Row("GET", "/", native.health),
     Row("GET", "/ping", native.health),

@@ -84,10 +84,9 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the router, whose end ends this one
     while True:
         try:
-            question = read(sys.stdin.buffer)
-        except LostError:
+            write(sys.stdout.buffer, answer(read(sys.stdin.buffer)))
+        except (LostError, BrokenPipeError):  # the router is gone
             return
-        write(sys.stdout.buffer, answer(question))
 
 
 def bound(memory: int, **limits: int) -> None:

@@ -76,6 +76,15 @@ async def health(call: Call, service: Service, _: None) -> None:
         await call.answer(200)
 
 
+async def readyz(call: Call, service: Service, _: None) -> None:
+    await health(call, service, None)
+
+
+async def livez(call: Call, service: Service, _: None) -> None:
+    """The router is there to answer. Who restarts what isn't alive must not do so because the engine is loading."""
+    await call.answer(200)
+
+
 async def info(call: Call, service: Service, _: None) -> None:
     settings, limits = service.settings, service.settings.limits
     answer = Info(
