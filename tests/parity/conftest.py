@@ -9,13 +9,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny import write_model
-from tgi.attention.base import AttnSpec, Kind, Turn
+from tgi.attention.base import AttnSpec, Turn
 from tgi.core.config import ModelFiles
 from tgi.core.messages import Delta, Fault, Submit
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Scheduler
 from tgi.models.registry import Model, load_model
-from tgi.runtime.kvcache import KVCache
 from tgi.runtime.runner import Runner
 
 
@@ -64,7 +63,7 @@ def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
     """Logits of every token of fresh sequences, computed in one flat batch."""
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths)))
+    return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths))).clone()
 
 
 class Engine:
@@ -72,10 +71,7 @@ class Engine:
 
     def __init__(self, folder: Path, device: str = "cpu", *, blocks: int = 64, step_tokens: int = 512) -> None:
         self.model = load(folder, device)
-        place = torch.device(device)
-        self.runner = Runner(
-            self.model, KVCache(self.model.specs, blocks, Kind(torch.float32, torch.float32), place), place
-        )
+        self.runner = Runner.of(self.model, blocks, step_tokens, torch.float32, torch.device(device))
         self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []

@@ -9,11 +9,9 @@ import torch
 
 from tests.parity.conftest import DEVICES, Engine, load, reference, reference_logits, tokens
 from tests.tiny import FAMILIES, write_model
-from tgi.attention.base import Kind
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
-from tgi.runtime.kvcache import KVCache
 from tgi.runtime.runner import Runner
 
 PAGES = 24
@@ -29,7 +27,7 @@ MODELS = {family: (family, {}) for family in FAMILIES} | WINDOWS
 def runner(folder: Path, pages: int, device: str) -> Runner:
     model = load(folder, device, max_total_tokens=LENGTH)
     place = torch.device(device)
-    return Runner(model, KVCache(model.specs, pages, Kind(torch.float32, torch.float32), place), place)
+    return Runner.of(model, pages, 512, torch.float32, place)
 
 
 class Pair:

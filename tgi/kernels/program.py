@@ -71,10 +71,14 @@ class Program:
 @cache
 def _lease(size: int) -> Any:
     """A type of ``size`` bytes, of which one can tell when nobody uses them any more (ctypes' own can't)."""
-    return type("Lease", (ctypes.c_uint8 * size,), {})  # type: ignore[no-untyped-call]  # ctypes gives it no type
+    class Lease(ctypes.Array[ctypes.c_uint8]):
+        _type_ = ctypes.c_uint8
+        _length_ = size
+
+    return Lease
 
 
-class _OnlyKernels(TorchDispatchMode):
+class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no type
     """Lets through what makes and cuts tensors, nothing that computes."""
 
     _ALLOWED = frozenset("empty detach view alias slice narrow select split as_strided expand unsqueeze".split())

@@ -1,15 +1,16 @@
 """What a layer needs to take its weights: the checkpoint's tensors by name, and what becomes of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.panels import pack, pack_quantized
+from tgi.kernels.panels import Panels, pack, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
+from tgi.quantization.packed import Pack
 from tgi.quantization.quantized import Quantized, quantize, stack
 
 
@@ -18,6 +19,9 @@ class Tensors(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor on CPU in its stored dtype, read-only; StartupError if missing or of another shape."""
+
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        """The tensor is known already; errors as with ``take``."""
 
     def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
         """The same, and quantized if it is stored so."""
@@ -47,6 +51,8 @@ class Checkpoint:
     """Our own kernels, if the model runs on them."""
     quantize: str | None = None
     """"int8", "int4": round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
+    pack: Pack = field(default_factory=lambda: Pack(None))
+    """Where packed matrices are kept."""
 
     @property
     def compute(self) -> torch.dtype:
@@ -89,6 +95,16 @@ class Checkpoint:
         bits: int | None = None,
     ) -> NativeLinear:
         """The pieces packed for our own kernel. ``bits`` overrides what ``quantize`` says of rounding."""
+        if self.pack.complete:
+            for piece in pieces:
+                self.tensors.skip(f"{piece.name}.weight", piece.shape)
+        panels = self.pack.panels(_name(pieces), lambda: self._panels(pieces, gated, bits))
+        if bias is not None:
+            bias = _interleave(bias[:, None])[:, 0] if gated else bias
+            bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
+        return NativeLinear(library, panels, bias)
+
+    def _panels(self, pieces: Sequence[Piece], gated: bool, bits: int | None) -> Panels:
         parts = [part for piece in pieces for part in self._stored(piece)]
         quantized = [part for part in parts if isinstance(part, Quantized)]
         if bits is None and self.quantize in ("int8", "int4"):
@@ -106,10 +122,7 @@ class Checkpoint:
             panels = pack_quantized(whole.stored, whole.scale, whole.min, bits=whole.bits, zero=whole.zero)
         else:
             panels = pack(whole)
-        if bias is not None:
-            bias = _interleave(bias[:, None])[:, 0] if gated else bias
-            bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
-        return NativeLinear(library, replace(panels, outs=outs), bias)
+        return replace(panels, outs=outs)
 
     def _stored(self, piece: Piece) -> list[torch.Tensor | Quantized]:
         """The rows of a piece, as they are stored where that is wanted and can be cut so."""
@@ -124,6 +137,11 @@ class Checkpoint:
     def _bias(self, piece: Piece) -> torch.Tensor:
         stored = self.tensors.take(f"{piece.name}.bias", (piece.shape[0],))
         return torch.cat([stored[run] for run in piece.rows]).to(self.device, self.compute)
+
+
+def _name(pieces: Sequence[Piece]) -> str:
+    """What a pack calls the matrix of the pieces."""
+    return " ".join(f"{p.name}[{r.start}:{r.stop},{p.columns.start}:{p.columns.stop}]" for p in pieces for r in p.rows)
 
 
 def _cut(run: slice) -> Callable[[torch.Tensor], torch.Tensor]:

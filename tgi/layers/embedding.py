@@ -2,6 +2,7 @@
 
 import torch
 
+from tgi.kernels.program import empty
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
@@ -35,11 +36,12 @@ class VocabEmbedding:
 class LmHead:
     """Hidden states to one score per token of the vocabulary."""
 
-    __slots__ = ("_group", "method")
+    __slots__ = ("_group", "_scores", "method")
 
     def __init__(self, method: LinearMethod, group: Group) -> None:
         self.method = method
         self._group = group
+        self._scores = torch.empty(0, 0)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "LmHead":
@@ -55,8 +57,15 @@ class LmHead:
         return cls(table if isinstance(table, NativeLinear) else dense(table, None), group)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] → float32 [rows, vocab]."""
-        return self._group.all_gather(self.method(hidden)).float()
+        """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
+        if not isinstance(self.method, NativeLinear):
+            return self._group.all_gather(self.method(hidden)).float()
+        # Kept from step to step: tens of megabytes of fresh memory would cost more than many a step's sampling.
+        if len(self._scores) < len(hidden):
+            self._scores = empty(len(hidden), self.method.panels.outs)
+        scores = self._scores[: len(hidden)]
+        self.method.write(scores, hidden)
+        return self._group.all_gather(scores)
 
 
 def _piece(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> Piece:

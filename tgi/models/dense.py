@@ -20,6 +20,7 @@ class DenseDecoder:
         shape = config.shape
         self.vocab_size = shape.vocab
         self.compute = checkpoint.compute
+        self.library = checkpoint.library
         self.specs = [
             AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, config.attention_scale, window)
             for window in config.windows
@@ -47,7 +48,7 @@ class DenseDecoder:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] → float32 [rows, vocab]."""
+        """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
         scores = self._head(hidden)
         return scores if self._logits_scaling == 1.0 else scores.div_(self._logits_scaling)
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tgi.core.config import ModelFiles
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from tgi.attention.base import Attend, AttnSpec
+    from tgi.kernels.library import Library
 
 
 class Row(NamedTuple):
@@ -51,11 +53,15 @@ class Model(Protocol):
     def compute(self) -> "torch.dtype":
         """Of activations."""
 
+    @property
+    def library(self) -> "Library | None":
+        """The native kernels, if it runs on them."""
+
     def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
         """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
 
     def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
-        """[rows, hidden] → float32 [rows, vocab]."""
+        """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
 
 
 def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
@@ -76,11 +82,13 @@ def load_model(
     rope_factor: float | None = None,
     max_total_tokens: int | None = None,
     quantize: str | None = None,
+    packed: Path | None = None,
     progress: Callable[[int, int], None],
 ) -> Model:
     """Read the weights into memory, ready to run.
 
     ``dtype``: of weights, where they aren't quantized. ``quantize``: see Checkpoint; needs the native kernels.
+    ``packed``: folder where packed weights are kept, if they shall be.
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
     choose by it (None: all that the config allows). ``progress`` gets (bytes done, bytes in all).
     """
@@ -92,6 +100,7 @@ def load_model(
     from tgi.layers.checkpoint import Checkpoint
     from tgi.models.weights import open_weights
     from tgi.parallel import Group
+    from tgi.quantization.packed import Pack
 
     row = ARCHITECTURES[parsed.shape.architecture]
     model_class = getattr(importlib.import_module(row.module), row.name)
@@ -100,7 +109,9 @@ def load_model(
     if quantize is not None and native is None:
         raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
     with torch.inference_mode(), open_weights(files, tied=parsed.shape.tied, progress=progress) as tensors:
-        checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize)
+        pack = Pack.open(packed if native else None, [Path(path) for path in files.weights], dtype, quantize)
+        checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize, pack)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
+    pack.save()
     return model

@@ -47,6 +47,10 @@ class Weights:
         """The tensor ``name``; StartupError if it isn't there or has another shape than the config implies."""
         return self._taken(name, shape).read()
 
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        """Count it as taken: its content is known already."""
+        self._taken(name, shape)
+
     def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
         """The same, quantized if it is stored so."""
         return self._taken(name, shape).read_stored()

@@ -48,14 +48,16 @@ def score(
     tokens; head: makes logits of hidden states. Reading its weights takes long, so the first rows share its first run.
     """
     count = len(hidden) - len(targets)
-    logits = head(hidden[: max(count, SCORED_ROWS)])
     if not len(targets):
-        return logits, None
-    parts = [_score(logits[count:], targets[: len(logits) - count], top)]
-    # Each further part's logits, the widest tensor there is, are gone before the next part's are made.
-    for at in range(len(logits), len(hidden), SCORED_ROWS):
+        return head(hidden), None
+    first = max(count, SCORED_ROWS)
+    # Each part's logits, the widest tensor there is, are gone before the next part's are made; the first rows' stay.
+    parts = []
+    for at in range(first, len(hidden), SCORED_ROWS):
         rows = head(hidden[at : at + SCORED_ROWS])
         parts.append(_score(rows, targets[at - count : at - count + len(rows)], top))
+    logits = head(hidden[:first])
+    parts.insert(0, _score(logits[count:], targets[: len(logits) - count], top))
     return logits[:count], Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
+from tgi.runtime.forward import Forward, choose
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score
 from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
@@ -37,9 +39,9 @@ class Launched:
 class Runner:
     """One rank's model and cache."""
 
-    def __init__(self, model: Model, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: Model, forward: Forward, device: torch.device) -> None:
         self._model = model
-        self._cache = cache
+        self._forward = forward
         self._device = device
         self._sampler = Sampler(library() if device.type == "cpu" else None)
 
@@ -56,10 +58,18 @@ class Runner:
             rope_factor=settings.rope_factor,
             max_total_tokens=settings.limits.max_total_tokens,
             quantize=settings.quantize,
+            packed=None if settings.packed is None else Path(settings.packed),
             progress=progress,
         )
-        blocks = settings.limits.max_batch_total_tokens // BLOCK_SIZE
-        return cls(model, KVCache(model.specs, blocks, Kind(model.compute, dtype), device), device)
+        limits = settings.limits
+        blocks = limits.max_batch_total_tokens // BLOCK_SIZE
+        return cls.of(model, blocks, limits.max_batch_prefill_tokens, dtype, device)
+
+    @classmethod
+    def of(cls, model: Model, blocks: int, tokens: int, stored: torch.dtype, device: torch.device) -> "Runner":
+        """With a cache of ``blocks`` pages whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
+        cache = KVCache(model.specs, blocks, Kind(model.compute, stored), device)
+        return cls(model, choose(model, cache, model.library, tokens), device)
 
     @property
     def vocab_size(self) -> int:
@@ -72,7 +82,7 @@ class Runner:
         order = sorted(range(len(works)), key=lambda at: (works[at].length > 1, -works[at].start))
         ordered = [works[at] for at in order]
         batch = Batch.build(ordered, self._device)
-        hidden = self._model.forward(batch.token_ids, batch.positions, self._cache.attend(batch.segments))
+        hidden = self._forward(batch.token_ids, batch.positions, batch.segments)
         embeddings = {}
         at = 0
         for index, work in zip(order, ordered, strict=True):
