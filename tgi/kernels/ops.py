@@ -15,8 +15,7 @@ class Kind(IntEnum):
     ANGLES = 4
     TURN = 5
     ATTEND = 6
-    MERGE = 7
-    SAMPLE = 8
+    SAMPLE = 7
 
 
 class Form(IntEnum):
@@ -154,10 +153,79 @@ class Sample(Op):
     ]
 
 
+class Angles(Op):
+    _fields_ = [
+        ("positions", c_void_p),
+        ("frequencies", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("stride", c_int64),
+        ("half", c_int32),
+        ("factor", c_float),
+    ]
+
+
+class Step(ctypes.Structure):
+    """No operation: what a step's attention layers share."""
+
+    _fields_ = [
+        ("segment", c_void_p),
+        ("item", c_void_p),
+        ("slot", c_void_p),
+        ("partial", c_void_p),
+        ("done", c_void_p),
+        ("segments", c_int32),
+        ("items", c_int32),
+        ("partials", c_int32),
+        ("apart", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("window", c_int32),
+    ]
+
+
+class Paged(Op):
+    _fields_ = [
+        ("step", c_void_p),
+        ("pages", c_void_p),
+        ("page", c_int64),
+        ("values", c_int64),
+        ("form", c_int32),
+        ("dim", c_int32),
+    ]
+
+
+class Turn(Paged):
+    _fields_ = [
+        ("qkv", c_void_p),
+        ("qkv_stride", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("angle_stride", c_int64),
+        ("norm", c_void_p),
+        ("half", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class Attend(Paged):
+    _fields_ = [
+        ("q", c_void_p),
+        ("q_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
 STRUCTS: dict[Kind, type[Op]] = {
     Kind.LINEAR: Linear,
     Kind.QUANTIZE: Quantize,
     Kind.NORM: Norm,
     Kind.EMBED: Embed,
+    Kind.ANGLES: Angles,
+    Kind.TURN: Turn,
+    Kind.ATTEND: Attend,
     Kind.SAMPLE: Sample,
 }

@@ -1,4 +1,5 @@
 // All operations for one instruction set; build.py compiles this file once for each, naming it TGI_ISA.
+#include "attention.h"
 #include "linear.h"
 #include "rows.h"
 #include "sampling.h"
@@ -18,5 +19,8 @@ extern const Table NAME(TGI_ISA) = {{
     {QUANTIZE, call<Quantize, quantize>},
     {NORM, call<Norm, norm>},
     {EMBED, call<Embed, embed>},
+    {ANGLES, call<Angles, angles>},
+    {TURN, call<Turn, turn>},
+    {ATTEND, call<Attend, attend>},
     {SAMPLE, call<Sample, sample>},
 }};

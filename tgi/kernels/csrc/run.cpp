@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "plan.h"
 #include "table.h"
 
 #define FOR_EACH_ISA(DO) TGI_ISAS(DO)  // build.py defines TGI_ISAS: DO(avx2) DO(avx512) …
@@ -106,6 +107,9 @@ int64_t tgi_size(int kind) {
         case QUANTIZE: return sizeof(Quantize);
         case NORM: return sizeof(Norm);
         case EMBED: return sizeof(Embed);
+        case ANGLES: return sizeof(Angles);
+        case TURN: return sizeof(Turn);
+        case ATTEND: return sizeof(Attend);
         case SAMPLE: return sizeof(Sample);
     }
     return -1;
@@ -113,6 +117,9 @@ int64_t tgi_size(int kind) {
 
 // Adds up the seconds of each kind of operation in `seconds` [KINDS] from now on; null ends it.
 void tgi_profile(double* seconds) { profile = seconds; }
+
+// To be called when a step's segments are written, before its layers run.
+void tgi_plan(Step* step, int threads) { plan(*step, threads); }
 
 // `rows`: of operations that leave it open.
 void tgi_run(const Op* const* ops, int count, int rows, int threads) {

@@ -1,0 +1,420 @@
+// Attention over pages. A page holds keys and values of PAGE tokens for one head, as panels that a register reads (linear.h):
+// keys have a token in each lane and run along the head's dimension, values have a dimension in each lane and run along tokens.
+//   keys    FP32 [dim][16]         BF16 [dim/2][16][2]          INT8 [dim/4][16][4], float32 scales [16]
+//   values  FP32 [dim/16][16][16]  BF16 [dim/16][8][16][2]      INT8 [dim/16][4][16][4], float32 scales [16]
+// So q·k and p·v are products of a few rows with panels, as in a linear layer. A row is one head of one token.
+//
+// A row's result depends on that row, its keys and their positions only: softmax goes on from block to block of 64 positions
+// (Milakov & Gimelshein, arXiv 1805.02867), begins anew at every SPLIT, and the splits' results are merged in order, whoever
+// computed them. What a row doesn't see is left out of sums, never multiplied by zero.
+#pragma once
+#include <cmath>
+#include <cstdlib>
+
+#include "ops.h"
+#include "plan.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace TGI_ISA {
+
+constexpr int DIM = 512;              // the largest head
+constexpr int BLOCK = 64;              // positions
+constexpr int PAGES = BLOCK / PAGE;    // of a block
+
+// Numbers of one lane that lie side by side, in four bytes.
+template <int FORM> constexpr int PACK = FORM == FP32 ? 1 : FORM == BF16 ? 2 : 4;
+
+// One of them for each lane.
+template <int FORM> INLINE V16 unpack(I16 four, int j) {
+    if (FORM == FP32) return as_float(four);
+    if (FORM == BF16) return j ? high_bf16(four) : low_bf16(four);
+    switch (j) {
+        case 0: return to_float(sar<24>(shl<24>(four)));
+        case 1: return to_float(sar<24>(shl<16>(four)));
+        case 2: return to_float(sar<24>(shl<8>(four)));
+        default: return to_float(sar<24>(four));
+    }
+}
+
+// ---- What is done before: angles, norms, rotation, and keys and values into their pages.
+
+static void angles(const Angles& op, int rows, Worker& worker) {
+    for (int row; (row = worker.next()) < rows;) {
+        for (int i = 0; i < op.half; i++) {
+            float angle = (float)op.positions[row] * op.frequencies[i];
+            op.cos[row * op.stride + i] = std::cos(angle) * op.factor;
+            op.sin[row * op.stride + i] = std::sin(angle) * op.factor;
+        }
+    }
+}
+
+// Dimension i turns against i + half.
+static void rotate(float* x, const float* cos, const float* sin, int half) {
+    for (int i = 0; i < half; i += 16) {
+        int n = half - i < 16 ? half - i : 16;
+        V16 a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cos + i, n), s = load_some(sin + i, n);
+        store_some(x + i, a * c - b * s, n);
+        store_some(x + half + i, b * c + a * s, n);
+    }
+}
+
+// A head's numbers as a page stores them; returns their scale. What is no number stays none.
+template <int FORM> static float convert(const float* x, int dim, void* out) {
+    if (FORM == FP32) memcpy(out, x, dim * sizeof(float));
+    if (FORM == BF16)
+        for (int i = 0; i < dim; i++) ((bf16*)out)[i] = to_bf16(x[i]);
+    if (FORM != INT8) return 1.f;
+    V16 most = zero(), wrong = zero();
+    for (int i = 0; i < dim; i += 16) {
+        V16 v = load_some(x + i, dim - i < 16 ? dim - i : 16);
+        most = vmax(most, vmax(v, zero() - v));
+        wrong = wrong + (v - v);
+    }
+    float top = largest(most), inverse = top > 0 ? 127.f / top : 0.f;
+    for (int i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? dim - i : 16;
+        int8_t bytes[16];
+        store_bytes(bytes, to_int(load_some(x + i, n) * set1(inverse)));
+        memcpy((int8_t*)out + i, bytes, n);
+    }
+    return top / 127.f + sum(wrong);
+}
+
+template <int FORM> static void keep(const Turn& op, const float* x, bool value, char* page, int place) {
+    constexpr int pack = PACK<FORM>;
+    alignas(64) uint32_t numbers[DIM];
+    float scale = convert<FORM>(x, op.dim, numbers);
+    if (!value) {
+        for (int i = 0; i < op.dim / pack; i++) ((uint32_t*)page)[i * 16 + place] = numbers[i];
+    } else {
+        using Number = std::conditional_t<FORM == FP32, uint32_t, std::conditional_t<FORM == BF16, uint16_t, uint8_t>>;
+        Number* to = (Number*)(page + op.values) + place / pack * 16 * pack + place % pack;
+        for (int i = 0; i < op.dim; i++) to[i / 16 * 256 + i % 16 * pack] = ((const Number*)numbers)[i];
+    }
+    if (FORM == INT8) ((float*)(page + (value ? op.page : op.values)))[place - 16] = scale;
+}
+
+static void turn(const Turn& op, int rows, Worker& worker) {
+    const int heads = op.step->heads, kv = op.step->kv_heads;
+    int task = rows / (worker.count * 4);  // tokens: neighbours share lines of a page
+    task = task < 1 ? 1 : task > PAGE ? PAGE : task;
+    for (int from; (from = worker.next() * task) < rows;) {
+        for (int row = from; row < rows && row < from + task; row++) {
+            float* qkv = op.qkv + row * op.qkv_stride;
+            for (int head = 0; head < heads + kv; head++) {
+                float* x = qkv + head * op.dim;
+                if (op.norm) rms_norm(x, op.norm + head * op.dim, x, op.dim, op.eps);
+                if (op.cos) rotate(x, op.cos + row * op.angle_stride, op.sin + row * op.angle_stride, op.half);
+            }
+            int slot = op.step->slot[row];
+            for (int head = 0; head < 2 * kv; head++) {
+                const float* x = qkv + (heads + head) * op.dim;
+                char* page = op.pages + ((int64_t)(slot / PAGE) * kv + head % kv) * op.page;
+                switch (op.form) {
+                    case FP32: keep<FP32>(op, x, head >= kv, page, slot % PAGE); break;
+                    case BF16: keep<BF16>(op, x, head >= kv, page, slot % PAGE); break;
+                    case INT8: keep<INT8>(op, x, head >= kv, page, slot % PAGE); break;
+                }
+            }
+        }
+    }
+}
+
+// ---- Attention.
+
+// A thread's own memory, which grows to what its largest task needs.
+class Memory {
+  public:
+    float* of(size_t floats) {
+        if (floats > size_) {
+            std::free(memory_);
+            memory_ = (float*)std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+            size_ = floats;
+            std::fill(memory_, memory_ + floats, 0.f);
+        }
+        return memory_;
+    }
+    ~Memory() { std::free(memory_); }
+
+  private:
+    float* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+// One item's rows of one kv head, and what a thread computes with.
+//   q       tile by tile [dim][rows of the tile], scaled
+//   state   [rows, stride] of one split: Σ p v [columns]; Σ p, one sum for each lane, [16]; the largest score
+//   total   the same, of all splits up to now
+struct Task {
+    const Attend& op;
+    const Item& item;
+    const int head, shared, rows, panels, columns, stride;
+    float *q, *state, *total, *scores;
+    int *first, *end;  // [rows]: positions that a row sees
+
+    Task(const Attend& op, const Item& item, int head, Memory& memory)
+        : op(op), item(item), head(head), shared(op.step->heads / op.step->kv_heads), rows(item.tokens * shared),
+          panels((op.dim + 15) / 16), columns((panels + 3) / 4 * 64), stride(columns + 32) {
+        const int room = (rows + 15) / 16 * 16 + 16;  // a tile may reach beyond the rows
+        q = memory.of(room * (op.dim + 2 * stride + 2) + 16 * BLOCK);
+        state = q + room * op.dim;
+        total = state + room * stride;
+        scores = total + room * stride;
+        first = (int*)(scores + 16 * BLOCK);
+        end = first + room;
+        for (int row = 0; row < rows; row++) {
+            int position = item.position + row / shared, window = op.step->window;
+            first[row] = window && position >= window ? position - window + 1 : 0;
+            end[row] = position + 1;
+        }
+    }
+
+    const float* query(int row) const {
+        return op.q + (item.row + row / shared) * op.q_stride + (head * shared + row % shared) * op.dim;
+    }
+    const char* page(int position) const {
+        return op.pages + ((int64_t)item.blocks[position / PAGE] * op.step->kv_heads + head) * op.page;
+    }
+    bool sees(int row, int split) const { return first[row] < (split + 1) * SPLIT && end[row] > split * SPLIT; }
+};
+
+// scores[m][64] of NP pages: each row's q times each token's k.
+template <int FORM, int MR, int NP> static void score(const float* q, const char* const* keys, int dim, float* scores) {
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    for (int k = 0; k < dim; k += PACK<FORM>, q += PACK<FORM> * MR) {
+        I16 four[NP];
+        UNROLL for (int p = 0; p < NP; p++) four[p] = iload(keys[p] + k / PACK<FORM> * 64);
+        UNROLL for (int j = 0; j < PACK<FORM>; j++) {
+            V16 b[NP];
+            UNROLL for (int p = 0; p < NP; p++) b[p] = unpack<FORM>(four[p], j);
+            UNROLL for (int m = 0; m < MR; m++) {
+                V16 a = set1(q[j * MR + m]);
+                UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
+            }
+        }
+    }
+    UNROLL for (int p = 0; p < NP; p++) {
+        V16 scale = FORM == INT8 ? load((const float*)(keys[p] + dim / PACK<FORM> * 64)) : zero();
+        UNROLL for (int m = 0; m < MR; m++) store(scores + m * BLOCK + p * 16, FORM == INT8 ? acc[m][p] * scale : acc[m][p]);
+    }
+}
+
+// out[m] = out[m] · fade[m] + the block's tokens from `begin` to `end`, each times its p[m][64]; NP panels of all rows.
+template <int FORM, int MR, int NP>
+static void weigh(const char* const* values, int panel, int panels, const float* p, int begin, int end, const float* fade,
+                  float* out, int stride) {
+    int64_t at[NP];
+    UNROLL for (int n = 0; n < NP; n++) at[n] = (panel + n < panels ? panel + n : panels - 1) * (1024 / PACK<FORM>);
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NP; n++) acc[m][n] = load(out + m * stride + (panel + n) * 16) * set1(fade[m]);
+    auto add = [&](const I16 (&four)[NP], int j, int token) __attribute__((always_inline)) {
+        V16 b[NP];
+        UNROLL for (int n = 0; n < NP; n++) b[n] = unpack<FORM>(four[n], j);
+        UNROLL for (int m = 0; m < MR; m++) {
+            V16 a = set1(p[m * BLOCK + token]);
+            UNROLL for (int n = 0; n < NP; n++) acc[m][n] = fma(b[n], a, acc[m][n]);
+        }
+    };
+    for (int token = begin; token < end;) {
+        const char* tokens = values[token / PAGE] + token % PAGE / PACK<FORM> * 64;
+        I16 four[NP];
+        UNROLL for (int n = 0; n < NP; n++) four[n] = iload(tokens + at[n]);
+        if (token % PACK<FORM> == 0 && token + PACK<FORM> <= end) {
+            UNROLL for (int j = 0; j < PACK<FORM>; j++) add(four, j, token + j);
+            token += PACK<FORM>;
+        } else {
+            add(four, token % PACK<FORM>, token);
+            token++;
+        }
+    }
+    UNROLL for (int m = 0; m < MR; m++)
+        UNROLL for (int n = 0; n < NP; n++) store(out + m * stride + (panel + n) * 16, acc[m][n]);
+}
+
+// softcap · tanh(x / softcap), as exact as x itself is where it is of softcap's size.
+INLINE V16 cap(V16 x, float softcap) {
+    V16 one = set1(1.f), e = vexp(x * set1(-2.f / softcap));
+    e = vmin(e, set1(1e30f));  // where it is infinite
+    return set1(softcap) * (one - e) / (one + e);
+}
+
+// One block of keys for up to MR rows.
+template <int FORM, int MR, int NP>
+static void tile(const Task& t, int row, const float* q, int block, const char* const* keys, const char* const* values) {
+    const int rows = t.rows - row < MR ? t.rows - row : MR;
+    // Slots of the block that each row sees, that any sees, and that all see: first and end grow from row to row.
+    auto begin = [&](int m) { return t.first[row + m] > block ? t.first[row + m] - block : 0; };
+    auto end = [&](int m) { return t.end[row + m] - block < BLOCK ? t.end[row + m] - block : BLOCK; };
+    const int any_end = end(rows - 1);
+    if (begin(0) >= BLOCK || any_end <= 0) return;
+    int all_begin = begin(rows - 1), all_end = end(0);
+    if (all_begin >= all_end) all_begin = all_end = BLOCK;
+
+    float* scores = t.scores;
+    float* state = t.state + row * t.stride;
+    for (int p = begin(0) / PAGE / NP * NP; p * PAGE < any_end; p += NP)
+        score<FORM, MR, NP>(q, keys + p, t.op.dim, scores + p * PAGE);
+
+    alignas(64) float fade[16] = {};  // logarithm first
+    for (int m = 0; m < rows; m++) {
+        if (begin(m) >= end(m)) continue;
+        uint64_t seen = ~(uint64_t)0 >> (BLOCK - end(m)) & ~(uint64_t)0 << begin(m);
+        V16 most = set1(-__builtin_inff());
+        UNROLL for (int p = 0; p < PAGES; p++) {
+            V16 x = load(scores + m * BLOCK + p * 16);
+            if (t.op.softcap != 0) x = cap(x, t.op.softcap);
+            if (seen != ~(uint64_t)0) x = where((unsigned)(seen >> (16 * p) & 0xffff), x, set1(-__builtin_inff()));
+            store(scores + m * BLOCK + p * 16, x);
+            most = vmax(most, x);
+        }
+        float* top = state + m * t.stride + t.columns + 16;
+        float now = std::max(largest(most), *top);
+        fade[m] = *top - now;
+        *top = now;
+    }
+    store(fade, vexp(load(fade)));
+    for (int m = 0; m < rows; m++) {
+        if (begin(m) >= end(m)) continue;
+        float* sums = state + m * t.stride + t.columns;
+        V16 now = set1(sums[16]), total = load(sums) * set1(fade[m]);
+        UNROLL for (int p = 0; p < PAGES; p++) {
+            V16 e = vexp(load(scores + m * BLOCK + p * 16) - now);
+            total = total + e;
+            if (FORM == INT8) e = e * load((const float*)(values[p] + t.panels * (1024 / PACK<FORM>)));
+            store(scores + m * BLOCK + p * 16, e);
+        }
+        store(sums, total);
+    }
+
+    // In order of tokens: what some rows see, what all see, what some see. The first of a row's sums fades what was before.
+    auto some = [&](int m, int from, int to) {
+        if (from >= to) return;
+        for (int panel = 0; panel < t.panels; panel += 4)
+            weigh<FORM, 1, 4>(values, panel, t.panels, scores + m * BLOCK, from, to, fade + m, state + m * t.stride, t.stride);
+        fade[m] = 1;
+    };
+    for (int m = 0; m < rows; m++) some(m, begin(m), std::min(all_begin, end(m)));
+    if (all_begin < all_end) {
+        for (int panel = 0; panel < t.panels; panel += NP)
+            weigh<FORM, MR, NP>(values, panel, t.panels, scores, all_begin, all_end, fade, state, t.stride);
+        std::fill(fade, fade + MR, 1.f);
+    }
+    for (int m = 0; m < rows; m++) some(m, std::max(all_end, begin(m)), end(m));
+}
+
+// Rows that a tile takes of those that are left: as few sizes as will do, of as many accumulators as there are registers.
+INLINE int tile_rows(int left) {
+    if (PARTS > 1) return left > 1 ? 3 : 1;
+    return left > 8 ? 12 : left > 4 ? 8 : left > 2 ? 4 : left;
+}
+
+template <int FORM> static void split(Task& t, int index) {
+    for (int row = 0; row < t.rows; row++) {
+        float* state = t.state + row * t.stride;
+        std::fill(state, state + t.columns + 16, 0.f);
+        state[t.columns + 16] = -__builtin_inff();
+    }
+    const int begin = std::max(index * SPLIT, t.first[0] / BLOCK * BLOCK);
+    const int end = std::min((index + 1) * SPLIT, t.end[t.rows - 1]);
+    for (int block = begin; block < end; block += BLOCK) {
+        // Pages that nobody sees may not be there: their neighbour stands in.
+        const char *keys[PAGES], *values[PAGES];
+        for (int p = 0; p < PAGES; p++) {
+            keys[p] = t.page(std::min(std::max(block + p * PAGE, t.first[0]), t.end[t.rows - 1] - 1));
+            values[p] = keys[p] + t.op.values;
+        }
+        const float* q = t.q;
+        for (int row = 0, size; row < t.rows; row += size, q += size * t.op.dim) {
+            size = tile_rows(t.rows - row);
+            if constexpr (PARTS > 1) {
+                if (size == 3) tile<FORM, 3, 2>(t, row, q, block, keys, values);
+                else tile<FORM, 1, 4>(t, row, q, block, keys, values);
+            } else {
+                switch (size) {
+                    case 12: tile<FORM, 12, 2>(t, row, q, block, keys, values); break;
+                    case 8: tile<FORM, 8, 2>(t, row, q, block, keys, values); break;
+                    case 4: tile<FORM, 4, 4>(t, row, q, block, keys, values); break;
+                    case 2: tile<FORM, 2, 4>(t, row, q, block, keys, values); break;
+                    default: tile<FORM, 1, 4>(t, row, q, block, keys, values);
+                }
+            }
+        }
+    }
+}
+
+// The next split's state joins the total.
+static void merge(Task& t, const float* state, int split) {
+    for (int row = 0; row < t.rows; row++, state += t.stride) {
+        if (!t.sees(row, split)) continue;
+        float* total = t.total + row * t.stride;
+        if (t.first[row] / SPLIT == split) {
+            memcpy(total, state, (t.columns + 17) * sizeof(float));
+            continue;
+        }
+        float& top = total[t.columns + 16];
+        float now = std::max(state[t.columns + 16], top);
+        V16 old = vexp(set1(top - now)), fresh = vexp(set1(state[t.columns + 16] - now));
+        for (int i = 0; i < t.columns + 16; i += 16) store(total + i, fma(load(state + i), fresh, load(total + i) * old));
+        top = now;
+    }
+}
+
+static void finish(const Task& t, const float* state) {
+    for (int row = 0; row < t.rows; row++, state += t.stride) {
+        float* out = t.op.out + (t.item.row + row / t.shared) * t.op.out_stride + (t.head * t.shared + row % t.shared) * t.op.dim;
+        V16 share = set1(1.f / sum(load(state + t.columns)));
+        for (int i = 0; i < t.op.dim; i += 16) {
+            V16 y = load(state + i) * share;
+            if (t.op.dim - i >= 16) store(out + i, y); else store_some(out + i, y, t.op.dim - i);
+        }
+    }
+}
+
+template <int FORM> static void attend_item(Task& t) {
+    float* q = t.q;
+    for (int row = 0, size; row < t.rows; row += size, q += size * t.op.dim) {
+        size = tile_rows(t.rows - row);
+        for (int m = 0; m < size; m++) {
+            const float* from = t.query(std::min(row + m, t.rows - 1));
+            for (int k = 0; k < t.op.dim; k++) q[k * size + m] = from[k] * t.op.scale;
+        }
+    }
+    const Item& item = t.item;
+    if (item.split < 0) {
+        for (int i = item.first; i < item.end; i++) {
+            split<FORM>(t, i);
+            if (item.end - item.first > 1) merge(t, t.state, i);
+        }
+        return finish(t, item.end - item.first > 1 ? t.total : t.state);
+    }
+    // Who computes the last of the splits merges them all.
+    const int splits = item.end - item.first;
+    const int64_t size = (int64_t)t.rows * t.stride;
+    float* partial = t.op.step->partial + item.partial * (int64_t)t.stride + t.head * splits * size;
+    std::atomic<int>& done = t.op.step->done[item.done + t.head];
+    split<FORM>(t, item.split);
+    memcpy(partial + (item.split - item.first) * size, t.state, size * sizeof(float));
+    if (done.fetch_add(1, std::memory_order_acq_rel) != splits - 1) return;
+    done.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < splits; i++) merge(t, partial + i * size, item.first + i);
+    finish(t, t.total);
+}
+
+static void attend(const Attend& op, int, Worker& worker) {
+    static thread_local Memory memory;
+    const int heads = op.step->kv_heads, tasks = op.step->items * heads;
+    for (int task; (task = worker.next()) < tasks;) {
+        // The last items first: they are the longest where a prompt is cut into several.
+        Task t(op, op.step->item[op.step->items - 1 - task / heads], task % heads, memory);
+        switch (op.form) {
+            case FP32: attend_item<FP32>(t); break;
+            case BF16: attend_item<BF16>(t); break;
+            case INT8: attend_item<INT8>(t); break;
+        }
+    }
+}
+
+}  // namespace TGI_ISA
