@@ -180,12 +180,14 @@ struct Task {
 };
 
 // scores[m][64] of NP pages: each row's q times each token's k.
-template <int FORM, int MR, int NP> static void score(const float* q, const char* const* keys, int dim, float* scores) {
+template <int FORM, int MR, int NP>
+static void score(const float* q, const char* const* keys, const char* const* next, int dim, float* scores) {
     V16 acc[MR][NP];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
     for (int k = 0; k < dim; k += PACK<FORM>, q += PACK<FORM> * MR) {
         I16 four[NP];
         UNROLL for (int p = 0; p < NP; p++) four[p] = iload(keys[p] + k / PACK<FORM> * 64);
+        if (MR <= 8) UNROLL for (int p = 0; p < NP; p++) __builtin_prefetch(next[p] + k / PACK<FORM> * 64);
         UNROLL for (int j = 0; j < PACK<FORM>; j++) {
             V16 b[NP];
             UNROLL for (int p = 0; p < NP; p++) b[p] = unpack<FORM>(four[p], j);
@@ -203,7 +205,7 @@ template <int FORM, int MR, int NP> static void score(const float* q, const char
 
 // out[m] = out[m] · fade[m] + the block's tokens from `begin` to `end`, each times its p[m][64]; NP panels of all rows.
 template <int FORM, int MR, int NP>
-static void weigh(const char* const* values, int panel, int panels, const float* p, int begin, int end, const float* fade,
+static void weigh(const char* const* values, const char* const* next, int panel, int panels, const float* p, int begin, int end, const float* fade,
                   float* out, int stride) {
     int64_t at[NP];
     UNROLL for (int n = 0; n < NP; n++) at[n] = (panel + n < panels ? panel + n : panels - 1) * (1024 / PACK<FORM>);
@@ -222,6 +224,10 @@ static void weigh(const char* const* values, int panel, int panels, const float*
         const char* tokens = values[token / PAGE] + token % PAGE / PACK<FORM> * 64;
         I16 four[NP];
         UNROLL for (int n = 0; n < NP; n++) four[n] = iload(tokens + at[n]);
+        if (MR <= 8) {
+            const char* later = next[token / PAGE] + token % PAGE / PACK<FORM> * 64;
+            UNROLL for (int n = 0; n < NP; n++) __builtin_prefetch(later + at[n]);
+        }
         if (token % PACK<FORM> == 0 && token + PACK<FORM> <= end) {
             UNROLL for (int j = 0; j < PACK<FORM>; j++) add(four, j, token + j);
             token += PACK<FORM>;
@@ -243,7 +249,8 @@ INLINE V16 cap(V16 x, float softcap) {
 
 // One block of keys for up to MR rows.
 template <int FORM, int MR, int NP>
-static void tile(const Task& t, int row, const float* q, int block, const char* const* keys, const char* const* values) {
+static void tile(const Task& t, int row, const float* q, int block, const char* const (&pages)[4][PAGES]) {
+    const char *const *keys = pages[0], *const *values = pages[1], *const *next_keys = pages[2], *const *next_values = pages[3];
     const int rows = t.rows - row < MR ? t.rows - row : MR;
     // Slots of the block that each row sees, that any sees, and that all see: first and end grow from row to row.
     auto begin = [&](int m) { return t.first[row + m] > block ? t.first[row + m] - block : 0; };
@@ -256,7 +263,7 @@ static void tile(const Task& t, int row, const float* q, int block, const char* 
     float* scores = t.scores;
     float* state = t.state + row * t.stride;
     for (int p = begin(0) / PAGE / NP * NP; p * PAGE < any_end; p += NP)
-        score<FORM, MR, NP>(q, keys + p, t.op.dim, scores + p * PAGE);
+        score<FORM, MR, NP>(q, keys + p, next_keys + p, t.op.dim, scores + p * PAGE);
 
     alignas(64) float fade[16] = {};  // logarithm first
     for (int m = 0; m < rows; m++) {
@@ -293,13 +300,13 @@ static void tile(const Task& t, int row, const float* q, int block, const char* 
     auto some = [&](int m, int from, int to) {
         if (from >= to) return;
         for (int panel = 0; panel < t.panels; panel += 4)
-            weigh<FORM, 1, 4>(values, panel, t.panels, scores + m * BLOCK, from, to, fade + m, state + m * t.stride, t.stride);
+            weigh<FORM, 1, 4>(values, next_values, panel, t.panels, scores + m * BLOCK, from, to, fade + m, state + m * t.stride, t.stride);
         fade[m] = 1;
     };
     for (int m = 0; m < rows; m++) some(m, begin(m), std::min(all_begin, end(m)));
     if (all_begin < all_end) {
         for (int panel = 0; panel < t.panels; panel += NP)
-            weigh<FORM, MR, NP>(values, panel, t.panels, scores, all_begin, all_end, fade, state, t.stride);
+            weigh<FORM, MR, NP>(values, next_values, panel, t.panels, scores, all_begin, all_end, fade, state, t.stride);
         std::fill(fade, fade + MR, 1.f);
     }
     for (int m = 0; m < rows; m++) some(m, std::max(all_end, begin(m)), end(m));
@@ -321,24 +328,26 @@ template <int FORM> static void split(Task& t, int index) {
     const int end = std::min((index + 1) * SPLIT, t.end[t.rows - 1]);
     for (int block = begin; block < end; block += BLOCK) {
         // Pages that nobody sees may not be there: their neighbour stands in.
-        const char *keys[PAGES], *values[PAGES];
+        const char* pages[4][PAGES];
         for (int p = 0; p < PAGES; p++) {
-            keys[p] = t.page(std::min(std::max(block + p * PAGE, t.first[0]), t.end[t.rows - 1] - 1));
-            values[p] = keys[p] + t.op.values;
+            pages[0][p] = t.page(std::min(std::max(block + p * PAGE, t.first[0]), t.end[t.rows - 1] - 1));
+            pages[1][p] = pages[0][p] + t.op.values;
+            pages[2][p] = t.page(std::min(block + BLOCK + p * PAGE, t.end[t.rows - 1] - 1));
+            pages[3][p] = pages[2][p] + t.op.values;
         }
         const float* q = t.q;
         for (int row = 0, size; row < t.rows; row += size, q += size * t.op.dim) {
             size = tile_rows(t.rows - row);
             if constexpr (PARTS > 1) {
-                if (size == 3) tile<FORM, 3, 2>(t, row, q, block, keys, values);
-                else tile<FORM, 1, 4>(t, row, q, block, keys, values);
+                if (size == 3) tile<FORM, 3, 2>(t, row, q, block, pages);
+                else tile<FORM, 1, 4>(t, row, q, block, pages);
             } else {
                 switch (size) {
-                    case 12: tile<FORM, 12, 2>(t, row, q, block, keys, values); break;
-                    case 8: tile<FORM, 8, 2>(t, row, q, block, keys, values); break;
-                    case 4: tile<FORM, 4, 4>(t, row, q, block, keys, values); break;
-                    case 2: tile<FORM, 2, 4>(t, row, q, block, keys, values); break;
-                    default: tile<FORM, 1, 4>(t, row, q, block, keys, values);
+                    case 12: tile<FORM, 12, 2>(t, row, q, block, pages); break;
+                    case 8: tile<FORM, 8, 2>(t, row, q, block, pages); break;
+                    case 4: tile<FORM, 4, 4>(t, row, q, block, pages); break;
+                    case 2: tile<FORM, 2, 4>(t, row, q, block, pages); break;
+                    default: tile<FORM, 1, 4>(t, row, q, block, pages);
                 }
             }
         }

@@ -229,21 +229,30 @@ INLINE float from_bf16(bf16 x) {
     return r;
 }
 
-// Sums and maxima of the sixteen, always in the same tree.
-INLINE float sum(V16 a) {
-    float x[16];
-    store(x, a);
-    for (int n = 8; n; n >>= 1)
-        for (int i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
+// Sums and maxima of the sixteen, always in the same tree: the upper half joins the lower, four times.
+#if defined(__x86_64__)
+template <bool SUM> INLINE __m256 join(__m256 a, __m256 b) { return SUM ? _mm256_add_ps(a, b) : _mm256_max_ps(a, b); }
+template <bool SUM> INLINE __m128 join(__m128 a, __m128 b) { return SUM ? _mm_add_ps(a, b) : _mm_max_ps(a, b); }
+template <bool SUM> INLINE float fold(V16 a) {
+#if defined(__AVX512F__)
+    __m256 eight = join<SUM>(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
+#else
+    __m256 eight = join<SUM>(a.part[0], a.part[1]);
+#endif
+    __m128 four = join<SUM>(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = join<SUM>(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(join<SUM>(two, _mm_movehdup_ps(two)));
 }
-INLINE float largest(V16 a) {
-    float x[16];
-    store(x, a);
-    for (int n = 8; n; n >>= 1)
-        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-    return x[0];
+#elif defined(__aarch64__)
+template <bool SUM> INLINE float fold(V16 a) {
+    auto join = [](Part a, Part b) { return SUM ? p_add(a, b) : p_max(a, b); };
+    Part four = join(join(a.part[0], a.part[2]), join(a.part[1], a.part[3]));
+    Part two = join(four, vextq_f32(four, four, 2));
+    return vgetq_lane_f32(join(two, vextq_f32(two, two, 1)), 0);
 }
+#endif
+INLINE float sum(V16 a) { return fold<true>(a); }
+INLINE float largest(V16 a) { return fold<false>(a); }
 
 // e^x within 2 units in the last place: x = n ln 2 + r, a polynomial in r of degree 6 (Taylor's would need one more; these
 // coefficients are minimax on |r| <= ln 2 / 2), and n goes into the exponent. Below -87.3 it is 0; above 88.7 infinity.
