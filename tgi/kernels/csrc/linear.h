@@ -8,6 +8,9 @@
 
 namespace TGI_ISA {
 
+// The processor's own prefetching is too late for a tile of few rows. Further rows find the panels in the cache.
+constexpr int AHEAD = 2048;  // bytes
+
 // What follows a product: bias, scale, and where it goes. acc[m][p].
 template <int MR, int NP> INLINE void finish(const Linear& op, int row, int panel, V16 (&acc)[MR][NP]) {
     UNROLL for (int p = 0; p < NP; p++) {
@@ -49,7 +52,10 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
     for (int k = 0; k < op.in; k++) {
         V16 b[NP];
-        UNROLL for (int p = 0; p < NP; p++) b[p] = load(w + ((int64_t)p * op.in + k) * 16);
+        UNROLL for (int p = 0; p < NP; p++) {
+            b[p] = load(w + ((int64_t)p * op.in + k) * 16);
+            if (row == 0) __builtin_prefetch((const char*)(w + ((int64_t)p * op.in + k) * 16) + AHEAD);
+        }
         UNROLL for (int m = 0; m < MR; m++) {
             V16 a = set1(x[m * op.x_stride + k]);
             UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
@@ -66,7 +72,10 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
     for (int64_t k = 0; k < op.in / 2; k++) {
         I16 b[NP];
-        UNROLL for (int p = 0; p < NP; p++) b[p] = iload(w + (p * pairs + k) * 64);
+        UNROLL for (int p = 0; p < NP; p++) {
+            b[p] = iload(w + (p * pairs + k) * 64);
+            if (row == 0) __builtin_prefetch(w + (p * pairs + k) * 64 + AHEAD);
+        }
         UNROLL for (int m = 0; m < MR; m++) {
             V16 a = set1(x[m * op.x_stride + 2 * k]);
             UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(low_bf16(b[p]), a, acc[m][p]);
@@ -114,7 +123,10 @@ template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int 
         if constexpr (FOUR) {
             for (int q = 0; q < quads; q += 2) {
                 I16 b[NP];
-                UNROLL for (int p = 0; p < NP; p++) b[p] = iload(wg + p * bytes + q * 32);
+                UNROLL for (int p = 0; p < NP; p++) {
+                    b[p] = iload(wg + p * bytes + q * 32);
+                    if (row == 0) __builtin_prefetch(wg + p * bytes + q * 32 + AHEAD);
+                }
                 UNROLL for (int m = 0; m < MR; m++) {
                     I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
                     UNROLL for (int p = 0; p < NP; p++) dot[m][p] = dot4<true>(dot[m][p], b[p] & nibble, a);
@@ -127,7 +139,10 @@ template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int 
         } else {
             for (int q = 0; q < quads; q++) {
                 I16 b[NP];
-                UNROLL for (int p = 0; p < NP; p++) b[p] = iload(wg + p * bytes + q * 64);
+                UNROLL for (int p = 0; p < NP; p++) {
+                    b[p] = iload(wg + p * bytes + q * 64);
+                    if (row == 0) __builtin_prefetch(wg + p * bytes + q * 64 + AHEAD);
+                }
                 UNROLL for (int m = 0; m < MR; m++) {
                     I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
                     UNROLL for (int p = 0; p < NP; p++) dot[m][p] = dot4<false>(dot[m][p], b[p], a);
