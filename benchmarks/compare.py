@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--llama-bin", default="", metavar="DIR", help="holds llama-server")
     parser.add_argument("--gguf-dir", default="", metavar="DIR", help="holds model-F16.gguf, model-Q8_0.gguf, …")
     parser.add_argument("--vllm-python", default="", metavar="FILE")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="llama.cpp's; others take all cores")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
     parser.add_argument("--quiet", type=float, default=0.08, help="cores that others may use when a measurement begins")
     parser.add_argument("--clean", type=float, default=0.1, help="cores that others may use during one")

@@ -3,38 +3,65 @@
     python benchmarks/engine.py --requests 1 8 32 --options "--dtype bfloat16"
     GOMP_SPINCOUNT=0 python benchmarks/engine.py          # how OpenMP's threads wait matters on shared cores
 
-Prints tokens per second and where a decoding step's time goes, in milliseconds (medians).
+Prints tokens per second and where a decoding step's time goes, in milliseconds (medians): its stages, and the native
+kernels of which they are made.
 """
 
 import argparse
+import ctypes
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tgi.core.config import BLOCK_SIZE, Limits
 from tgi.core.messages import Sampling, Submit
 from tgi.engine.request import Request
-from tgi.engine.scheduler import Scheduler
+from tgi.engine.scheduler import Plan, Scheduler
+from tgi.kernels.library import library
+from tgi.kernels.ops import Kind
 from tgi.launcher import flags
 from tgi.launcher.launch import engine_settings
 from tgi.runtime.runner import Runner
 
+STAGES = ("schedule", "forward", "sample", "commit")
+"""Of a step; they follow each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Seconds of a step's stages; they follow each other."""
+    """Where the seconds of a step went."""
 
-    schedule: float
-    forward: float
-    sample: float
-    commit: float
+    stages: dict[str, float]
+    kernels: dict[str, float]
+    """Of these, in each kind of native kernel."""
 
     @property
     def whole(self) -> float:
-        return self.schedule + self.forward + self.sample + self.commit
+        return sum(self.stages.values())
+
+
+class Profile:
+    """Seconds in each kind of native kernel since it was made; nothing where there are none."""
+
+    def __init__(self) -> None:
+        self._seconds = (ctypes.c_double * len(Kind))()
+        self._library = library()
+        if self._library is not None:
+            self._library.profile(self._seconds)
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._library is not None:
+            self._library.profile(None)
+
+    def read(self) -> dict[str, float]:
+        return {kind.name.lower(): self._seconds[kind] for kind in Kind if self._seconds[kind]}
 
 
 def load(model: str, options: Sequence[str], *, requests: int, context: int) -> tuple[Runner, Limits]:
@@ -61,23 +88,39 @@ def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) ->
         scheduler.add(Request(0, Submit(number, ids, prompt, new, [], Sampling(), 0.0)))
     steps: list[Step] = []
     begin = time.perf_counter()
-    while not scheduler.idle:
-        times = [time.perf_counter()]
-        plan = scheduler.schedule()
-        works = [chunk.work() for chunk in plan.chunks]
-        times.append(time.perf_counter())
-        launched = runner.launch(works)
-        times.append(time.perf_counter())
-        results = runner.sample(launched)
-        times.append(time.perf_counter())
-        scheduler.commit(plan, results)
-        times.append(time.perf_counter())
-        if len(plan.chunks) == requests and not any(chunk.prefills for chunk in plan.chunks):
-            a, b, c, d, e = times
-            steps.append(Step(b - a, c - b, d - c, e - d))
+    with Profile() as profile:
+        while not scheduler.idle:
+            step, plan = one(runner, scheduler, profile)
+            if len(plan.chunks) == requests and not any(chunk.prefills for chunk in plan.chunks):
+                steps.append(step)
     rate = requests * new / (time.perf_counter() - begin)
-    columns = zip(*((step.schedule, step.forward, step.sample, step.commit) for step in steps), strict=True)
-    return rate, Step(*map(statistics.median, columns))
+    return rate, middle(steps)
+
+
+def one(runner: Runner, scheduler: Scheduler, profile: Profile) -> tuple[Step, Plan]:
+    """Run a step."""
+    before = profile.read()
+    times = [time.perf_counter()]
+    plan = scheduler.schedule()
+    works = [chunk.work() for chunk in plan.chunks]
+    times.append(time.perf_counter())
+    launched = runner.launch(works)
+    times.append(time.perf_counter())
+    results = runner.sample(launched)
+    times.append(time.perf_counter())
+    scheduler.commit(plan, results)
+    times.append(time.perf_counter())
+    stages = {stage: b - a for stage, (a, b) in zip(STAGES, pairwise(times), strict=True)}
+    return Step(stages, {kind: seconds - before.get(kind, 0.0) for kind, seconds in profile.read().items()}), plan
+
+
+def middle(steps: Sequence[Step]) -> Step:
+    """The medians."""
+
+    def medians(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {name: statistics.median(part.get(name, 0.0) for part in parts) for name in parts[-1]}
+
+    return Step(medians([step.stages for step in steps]), medians([step.kernels for step in steps]))
 
 
 def main() -> None:
@@ -91,12 +134,14 @@ def main() -> None:
     longest = arguments.prompt + arguments.new
     options = arguments.options.split()
     runner, limits = load(arguments.model_id, options, requests=max(arguments.requests), context=longest)
-    print("| requests | tokens/s | step | schedule | forward | sample | commit |\n|---|---|---|---|---|---|---|")
+    titles = ["requests", "tokens/s", "step", *STAGES, "kernels"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for requests in arguments.requests:
         run(runner, limits, requests, arguments.prompt, 4)  # warms up
         rate, step = run(runner, limits, requests, arguments.prompt, arguments.new)
-        parts = (step.whole, step.schedule, step.forward, step.sample, step.commit)
-        print(f"| {requests} | {rate:.1f} | {' | '.join(f'{1e3 * part:.3f}' for part in parts)} |", flush=True)
+        parts = [f"{1e3 * seconds:.3f}" for seconds in (step.whole, *step.stages.values())]
+        kernels = ", ".join(f"{kind} {1e3 * seconds:.3f}" for kind, seconds in step.kernels.items() if seconds)
+        print(f"| {requests} | {rate:.1f} | {' | '.join(parts)} | {kernels} |", flush=True)
 
 
 if __name__ == "__main__":

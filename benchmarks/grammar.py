@@ -117,7 +117,7 @@ CALLED = [("get_current_weather", {"location": "Paris, France", "unit": "celsius
 
 def grammars() -> dict[str, tuple[str, str]]:
     """Name → (grammar as the engine takes it, a document)."""
-    asked = {
+    asked: dict[str, tuple[JsonGrammar | RegexGrammar | ChoiceGrammar | FreeGrammar, str]] = {
         "nine fields, nested": (JsonGrammar(value=PERSON), compact(SOMEBODY)),
         "forty optional fields": (JsonGrammar(value=OPTIONAL), compact({f"field_{n}": "abc" for n in range(0, 40, 3)})),
         "recursive": (
@@ -137,8 +137,8 @@ def grammars() -> dict[str, tuple[str, str]]:
         ),
     }
     found = {}
-    for name, (grammar, document) in asked.items():
-        wish = wish_of(grammar)
+    for name, (form, document) in asked.items():
+        wish = wish_of(form)
         found[name] = grammar_from(wish.format, wish.text), document
     for name, row, required, before in (
         ("call, JSON", TGI, True, ""),

@@ -65,8 +65,8 @@ def engine_curves(arguments: argparse.Namespace, precision: str, write: Callable
 
 
 def told(step: Step) -> dict[str, float]:
-    stages = {"schedule": step.schedule, "forward": step.forward, "sample": step.sample, "commit": step.commit}
-    return {"step_ms": 1e3 * step.whole} | {f"{name}_ms": 1e3 * seconds for name, seconds in stages.items()}
+    parts = {"step": step.whole} | step.stages | step.kernels
+    return {f"{name}_ms": 1e3 * seconds for name, seconds in parts.items()}
 
 
 async def server_curves(

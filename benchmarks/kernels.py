@@ -1,25 +1,32 @@
-"""The pieces that a step is made of, against their alternatives: linear layers and paged attention on CPU.
+"""The pieces that a step is made of, beside torch's: linear layers in every form, and paged attention on CPU.
 
     python benchmarks/kernels.py
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py --rows 1 8 --only linear
 
-Weights and pages are rotated, so that they come from memory and not from a cache. Medians.
+Weights and pages are rotated, so that they come from memory and not from a cache. Medians. The bytes that a linear
+layer reads per second are those of its weights, as they are stored.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from tgi.attention.base import AttnSpec, Segment
-from tgi.attention.sdpa import SdpaAttention
+from tgi.attention.base import AttnSpec, Kind, Segment
 from tgi.core.config import BLOCK_SIZE
-from tgi.quantization.base import LinearMethod, PackedLinear, PlainLinear
+from tgi.kernels.library import Library, library
+from tgi.kernels.panels import Panels, pack, pack_quantized
+from tgi.quantization.base import LinearMethod, NativeLinear, PackedLinear, PlainLinear
+from tgi.runtime.kvcache import BACKENDS
 
-WORKING_SET = 60_000_000
-"""Numbers in all weights of one measurement: 240 MB."""
+WORKING_SET = 240_000_000
+"""Bytes of all weights of one measurement."""
+
+SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576))
+"""SmolLM2-135M's matrices, [out, in]."""
 
 
 def seconds(work: Callable[[], object], runs: int = 9) -> float:
@@ -32,20 +39,45 @@ def seconds(work: Callable[[], object], runs: int = 9) -> float:
     return statistics.median(times)
 
 
-def linear(out: int, inner: int) -> None:
-    copies = max(1, WORKING_SET // (out * inner))
-    weights = [torch.randn(out, inner) for _ in range(copies)]
-    plain: list[LinearMethod] = [PlainLinear(weight, None) for weight in weights]
-    packed: list[LinearMethod] = [PackedLinear(weight, None) for weight in weights]
-    print(f"\n{out} x {inner}, GFLOP/s\n")
-    print("| rows | F.linear | packed | each row bit-equal to itself alone |\n|---|---|---|---|")
-    for rows in (1, 2, 8, 32, 128, 512):
-        x = torch.randn(rows, inner)
-        rates = [
-            2e-9 * rows * out * inner * copies / seconds(partial(all_of, methods, x)) for methods in (plain, packed)
-        ]
-        equal = torch.equal(packed[0](x), torch.cat([packed[0](x[row : row + 1]) for row in range(rows)]))
-        print(f"| {rows} | {rates[0]:.0f} | {rates[1]:.0f} | {equal} |", flush=True)
+def panels(form: str, out: int, inner: int) -> Panels:
+    """A random matrix in one of the kernels' forms; quantized ones have a scale for each 32 columns."""
+    if form in ("fp32", "bf16"):
+        return pack(torch.randn(out, inner, dtype=torch.float32 if form == "fp32" else torch.bfloat16))
+    bits = 8 if form == "int8" else 4
+    stored = torch.randint(2**bits, (out, inner), dtype=torch.uint8)
+    return pack_quantized(stored, torch.rand(out, inner // 32), None, bits=bits, zero=2 ** (bits - 1))
+
+
+def native_method(native: Library, form: str, out: int, inner: int) -> LinearMethod:
+    return NativeLinear(native, panels(form, out, inner), None)
+
+
+def methods(out: int, inner: int) -> dict[str, tuple[Callable[[], LinearMethod], float]]:
+    """Name → (one more of it, bytes of its weights)."""
+    size = out * inner
+    found: dict[str, tuple[Callable[[], LinearMethod], float]] = {
+        "F.linear": (lambda: PlainLinear(torch.randn(out, inner), None), 4 * size),
+        "oneDNN": (lambda: PackedLinear(torch.randn(out, inner), None), 4 * size),
+    }
+    native = library()
+    if native is not None:
+        for form, of_each in (("fp32", 4.0), ("bf16", 2.0), ("int8", 1.0625), ("int4", 0.5625)):
+            found[form] = (partial(native_method, native, form, out, inner), of_each * size)
+    return found
+
+
+def linear(out: int, inner: int, rows: Sequence[int]) -> None:
+    print(f"\n{out} x {inner}, GFLOP/s (GB/s)\n")
+    print(f"| method |{''.join(f' {count} |' for count in rows)} bit-equal rows |\n|---|{'---|' * len(rows)}---|")
+    for name, (make, size) in methods(out, inner).items():
+        copies = [make() for _ in range(max(1, int(WORKING_SET / size)))]
+        cells = []
+        for count in rows:
+            each = seconds(partial(all_of, copies, torch.randn(count, inner))) / len(copies)
+            cells.append(f"{2e-9 * count * out * inner / each:.0f} ({1e-9 * size / each:.1f})")
+        x = torch.randn(8, inner)
+        equal = torch.equal(copies[0](x), torch.cat([copies[0](x[row : row + 1]) for row in range(8)]))
+        print(f"| {name} | {' | '.join(cells)} | {'yes' if equal else 'no'} |", flush=True)
 
 
 def all_of(methods: Sequence[LinearMethod], x: torch.Tensor) -> None:
@@ -53,38 +85,55 @@ def all_of(methods: Sequence[LinearMethod], x: torch.Tensor) -> None:
         method(x)
 
 
-def attention(requests: int, context: int) -> None:
-    """One decoding step of one layer: our padded gather, and one call of SDPA for each request."""
+class Split:
+    """q, k and v as they come: nothing turns."""
+
+    angles = None
+    norm = None
+
+    def __init__(self, spec: AttnSpec) -> None:
+        self._spec = spec
+
+    def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads, kv_heads = self._spec.heads, self._spec.kv_heads
+        parts = qkv.view(len(qkv), -1, self._spec.head_dim)
+        return parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
+
+
+def attention(requests: int, context: int, length: int) -> None:
+    """The last ``length`` tokens of each request, one layer."""
     spec = AttnSpec(heads=9, kv_heads=3, head_dim=64, scale=0.125)
-    backend = SdpaAttention(spec, torch.float32, torch.device("cpu"))
+    kind, device = Kind(torch.float32, torch.bfloat16), torch.device("cpu")
     width = -(-context // BLOCK_SIZE)
-    pages = backend.allocate(requests * width).normal_()
-    order = torch.randperm(requests * width).view(requests, width)
-    q, k, v = (torch.randn(requests, heads, 64) for heads in (9, 3, 3))
-    prepared = backend.prepare([Segment(context - 1, 1, blocks) for blocks in order.tolist()])
-
-    def one_by_one() -> list[torch.Tensor]:
-        outs = []
-        for request in range(requests):
-            kv = pages[order[request]].view(-1, 2, 3, 64)[:context]
-            keys, values = kv[:, 0].transpose(0, 1)[None], kv[:, 1].transpose(0, 1)[None]
-            outs.append(scaled_dot_product_attention(q[request].view(1, 3, 3, 64), keys, values))
-        return outs
-
-    padded = 1e3 * seconds(lambda: prepared.run(pages, q, k, v))
-    single = 1e3 * seconds(one_by_one)
-    print(f"| {requests} | {context} | {padded:.3f} | {single:.3f} |", flush=True)
+    order = torch.randperm(requests * width).int().view(requests, width)
+    qkv = torch.randn(requests * length, (9 + 3 + 3) * 64)
+    segments = [Segment(context - length, length, memoryview(blocks.numpy())) for blocks in order]
+    for backend in BACKENDS:
+        if backend.declines(spec, kind, device) is None:
+            made = backend(spec, kind, device)
+            pages = made.allocate(requests * width)
+            prepared = made.prepare(segments)
+            each = seconds(partial(prepared.run, pages, qkv, Split(spec)))
+            read = 1e-9 * requests * context * 2 * 3 * 64 * 2 / each
+            print(f"| {backend.name} | {requests} | {context} | {length} | {1e3 * each:.3f} | {read:.1f} |", flush=True)
 
 
 @torch.inference_mode()
 def main() -> None:
-    for out, inner in ((960, 576), (3072, 576), (576, 1536), (49152, 576)):
-        linear(out, inner)
-    print(
-        "\nDecoding attention, ms a layer\n\n| requests | context | one padded batch | one by one |\n|---|---|---|---|"
-    )
-    for requests, context in ((1, 256), (8, 256), (32, 256), (8, 1024), (32, 1024)):
-        attention(requests, context)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["linear", "attention"], nargs="+", default=["linear", "attention"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 128, 512])
+    arguments = parser.parse_args()
+    if "linear" in arguments.only:
+        for out, inner in SHAPES:
+            linear(out, inner, arguments.rows)
+    if "attention" in arguments.only:
+        print("\nAttention of one layer, keys and values in bfloat16\n")
+        print("| backend | requests | context | new tokens | ms | GB/s |\n|---|---|---|---|---|---|")
+        for requests, context, length in ((1, 256, 1), (8, 256, 1), (32, 256, 1), (8, 1024, 1), (32, 1024, 1)):
+            attention(requests, context, length)
+        for context, length in ((512, 512), (4096, 512)):
+            attention(1, context, length)
 
 
 if __name__ == "__main__":

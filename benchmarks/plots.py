@@ -28,6 +28,7 @@ _STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "white",
     "svg.hashsalt": "tgi",  # the same data give the same file
+    "svg.fonttype": "none",
 }
 _COLUMNS = 4
 
@@ -59,8 +60,9 @@ def bars(data: Data, path: Path) -> None:
             for number in range(len(data.servers)):
                 _bars(ax, data, row, number)
             ax.set_xticks(range(len(data.precisions)), data.precisions)
+            ax.set_xlim(-0.5, len(data.precisions) - 0.5)
             ax.set(title=row.title, ylabel=f"{row.unit} ({'less' if row.lower else 'more'} is better)")
-        axes[0].legend()
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(data.servers))
 
     if rows:
         plot(path, len(rows), draw)

@@ -50,7 +50,7 @@ class Reader:
         self._scratch: list[dict[str, object]] = [{} for _ in texts]
 
     def step(self, position: int) -> torch.Tensor:
-        """Log-probabilities of what follows ``position`` in each window: float32 [windows, vocabulary]."""
+        """Log-probabilities of what follows ``position`` in each window: float64 [windows, vocabulary]."""
         works = [
             Work(
                 Submit(row, text, 1, len(text), [], Sampling(), 0.0),
@@ -67,7 +67,7 @@ class Reader:
         launched = self._runner.launch(works)
         rows = torch.empty_like(launched.logits)
         rows[list(launched.order)] = launched.logits
-        return log_softmax(rows.float(), 1)
+        return log_softmax(rows.double(), 1)
 
     def prefill(self) -> float:
         """Perplexity by whole windows, each a prompt."""
@@ -131,7 +131,7 @@ def beside_transformers(reader: Reader, folder: str, texts: Sequence[list[int]])
     theirs = torch.stack([model(torch.tensor([text])).logits[0] for text in texts])
     ids, loss = torch.tensor(texts), Loss()
     for position in range(ids.shape[1] - 1):
-        loss.add(reader.step(position), log_softmax(theirs[:, position], 1), ids[:, position + 1])
+        loss.add(reader.step(position), log_softmax(theirs[:, position].double(), 1), ids[:, position + 1])
     return loss
 
 

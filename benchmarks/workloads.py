@@ -51,7 +51,7 @@ class Sizes:
     questions: int = 10
     answer: int = 32
     prefill: int = 4000
-    arrivals: int = 96
+    arrivals: int = 64
 
 
 FULL = Sizes()
