@@ -68,13 +68,11 @@ def stack(parts: Sequence[Quantized]) -> Quantized:
         return first
     forms = {(p.bits, p.zero, p.group, p.scale.dtype, p.min is not None) for p in parts}
     if len(forms) > 1:
-        bits = max(p.bits for p in parts)
-        zeros = {p.zero for p in parts if p.bits == bits}
+        zeros = {p.zero for p in parts}  # the largest is 128 wherever all 256 values occur
+        bits = 4 if all(p.bits == 4 for p in parts) and len(zeros) == 1 else 8
         dtype = torch.float32 if any(p.scale.dtype == torch.float32 for p in parts) else first.scale.dtype
-        form = (bits, max(zeros), min(p.group for p in parts), dtype, any(p.min is not None for p in parts))
-        if bits == 4 and len(zeros) > 1:
-            form = (8, max(zeros), *form[2:])
-        parts = [p._like(*form) for p in parts]
+        has_min = any(p.min is not None for p in parts)
+        parts = [p._like(bits, max(zeros), min(q.group for q in parts), dtype, has_min) for p in parts]
         first = parts[0]
     mins = [p.min for p in parts if p.min is not None]
     return replace(

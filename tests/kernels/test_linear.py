@@ -1,0 +1,150 @@
+"""The linear kernel against float64 products of what its panels say they hold, for every instruction set."""
+
+import random
+
+import pytest
+import torch
+
+from tests.kernels.conftest import native
+from tgi.kernels.library import Library
+from tgi.kernels.linear import linear
+from tgi.kernels.ops import Finish
+from tgi.kernels.panels import Panels, pack, pack_quantized
+from tgi.kernels.rows import embed, quantize, rms_norm
+from tgi.quantization.base import silu_mul
+from tgi.quantization.quantized import Quantized
+
+pytestmark = native
+
+KINDS = ("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales")
+
+
+def random_quantized(outs: int, inner: int, kind: str, chance: random.Random) -> Quantized:
+    bits = 8 if "int8" in kind else 4
+    group = chance.choice([g for g in (16, 32, 64, inner) if inner % g == 0 and g % 16 == 0])
+    dtype = torch.float32 if "float32" in kind else torch.float16
+    stored = torch.randint(0, 1 << bits, (outs, inner), dtype=torch.uint8)
+    scale = torch.randn(outs, inner // group).to(dtype) / (1 << bits)
+    least = torch.randn(outs, inner // group).to(dtype) if "minima" in kind else None
+    return Quantized(bits, chance.choice([0, 1 << bits - 1]), stored, scale, least)
+
+
+def panels_of(kind: str, outs: int, inner: int, chance: random.Random) -> tuple[Panels, torch.Tensor]:
+    """Random panels, and the matrix that they should hold."""
+    if kind in ("fp32", "bf16"):
+        matrix = torch.randn(outs, inner).to(torch.float32 if kind == "fp32" else torch.bfloat16)
+        return pack(matrix), matrix.float()
+    q = random_quantized(outs, inner, kind, chance)
+    return pack_quantized(q.stored, q.scale, q.min, bits=q.bits, zero=q.zero), q.dequantize()
+
+
+def sizes(kind: str, chance: random.Random) -> tuple[int, int]:
+    """(outs, inner), odd ones too, where the form allows it."""
+    inner = chance.choice([1, 2, 7, 33, 64, 576]) if kind in ("fp32", "bf16") else chance.choice([16, 32, 64, 96, 576])
+    return chance.choice([1, 15, 16, 17, 32, 33, 100, 960]), inner
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(6))
+def test_panels_hold_the_matrix(kind: str, seed: int) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    panels, matrix = panels_of(kind, *sizes(kind, chance), chance)
+    assert torch.equal(panels.unpack(), matrix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_product(kernels: Library, kind: str, seed: int) -> None:
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    outs, inner = sizes(kind, chance)
+    panels, matrix = panels_of(kind, outs, inner, chance)
+    rows = chance.choice([1, 2, 3, 5, 8, 13, 33, 64, 70])
+    wide = torch.randn(rows, inner + chance.choice([0, 3]))
+    x = wide[:, :inner]
+    bias = torch.nn.functional.pad(torch.randn(outs), (0, panels.rows - outs)) if chance.random() < 0.5 else None
+    got = linear(kernels, panels, x, bias=bias)
+    if panels.scale is not None:  # what the kernel multiplies are integers and scales, and these it multiplies exactly
+        q, scale, total = quantize(kernels, x, panels.group)
+        assert torch.equal(total, q.view(rows, -1, panels.group).sum(-1, dtype=torch.int32))
+        x = q.float() * scale.repeat_interleave(panels.group, 1)
+    expected = x.double() @ matrix.double().T + (0 if bias is None else bias[:outs].double())
+    size = (x.double().abs() @ matrix.double().abs().T).clamp(min=1)
+    assert ((got - expected).abs() / size).max() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_quantized_rows_are_the_nearest_integers(kernels: Library, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(5, 128) * torch.logspace(-20, 10, 5)[:, None]
+    x[2, :32] = 0
+    q, scale, _ = quantize(kernels, x, 32)
+    blocks = x.view(5, 4, 32)
+    torch.testing.assert_close(scale, blocks.abs().amax(-1) / 127, rtol=1e-6, atol=0)
+    assert q.abs().max() == 127
+    assert ((q.view(5, 4, 32) * scale[..., None] - blocks).abs() <= 0.5001 * scale[..., None]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_others(kernels: Library, kind: str) -> None:
+    chance = random.Random(1)
+    torch.manual_seed(1)
+    panels, _ = panels_of(kind, 321, 576, chance)
+    x = torch.randn(70, 576)
+    alone = torch.cat([linear(kernels, panels, row[None]) for row in x])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (1, 2, 3, 4, 6, 7, 12, 13, 33, 70):
+                assert torch.equal(linear(kernels, panels, x[:rows]), alone[:rows])
+            assert torch.equal(linear(kernels, panels, x[20:55]), alone[20:55])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_follows_the_product(kernels: Library, kind: str) -> None:
+    chance = random.Random(2)
+    torch.manual_seed(2)
+    panels, _ = panels_of(kind, 96, 64, chance)
+    x, into = torch.randn(13, 64), torch.randn(13, 96)
+    plain = linear(kernels, panels, x)
+    bias = torch.randn(96)
+    out = into.clone()
+    linear(kernels, panels, x, bias=bias, out=out, finish=Finish.ADD, alpha=0.25)
+    torch.testing.assert_close(out, into + 0.25 * (plain + bias))
+    gated = linear(kernels, panels, x, finish=Finish.GATE)  # its panels of 16 are gate and up by turns
+    blocks = plain.view(13, 3, 2, 16)
+    expected = silu_mul(torch.cat((blocks[:, :, 0].flatten(1), blocks[:, :, 1].flatten(1)), dim=1))
+    torch.testing.assert_close(gated, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_the_matrix(kernels: Library, kind: str) -> None:
+    chance = random.Random(3)
+    torch.manual_seed(3)
+    panels, matrix = panels_of(kind, 100, 96, chance)
+    ids = torch.tensor([0, 99, 17, 17, 50])
+    assert torch.equal(embed(kernels, panels, ids), matrix[ids])
+    torch.testing.assert_close(embed(kernels, panels, ids, 12.0), matrix[ids] * 12)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 64, 577])
+def test_the_norm(kernels: Library, size: int) -> None:
+    torch.manual_seed(size)
+    x, weight = torch.randn(9, size + 5)[:, :size], torch.randn(size)
+    got = rms_norm(kernels, x, weight, 1e-5)
+    torch.testing.assert_close(got, torch.nn.functional.rms_norm(x, (size,), weight, 1e-5), rtol=1e-5, atol=1e-6)
+    assert torch.equal(got[3:4], rms_norm(kernels, x[3:4], weight, 1e-5))
+
+
+def test_infinities_and_what_is_no_number_stay_in_their_row(kernels: Library) -> None:
+    panels = pack(torch.randn(64, 64))
+    x = torch.randn(3, 64)
+    fine = linear(kernels, panels, x)
+    x[1, 7] = float("nan")
+    broken = linear(kernels, panels, x)
+    assert broken[1].isnan().all()
+    assert torch.equal(broken[::2], fine[::2])

@@ -1,0 +1,83 @@
+"""Rounded matrices, and ggml's blocks read as they are."""
+
+import random
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from tgi.quantization.gguf import Stored
+from tgi.quantization.quantized import Quantized, quantize, stack
+
+
+def blocks(kind: str, outs: int, inner: int, seed: int) -> Any:
+    """Random bytes as a tensor of this type would have; its halves are ordinary numbers."""
+    chance = np.random.default_rng(seed)
+    numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    raw = chance.integers(0, 256, (outs * inner // numbers, size), dtype=np.uint8)
+    for at in {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):
+        raw[:, at : at + 2] = chance.standard_normal((len(raw), 1)).astype(np.float16).view(np.uint8)
+    return raw.reshape(-1)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("heads", [None, 4])
+def test_blocks_are_read_exactly(kind: str, heads: int | None) -> None:
+    stored = Stored(blocks(kind, 16, 512, 0), kind, (16, 512), heads)
+    read = stored.read()
+    assert isinstance(read, Quantized)
+    assert torch.equal(read.dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q2_K"])
+def test_other_types_are_dequantized(kind: str) -> None:
+    numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    stored = Stored(np.zeros(16 * 512 // numbers * size, np.uint8), kind, (16, 512), None)
+    assert isinstance(stored.read(), torch.Tensor)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_stacked_stays_exact(seed: int) -> None:
+    chance = random.Random(seed)
+    kinds = [chance.choice(["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]) for _ in range(3)]
+    parts = [Stored(blocks(kind, 8, 256, seed), kind, (8, 256), None).read() for kind in kinds]
+    assert all(isinstance(part, Quantized) for part in parts)
+    whole = stack([part for part in parts if isinstance(part, Quantized)])
+    expected = torch.cat([part.dequantize() for part in parts if isinstance(part, Quantized)])
+    assert torch.equal(whole.dequantize(), expected)
+    assert whole.stored.dtype == torch.uint8 and int(whole.stored.max()) < 1 << whole.bits
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.012), (4, 0.14)])
+def test_rounding(bits: int, most: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 192)
+    weight[3] = 0
+    rounded = quantize(weight, bits)
+    assert rounded is not None and rounded.bits == bits
+    error = rounded.dequantize() - weight
+    assert torch.equal(rounded.dequantize()[3], weight[3])
+    assert error.norm() / weight.norm() < most / 1.4
+    assert error.abs().max() < 3 * most
+
+
+def test_four_bits_beat_the_plain_rule() -> None:
+    """ggml's Q4_0 takes the extreme to -8; choosing among a few scales must not lose to it."""
+    torch.manual_seed(1)
+    weight = torch.randn(128, 256)
+    rounded = quantize(weight, 4)
+    assert rounded is not None
+    plain = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_0)
+    theirs = torch.from_numpy(gguf.quants.dequantize(plain, gguf.GGMLQuantizationType.Q4_0))
+    assert (rounded.dequantize() - weight).norm() < 0.97 * (theirs - weight).norm()
+
+
+def test_columns_that_divide_into_no_groups() -> None:
+    assert quantize(torch.randn(8, 20), 8) is None
+    rounded = quantize(torch.randn(8, 64), 4)
+    assert rounded is not None
+    assert torch.equal(rounded.columns(slice(32, 64)).dequantize(), rounded.dequantize()[:, 32:])
+    with pytest.raises(ValueError, match="cut a group"):
+        rounded.columns(slice(0, 16))
