@@ -10,6 +10,7 @@ import math
 import torch
 
 from tgi.core.model_config import Rope
+from tgi.kernels.attention import angles as native_angles
 from tgi.kernels.library import Library
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -35,9 +36,7 @@ class Rotary:
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """int64 [tokens] → (cos, sin), each float32 [tokens, size / 2]."""
-        if False and self._library is not None:  # until it is there
-            from tgi.kernels.attention import angles as native_angles
-
+        if self._library is not None:
             return native_angles(self._library, positions, self.frequencies, self._scale)
         angles = positions[:, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()

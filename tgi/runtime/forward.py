@@ -1,12 +1,14 @@
 """How the model's forward is run: step by step through Python, or recorded once as a program of native kernels."""
 
 import logging
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from tgi.attention.base import Segment
+from tgi.core.config import BLOCK_SIZE
 from tgi.kernels.library import Library
 from tgi.kernels.program import NotRecordable, Program
 from tgi.models.registry import Model
@@ -41,7 +43,8 @@ class Recorded:
         self._ids = torch.zeros(tokens, dtype=torch.int64)
         self._positions = torch.zeros(tokens, dtype=torch.int64)
         self._program = Program(library, tokens)
-        attend = cache.attend(())
+        # The largest step there may be, so that attention's own memory stays where it is from now on.
+        attend = cache.attend([Segment(0, tokens, array("i", bytes(4 * -(-tokens // BLOCK_SIZE))))])
         self._hidden = self._program.record(lambda: model.forward(self._ids, self._positions, attend))
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:

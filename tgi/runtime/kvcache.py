@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Kind, Segment, Turn, choose
+from tgi.attention.native import NativeAttention
 from tgi.attention.sdpa import SdpaAttention
 
-BACKENDS: tuple[type[AttentionBackend], ...] = (SdpaAttention,)
+BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, SdpaAttention)
 """In order of preference."""
 
 

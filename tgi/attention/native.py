@@ -1,0 +1,72 @@
+"""Paged attention by the native kernel: CPUs, float32 arithmetic, a cache in float32, bfloat16 or int8."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tgi.attention.base import AttnSpec, Kind, PreparedAttention, Segment, Turn, zeros
+from tgi.core.config import BLOCK_SIZE
+from tgi.kernels import attention as kernel
+from tgi.kernels.library import library
+from tgi.kernels.ops import Form
+
+_FORMS = {torch.float32: Form.FP32, torch.bfloat16: Form.BF16, torch.int8: Form.INT8}
+
+assert kernel.PAGE == BLOCK_SIZE
+
+
+class NativeAttention:
+    """One step at a time: ``prepare`` writes where the step before was. A recorded program therefore finds each step in
+    the same place, as long as none has more tokens than the largest before the recording."""
+
+    name = "native"
+
+    @staticmethod
+    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"not made for {device.type}"
+        if kind.compute != torch.float32:
+            return f"no arithmetic in {kind.compute}"
+        if kind.stored not in _FORMS:
+            return f"no cache in {kind.stored}"
+        if spec.head_dim % 4 or spec.head_dim > kernel.LARGEST_DIM:
+            return f"no heads of {spec.head_dim} dimensions"
+        return "no native kernels" if library() is None else None
+
+    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None:
+        native = library()
+        assert native is not None
+        self._library = native
+        self._layout = kernel.Layout(spec.heads, spec.kv_heads, spec.head_dim, _FORMS[kind.stored], spec.window)
+        self._spec = spec
+        self._device = device
+        self._step = kernel.Step(native, self._layout, 1)
+
+    def allocate(self, blocks: int) -> torch.Tensor:
+        return zeros((blocks, self._layout.kv_heads, self._layout.page), torch.uint8, self._device)
+
+    def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
+        tokens = sum(segment.length for segment in segments)
+        if tokens > self._step.tokens:
+            self._step = kernel.Step(self._library, self._layout, max(tokens, 2 * self._step.tokens))
+        self._step.plan((segment.start, segment.length, segment.blocks) for segment in segments)
+        return _Prepared(self._step, self._spec)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    step: kernel.Step
+    spec: AttnSpec
+
+    def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
+        norm = turn.norm
+        kernel.turn(
+            self.step,
+            pages,
+            qkv,
+            angles=turn.angles,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+        )
+        return kernel.attend(self.step, pages, qkv, scale=self.spec.scale, softcap=self.spec.softcap)
