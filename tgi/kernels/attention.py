@@ -125,7 +125,7 @@ def angles(
         half=half,
         factor=factor,
     )
-    run(library, op, positions, frequencies, cos, sin)
+    run(library, op, positions, frequencies)
     return cos, sin
 
 
@@ -166,7 +166,7 @@ def turn(
     if cos is not None and sin is not None:
         assert cos.stride() == sin.stride() and cos.stride(1) == 1 and 2 * cos.shape[1] <= layout.dim
         op.angle_stride, op.half = cos.stride(0), cos.shape[1]
-    run(step.library, op, step, pages, qkv, cos, sin, norm)
+    run(step.library, op, step, pages, norm)
 
 
 def attend(
@@ -197,5 +197,5 @@ def attend(
         scale=scale,
         softcap=softcap or 0.0,
     )
-    run(step.library, op, step, pages, q, out)
+    run(step.library, op, step, pages)
     return out
