@@ -139,6 +139,20 @@ def test_settings_are_private(launch: Callable[..., Launch]) -> None:
         assert str(settings) in arguments and "the-secret" not in arguments
 
 
+@pytest.mark.parametrize("own", [None, "77"])
+def test_waiting_threads_leave_the_processors_soon_unless_the_operator_says(
+    launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    if own is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    else:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    started = launch(engine='tell("SPINS " + os.environ["GOMP_SPINCOUNT"])\n' + ENGINE)
+    started.until("Connected: ready")
+    assert started.value("SPINS") == (own or "10000")
+    started.end(signal.SIGTERM)
+
+
 def test_the_router_gets_the_listening_socket(launch: Callable[..., Launch]) -> None:
     run = launch(
         router="""

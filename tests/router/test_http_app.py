@@ -18,7 +18,7 @@ from tgi.router.routes import ROUTES
 
 PROTECTED = sorted({re.sub("{.*?}", "x", row.path) for row in ROUTES if row.body is not None})
 OTHER_ERRORS = {row.path for row in ROUTES if row.errors is not native.ERRORS}
-OPEN = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/docs/", "/api-doc/openapi.json"]
+OPEN = ["/", "/health", "/livez", "/readyz", "/ping", "/info", "/metrics", "/v1/models", "/docs/", "/api-doc/openapi.json"]
 
 LONG_ANSWER = {"inputs": "hello", "parameters": {"max_new_tokens": 150}}
 

@@ -34,6 +34,10 @@ ROUTER = (sys.executable, "-m", "tgi.router.app")
 FAREWELL = 5.0
 """Seconds that one process has to end cleanly after the other failed: the router's open requests get their errors."""
 
+_SPINS = {"GOMP_SPINCOUNT": "10000"}
+"""How long OpenMP's threads keep a processor while they wait, if the operator doesn't say: some 0.1 ms. That is between
+two kernels; between two steps (by itself OpenMP would wait through them) router and clients need the processor."""
+
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _LONGEST_SOCKET_PATH = 107
@@ -255,6 +259,7 @@ class _Watch:
                 stderr=its_stderr,
                 pass_fds=(its_status, *passed),
                 process_group=0,
+                env=_SPINS | os.environ,
                 preexec_fn=die_with_parent,
             )
         finally:
