@@ -39,13 +39,11 @@ template <int FORM> INLINE V16 unpack(I16 four, int j) {
 
 // ---- What is done before: angles, norms, rotation, and keys and values into their pages.
 
-static void angles(const Angles& op, int rows, Worker& worker) {
-    for (int row; (row = worker.next()) < rows;) {
-        for (int i = 0; i < op.half; i++) {
-            float angle = (float)op.positions[row] * op.frequencies[i];
-            op.cos[row * op.stride + i] = std::cos(angle) * op.factor;
-            op.sin[row * op.stride + i] = std::sin(angle) * op.factor;
-        }
+static void angles(const Angles& op, int row) {
+    for (int i = 0; i < op.half; i++) {
+        float angle = (float)op.positions[row] * op.frequencies[i];
+        op.cos[row * op.stride + i] = std::cos(angle) * op.factor;
+        op.sin[row * op.stride + i] = std::sin(angle) * op.factor;
     }
 }
 

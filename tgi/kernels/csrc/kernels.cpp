@@ -13,14 +13,15 @@ using namespace TGI_ISA;
 template <class O, void (*F)(const O&, int, Worker&)> static void call(const Op& op, int rows, Worker& worker) {
     F(static_cast<const O&>(op), rows, worker);
 }
+template <class O, void (*F)(const O&, int)> static void each(const Op& op, int row) { F(static_cast<const O&>(op), row); }
 
 extern const Table NAME(TGI_ISA) = {{
-    {LINEAR, call<Linear, linear>},
-    {QUANTIZE, call<Quantize, quantize>},
-    {NORM, call<Norm, norm>},
-    {EMBED, call<Embed, embed>},
-    {ANGLES, call<Angles, angles>},
-    {TURN, call<Turn, turn>},
-    {ATTEND, call<Attend, attend>},
-    {SAMPLE, call<Sample, sample>},
+    {LINEAR, call<Linear, linear>, nullptr},
+    {QUANTIZE, nullptr, each<Quantize, quantize>},
+    {NORM, nullptr, each<Norm, norm>},
+    {EMBED, nullptr, each<Embed, embed>},
+    {ANGLES, nullptr, each<Angles, angles>},
+    {TURN, call<Turn, turn>, nullptr},
+    {ATTEND, call<Attend, attend>, nullptr},
+    {SAMPLE, call<Sample, sample>, nullptr},
 }};

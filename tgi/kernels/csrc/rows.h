@@ -32,11 +32,9 @@ static void quantize_row(const float* x, int size, int group, int8_t* q, float* 
     }
 }
 
-static void quantize(const Quantize& op, int rows, Worker& worker) {
-    for (int row; (row = worker.next()) < rows;) {
-        int64_t groups = row * op.sum_stride;
-        quantize_row(op.x + row * op.x_stride, op.size, op.group, op.q + row * op.q_stride, op.scale + groups, op.sum + groups);
-    }
+static void quantize(const Quantize& op, int row) {
+    int64_t groups = row * op.sum_stride;
+    quantize_row(op.x + row * op.x_stride, op.size, op.group, op.q + row * op.q_stride, op.scale + groups, op.sum + groups);
 }
 
 // x / rms(x) * w (Zhang & Sennrich, arXiv 1910.07467).
@@ -50,43 +48,40 @@ static void rms_norm(const float* x, const float* w, float* out, int size, float
     if (i < size) store_some(out + i, load_some(x + i, size - i) * set1(inverse) * load_some(w + i, size - i), size - i);
 }
 
-static void norm(const Norm& op, int rows, Worker& worker) {
-    for (int row; (row = worker.next()) < rows;)
-        rms_norm(op.x + row * op.x_stride, op.weight, op.out + row * op.out_stride, op.size, op.eps);
+static void norm(const Norm& op, int row) {
+    rms_norm(op.x + row * op.x_stride, op.weight, op.out + row * op.out_stride, op.size, op.eps);
 }
 
 // A row of the matrix that the head also multiplies by, taken out of its panels: one copy of it serves both.
-static void embed(const Embed& op, int rows, Worker& worker) {
-    for (int row; (row = worker.next()) < rows;) {
-        int64_t id = op.ids[row], panel = id / 16, lane = id % 16;
-        float* out = op.out + row * op.out_stride;
-        switch (op.form) {
-            case FP32:
-                for (int k = 0; k < op.size; k++) out[k] = ((const float*)op.weight)[(panel * op.size + k) * 16 + lane];
-                break;
-            case BF16: {
-                const bf16* w = (const bf16*)op.weight + panel * ((op.size + 1) / 2) * 32 + lane * 2;
-                for (int k = 0; k < op.size; k++) out[k] = from_bf16(w[k / 2 * 32 + k % 2]);
-                break;
-            }
-            default: {
-                int64_t groups = op.size / op.group;
-                const uint8_t* w = (const uint8_t*)op.weight + panel * op.size * (op.form == INT4 ? 8 : 16) + lane * 4;
-                for (int64_t g = 0; g < groups; g++) {
-                    int64_t at = (panel * groups + g) * 16;
-                    float scales[16], mins[16] = {};
-                    store(scales, load_scale(op.scale, at, op.half));
-                    if (op.min) store(mins, load_scale(op.min, at, op.half));
-                    for (int k = (int)g * op.group; k < (g + 1) * op.group; k++) {
-                        int q = op.form == INT8 ? w[k / 4 * 64 + k % 4] : w[k / 8 * 64 + k % 4] >> (k / 4 % 2 * 4) & 15;
-                        out[k] = (float)(q - op.zero) * scales[lane] + mins[lane];
-                    }
+static void embed(const Embed& op, int row) {
+    int64_t id = op.ids[row], panel = id / 16, lane = id % 16;
+    float* out = op.out + row * op.out_stride;
+    switch (op.form) {
+        case FP32:
+            for (int k = 0; k < op.size; k++) out[k] = ((const float*)op.weight)[(panel * op.size + k) * 16 + lane];
+            break;
+        case BF16: {
+            const bf16* w = (const bf16*)op.weight + panel * ((op.size + 1) / 2) * 32 + lane * 2;
+            for (int k = 0; k < op.size; k++) out[k] = from_bf16(w[k / 2 * 32 + k % 2]);
+            break;
+        }
+        default: {
+            int64_t groups = op.size / op.group;
+            const uint8_t* w = (const uint8_t*)op.weight + panel * op.size * (op.form == INT4 ? 8 : 16) + lane * 4;
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t at = (panel * groups + g) * 16;
+                float scales[16], mins[16] = {};
+                store(scales, load_scale(op.scale, at, op.half));
+                if (op.min) store(mins, load_scale(op.min, at, op.half));
+                for (int k = (int)g * op.group; k < (g + 1) * op.group; k++) {
+                    int q = op.form == INT8 ? w[k / 4 * 64 + k % 4] : w[k / 8 * 64 + k % 4] >> (k / 4 % 2 * 4) & 15;
+                    out[k] = (float)(q - op.zero) * scales[lane] + mins[lane];
                 }
             }
         }
-        if (op.factor != 1.f)
-            for (int k = 0; k < op.size; k++) out[k] *= op.factor;
     }
+    if (op.factor != 1.f)
+        for (int k = 0; k < op.size; k++) out[k] *= op.factor;
 }
 
 }  // namespace TGI_ISA

@@ -1,6 +1,7 @@
 // Runs programs: lists of operations, one after the other, each by all threads. The C ABI that Python calls.
 #include <omp.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -36,12 +37,11 @@ bool runs_here(const char* name) {
 #endif
 }
 
-Function functions[KINDS];
+Entry entries[KINDS];
 const char* chosen = "";
 
 void choose(const Isa& isa) {
-    for (const Entry& entry : isa.table->entries)
-        if (entry.function) functions[entry.kind] = entry.function;
+    for (const Entry& entry : isa.table->entries) entries[entry.kind] = entry;
     chosen = isa.name;
 }
 
@@ -131,11 +131,22 @@ void tgi_run(const Op* const* ops, int count, int rows, int threads) {
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads(), nullptr};
         double begin = profile && worker.index == 0 ? now() : 0;
-        for (int i = 0; i < count; i++) {
+        for (int i = 0, next; i < count; i = next) {
             const Op& op = *ops[i];
+            int height = op.rows < 0 ? rows : op.rows;
             worker.next_ = &counters[i].next;
-            functions[op.kind](op, op.rows < 0 ? rows : op.rows, worker);
-            if (i + 1 < count && worker.count > 1) meeting.meet(worker.count);
+            next = i + 1;
+            if (entries[op.kind].whole) {
+                entries[op.kind].whole(op, height, worker);
+            } else {
+                // What follows on the same rows is done with them at once: nobody waits in between.
+                while (next < count && entries[ops[next]->kind].row && ops[next]->rows == op.rows) next++;
+                int task = std::max(height / (worker.count * 8), 1);
+                for (int first; (first = worker.next() * task) < height;)
+                    for (int row = first; row < std::min(first + task, height); row++)
+                        for (int k = i; k < next; k++) entries[ops[k]->kind].row(*ops[k], row);
+            }
+            if (next < count && worker.count > 1) meeting.meet(worker.count);
             if (profile && worker.index == 0) {
                 double end = now();
                 profile[op.kind] += end - begin;
