@@ -96,7 +96,7 @@ struct Sample : Op {
     const int64_t* positions;      // [rows]: of the tokens
     const uint8_t* const* masks;   // [rows], or null: bits as in `green` of the tokens that may come; null: all
     const int64_t* known;          // [rows], or null: the tokens, where there is nothing to choose
-    int32_t* ids;                  // [rows]; -1: the row's logits are not numbers, and all else of it is undefined
+    int32_t* ids;                  // [rows]; -1: the row's logits are not numbers; its log-probability is NaN, too
     float* logprobs;               // [rows]: before all changes
     int32_t* top_ids;              // [rows, most]: the likeliest `top_n` of the row, best first
     float* top_logprobs;

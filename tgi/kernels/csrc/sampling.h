@@ -14,7 +14,8 @@ namespace TGI_ISA {
 
 constexpr int BUCKET = 256;  // tokens whose largest and whose sum are kept; the draw chooses one of these first
 constexpr float INFINITE = __builtin_inff(), GREATEST = 3.402823466e38f;
-constexpr float BOTTOM = 88.f;  // from this depth on e^-depth is nothing
+constexpr float BOTTOM = 89.f;   // from this depth on e^-depth is nothing
+constexpr float LOG2E = 1.44269504f;
 
 // Memory that is kept for the next row. (No std::vector: the linker would share its code between instruction sets.)
 template <class T> struct Room {
@@ -31,31 +32,38 @@ template <class T> struct Room {
     ~Room() { free(at); }
 };
 
-struct Item {
-    uint32_t key;  // a depth's bits, which are ordered as numbers that are not negative are
-    float weight;
-};
-
 // One thread's memory: a row as its request's wishes change it, its buckets, and the list.
 struct Desk {
-    Room<float> row_, most_, mass_, depth_, weight_, key_;
+    Room<float> row_, most_, mass_, depth_, weight_, key_, some_key_, some_weight_;
     Room<int32_t> id_;
-    Room<Item> item_;
-    float *row, *most, *mass, *depth, *weight, *key;
+    float *row, *most, *mass, *depth, *weight, *key, *some_key, *some_weight;
     int32_t* id;
-    Item* item;
     double histogram[2048];
 
     void fit(int size) {
         int64_t tokens = size + 32, buckets = size / BUCKET + 1;
         row = row_.of(tokens), depth = depth_.of(tokens), weight = weight_.of(tokens), key = key_.of(tokens);
-        most = most_.of(buckets), mass = mass_.of(buckets), id = id_.of(tokens), item = item_.of(tokens);
+        some_key = some_key_.of(tokens), some_weight = some_weight_.of(tokens);
+        most = most_.of(buckets), mass = mass_.of(buckets), id = id_.of(tokens);
     }
 };
 
 INLINE V16 take(const float* x, int left, float rest) { return left >= 16 ? load(x) : load_some(x, left, rest); }
 INLINE unsigned first(int n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
 INLINE unsigned bits16(const uint8_t* bits, int at, int left) { return bits[at / 8] | (left > 8 ? bits[at / 8 + 1] << 8 : 0); }
+
+// 2^y for y ≤ 0, within 2 units in the last place; 0 below -126. The polynomial is minimax on |r| <= 1/2.
+INLINE V16 fall(V16 y) {
+    y = vmax(set1(-127.f), y);  // in this order, which leaves NaN as it is
+    V16 n = vround(y), r = y - n;
+    V16 p = set1(1.32647273e-3f);
+    p = fma(p, r, set1(9.67151299e-3f));
+    p = fma(p, r, set1(5.55073358e-2f));
+    p = fma(p, r, set1(2.40222424e-1f));
+    p = fma(p, r, set1(6.93147004e-1f));
+    p = fma(p, r, set1(1.f));
+    return p * as_float(shl<23>(to_int(n) + iset1(127)));
+}
 
 // Each bucket's largest number in `most`; returns the first place of the largest of all.
 static int peak(const float* x, int size, float* most) {
@@ -77,18 +85,18 @@ static int peak(const float* x, int size, float* most) {
     return best;
 }
 
-// Each bucket's sum of e^((x - top) · inverse) in `mass`; returns the sum of all. NaN if a number is NaN or infinite.
-static double masses(const float* x, int size, float top, float inverse, float* mass) {
-    V16 offset = set1(top), factor = set1(inverse);
+// Each bucket's sum of e^((x - top) / temperature) in `mass`; returns the sum of all. NaN if a number is NaN or infinite.
+static double masses(const float* x, int size, float top, float temperature, float* mass) {
+    V16 offset = set1(top), factor = set1(LOG2E / temperature);
     double total = 0;
     for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
         int n = size - at < BUCKET ? size - at : BUCKET, i = 0;
         V16 even = zero(), odd = zero();
         for (; i + 32 <= n; i += 32) {
-            even = even + vexp((load(x + at + i) - offset) * factor);
-            odd = odd + vexp((load(x + at + i + 16) - offset) * factor);
+            even = even + fall((load(x + at + i) - offset) * factor);
+            odd = odd + fall((load(x + at + i + 16) - offset) * factor);
         }
-        for (; i < n; i += 16) even = even + vexp((take(x + at + i, n - i, -INFINITE) - offset) * factor);
+        for (; i < n; i += 16) even = even + fall((take(x + at + i, n - i, -INFINITE) - offset) * factor);
         total += mass[b] = sum(even + odd);
     }
     return total;
@@ -128,62 +136,76 @@ static int keep(const float* key, int n, float limit, Desk& d) {
     return kept;
 }
 
-// weight = e^-depth of the list; returns their sum.
-static double weigh(int n, Desk& d) {
-    double total = 0;
-    for (int i = 0; i < n; i += 16) {
-        V16 weight = vexp(zero() - take(d.depth + i, n - i, INFINITE));
-        store(d.weight + i, weight);
-        total += sum(weight);
+// Weights are summed part by part, `before` being what they come to already. Returns the part in which they reach `target`, or
+// else the last that has any, and adds to `before` all in front of it.
+template <class F> static int part_of(F part, const float* weight, int n, double target, double& before, double* histogram) {
+    memset(histogram, 0, 2048 * sizeof(double));
+    for (int i = 0; i < n; i++) histogram[part(i)] += weight ? weight[i] : 1.f;
+    int found = 0;
+    double last = 0;
+    for (int p = 0; p < 2048; p++) {
+        if (histogram[p] == 0) continue;
+        before += last;
+        last = histogram[p], found = p;
+        if (before + last >= target) break;
     }
-    return total;
+    return found;
+}
+
+INLINE uint32_t bits_of(float x) {  // ordered as numbers that are not negative are
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x7fffffff;
 }
 
 // The key at which weights (null: 1 each), summed from the least key on, reach `target`; if they don't, the largest. Keys are
-// not negative. Not a sort: a histogram over the highest bits finds the part where that happens, and then only that part counts.
+// not negative. Not a sort: a histogram finds the part where that happens, and then only what is in it counts.
 static float reach(const float* key, const float* weight, int n, double target, Desk& d) {
-    Item* items = d.item;
-    for (int i = 0; i < n; i++) {
-        memcpy(&items[i].key, key + i, 4);
-        items[i].key &= 0x7fffffff;
-        items[i].weight = weight ? weight[i] : 1.f;
-    }
+    constexpr float STEP = 1.f / 16, LAST = 2047 * STEP;
+    float *keys = d.some_key, *weights = d.some_weight;
     double before = 0;
+    float low = 0, high = INFINITE;
+    if (n > 256) {
+        auto step = [&](int i) { return key[i] < LAST ? (int)(key[i] * 16.f) : 2047; };
+        int part = part_of(step, weight, n, target, before, d.histogram);
+        low = (float)part * STEP;
+        if (part < 2047) high = low + STEP;
+    }
+    int left = 0;
+    for (int i = 0; i < n; i += 16) {
+        V16 k = load(key + i);
+        unsigned bits = at_most(set1(low), k) & first(n - i);
+        if (high < INFINITE) bits &= ~at_most(set1(high), k);
+        if (!bits) continue;
+        pack(weights + left, weight ? load(weight + i) : set1(1.f), bits);
+        left += pack(keys + left, k, bits);
+    }
+    n = left;
     for (int shift = 20; shift >= 0 && n > 48; shift -= 10) {
-        memset(d.histogram, 0, sizeof d.histogram);
-        for (int i = 0; i < n; i++) d.histogram[items[i].key >> shift & 2047] += items[i].weight;
-        uint32_t part = 0;
-        double last = 0;
-        for (uint32_t p = 0; p < 2048; p++) {
-            if (d.histogram[p] == 0) continue;
-            before += last;
-            last = d.histogram[p], part = p;
-            if (before + last >= target) break;
-        }
-        int left = 0;
+        auto digits = [&](int i) { return (int)(bits_of(keys[i]) >> shift & 2047); };
+        int part = part_of(digits, weights, n, target, before, d.histogram);
+        left = 0;
         for (int i = 0; i < n; i++) {
-            items[left] = items[i];
-            left += (items[i].key >> shift & 2047) == part;
+            bool inside = digits(i) == part;
+            keys[left] = keys[i], weights[left] = weights[i];
+            left += inside;
         }
         n = left;
         if (shift == 0) n = n > 0;  // all the same
     }
     for (int i = 1; i < n; i++) {
-        Item item = items[i];
+        float k = keys[i], w = weights[i];
         int j = i;
-        for (; j && items[j - 1].key > item.key; j--) items[j] = items[j - 1];
-        items[j] = item;
+        for (; j && keys[j - 1] > k; j--) keys[j] = keys[j - 1], weights[j] = weights[j - 1];
+        keys[j] = k, weights[j] = w;
     }
-    float found = INFINITE;
-    for (int i = 0; i < n; i++) {
-        memcpy(&found, &items[i].key, 4);
-        if ((before += items[i].weight) >= target) break;
-    }
-    return found;
+    for (int i = 0; i < n; i++)
+        if ((before += weights[i]) >= target) return keys[i];
+    return n ? keys[n - 1] : INFINITE;
 }
 
-// List the k largest, and ties with the last; depths are divided by the temperature.
-static int best(const float* x, int size, float top, int k, float temperature, Desk& d) {
+// List the k largest, and ties with the last.
+static int best(const float* x, int size, float top, int k, Desk& d) {
     int buckets = (size + BUCKET - 1) / BUCKET;
     float limit = INFINITE;
     if (k < buckets) {  // as many buckets have a token of that depth: it can't be lower
@@ -191,8 +213,19 @@ static int best(const float* x, int size, float top, int k, float temperature, D
         limit = reach(d.key, nullptr, buckets, k, d);
     }
     int n = collect(x, size, top, limit, d);
-    for (int i = 0; i < n; i += 16) store(d.depth + i, load(d.depth + i) / set1(temperature));
     return k < n ? keep(d.depth, n, reach(d.depth, nullptr, n, k, d), d) : n;
+}
+
+// weight = e^-depth of the list, depths being divided by the temperature first; returns the weights' sum.
+static double weigh(int n, float temperature, Desk& d) {
+    double total = 0;
+    for (int i = 0; i < n; i += 16) {
+        V16 depth = take(d.depth + i, n - i, INFINITE) / set1(temperature), weight = fall(depth * set1(-LOG2E));
+        store(d.depth + i, depth);
+        store(d.weight + i, weight);
+        total += sum(weight);
+    }
+    return total;
 }
 
 // Exponential races: of all that run, the one of the largest weight / E wins, E being drawn from the unit exponential
@@ -224,40 +257,40 @@ static int draw(const Choice& c, int64_t position, const float* x, int size, int
     Race race(c.seed, position);
     bool limited = c.top_k > 0, nucleus = c.top_p != 1.f, typical = c.typical_p != 1.f, least = c.min_p != 0.f;
     if (!limited && (nucleus || !(typical || least)) && (c.temperature != 1.f || total == 0))
-        total = masses(x, size, top, 1.f / c.temperature, d.mass);
+        total = masses(x, size, top, c.temperature, d.mass);
     if (!(limited || nucleus || typical || least)) {
         for (int b = 0; b * BUCKET < size; b++) race.run(d.mass[b], -1 - b, b);
         int at = race.winner * BUCKET, n = size - at < BUCKET ? size - at : BUCKET;
         race.again();
         for (int i = 0; i < n; i += 16)
-            store(d.weight + i, vexp((take(x + at + i, n - i, -INFINITE) - set1(top)) * set1(1.f / c.temperature)));
+            store(d.weight + i, fall((take(x + at + i, n - i, -INFINITE) - set1(top)) * set1(LOG2E / c.temperature)));
         for (int i = 0; i < n; i++) race.run(d.weight[i], at + i, at + i);
         return race.winner;
     }
     int n;
     if (limited) {
-        n = best(x, size, top, c.top_k, c.temperature, d);
-        total = weigh(n, d);
+        n = best(x, size, top, c.top_k, d);
+        total = weigh(n, c.temperature, d);
     } else {
         // Together, tokens less likely than `rare` have at most half of what top-p leaves away.
         float rare = (float)(0.5 * (1 - c.top_p) * total / size);
         float depth = nucleus ? -logf(rare) : typical ? BOTTOM : -logf(c.min_p);
         depth = depth < BOTTOM ? depth : BOTTOM;
         n = collect(x, size, top, depth * c.temperature * 1.0001f, d);
-        for (int i = 0; i < n; i += 16) store(d.depth + i, load(d.depth + i) / set1(c.temperature));
-        double listed = weigh(n, d);
+        double listed = weigh(n, c.temperature, d);
         if (!nucleus) total = listed;
     }
     if (nucleus) n = keep(d.depth, n, reach(d.depth, d.weight, n, c.top_p * total, d), d);
     if (typical) {
         // A token's information less the entropy is its depth less the mean depth.
-        double mean = 0;
+        double moment = 0;
         total = 0;
-        for (int i = 0; i < n; i++) {
-            total += d.weight[i];
-            if (d.weight[i] > 0) mean += (double)d.weight[i] * d.depth[i];
+        for (int i = 0; i < n; i += 16) {
+            V16 weight = take(d.weight + i, n - i, 0);
+            total += sum(weight);
+            moment += sum(weight * vmin(take(d.depth + i, n - i, 0), set1(BOTTOM)));
         }
-        V16 middle = set1((float)(mean / total));
+        V16 middle = set1((float)(moment / total));
         for (int i = 0; i < n; i += 16) {
             V16 distance = load(d.depth + i) - middle;
             store(d.key + i, vmax(distance, zero() - distance));
@@ -323,12 +356,12 @@ static void sample_row(const Sample& op, int row, Desk& d) {
     float top = raw[id];
     double total = masses(raw, size, top, 1, d.mass);
     if (!(total < INFINITE)) {
-        op.ids[row] = -1;
+        op.ids[row] = -1, op.logprobs[row] = __builtin_nanf("");
         return;
     }
-    double norm = top + log(total);
+    double rest = log(total);  // of the row's logarithm of its sum, less `top`
     if (c.top_n) {
-        int n = best(raw, size, top, c.top_n, 1, d);
+        int n = best(raw, size, top, c.top_n, d);
         // Inserted one by one, ids staying in order where depths are equal.
         for (int i = 1; i < n; i++) {
             float depth = d.depth[i];
@@ -338,7 +371,7 @@ static void sample_row(const Sample& op, int row, Desk& d) {
         }
         for (int i = 0; i < n && i < c.top_n; i++) {
             op.top_ids[row * op.most + i] = d.id[i];
-            op.top_logprobs[row * op.most + i] = (float)(raw[d.id[i]] - norm);
+            op.top_logprobs[row * op.most + i] = (float)((double)raw[d.id[i]] - top - rest);
         }
     }
     if (op.known) {
@@ -352,15 +385,15 @@ static void sample_row(const Sample& op, int row, Desk& d) {
         if (!c.greedy && x[id] > -INFINITE) id = draw(c, op.positions[row], x, size, id, total, d);
     }
     op.ids[row] = id;
-    op.logprobs[row] = (float)(raw[id] - norm);
+    op.logprobs[row] = (float)((double)raw[id] - top - rest);
 }
 
 static void sample(const Sample& op, int rows, Worker& worker) {
-    static thread_local Desk desk;
-    for (int row; (row = worker.next()) < rows;) {
-        desk.fit(op.vocabulary);
-        sample_row(op, row, desk);
-    }
+    static thread_local Desk memory;
+    Desk* desk = &memory;
+    asm("" : "+r"(desk));  // the compiler would look up the thread's memory in each loop's every turn
+    desk->fit(op.vocabulary);
+    for (int row; (row = worker.next()) < rows;) sample_row(op, row, *desk);
 }
 
 }  // namespace TGI_ISA

@@ -200,6 +200,7 @@ INLINE int pack(float* p, V16 a, unsigned bits) {
     store(p, V16{{_mm512_maskz_compress_ps((__mmask16)bits, a.part[0])}});
     return __builtin_popcount(bits);
 #else
+    if (bits == 0xffff) return store(p, a), 16;
     float buffer[16];
     store(buffer, a);
     int n = 0;
