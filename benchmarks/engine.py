@@ -68,15 +68,15 @@ def load(model: str, options: Sequence[str], *, requests: int, context: int) -> 
     """A runner as the launcher would make it with these options, with room for so many requests of that length."""
     room = requests * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     bounds = f"--max-total-tokens {context} --max-batch-total-tokens {max(room, 512)} --max-batch-size {requests}"
-    line = ["--model-id", model, *options, *bounds.split(), "--max-batch-prefill-tokens", "512"]
+    line = ["--model-id", model, *bounds.split(), "--max-batch-prefill-tokens", "512", *options]
     with tempfile.TemporaryDirectory() as folder:
         settings = engine_settings(flags.check(flags.parse(line)[0]), folder)
         return Runner.load(settings, lambda done, total: None), settings.limits
 
 
-def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) -> tuple[float, Step]:
-    """All requests at once, greedy, to their full length. Tokens per second in all, and the median step that only
-    decodes."""
+def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) -> tuple[float, list[Step]]:
+    """All requests at once, greedy, to their full length. Tokens per second in all, and the steps that decode all of
+    them and nothing else."""
     scheduler = Scheduler(
         blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
         step_tokens=limits.max_batch_prefill_tokens,
@@ -94,7 +94,7 @@ def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) ->
             if len(plan.chunks) == requests and not any(chunk.prefills for chunk in plan.chunks):
                 steps.append(step)
     rate = requests * new / (time.perf_counter() - begin)
-    return rate, middle(steps)
+    return rate, steps
 
 
 def one(runner: Runner, scheduler: Scheduler, profile: Profile) -> tuple[Step, Plan]:
@@ -115,7 +115,9 @@ def one(runner: Runner, scheduler: Scheduler, profile: Profile) -> tuple[Step, P
 
 
 def middle(steps: Sequence[Step]) -> Step:
-    """The medians."""
+    """The medians. Raises ValueError if there are no steps."""
+    if not steps:
+        raise ValueError("no step decoded all requests: the first ended before the last began; ask for more new tokens")
 
     def medians(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         return {name: statistics.median(part.get(name, 0.0) for part in parts) for name in parts[-1]}
@@ -138,7 +140,8 @@ def main() -> None:
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for requests in arguments.requests:
         run(runner, limits, requests, arguments.prompt, 4)  # warms up
-        rate, step = run(runner, limits, requests, arguments.prompt, arguments.new)
+        rate, steps = run(runner, limits, requests, arguments.prompt, arguments.new)
+        step = middle(steps)
         parts = [f"{1e3 * seconds:.3f}" for seconds in (step.whole, *step.stages.values())]
         kernels = ", ".join(f"{kind} {1e3 * seconds:.3f}" for kind, seconds in step.kernels.items() if seconds)
         print(f"| {requests} | {rate:.1f} | {' | '.join(parts)} | {kernels} |", flush=True)

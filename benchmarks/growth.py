@@ -18,7 +18,7 @@ from pathlib import Path
 import uvloop
 
 from client import arrive, run, summary
-from engine import Step, load
+from engine import Step, load, middle
 from engine import run as run_engine
 from machine import processes
 from overhead import role
@@ -52,16 +52,16 @@ def engine_curves(arguments: argparse.Namespace, precision: str, write: Callable
     """Steps of growing batches of short requests, and of one request that grows."""
     options = TGI[precision].split()
     if "rows" in arguments.only:
-        runner, limits = load(arguments.model, options, requests=max(arguments.rows), context=64)
+        runner, limits = load(arguments.model, options, requests=max(arguments.rows), context=128)
         for rows in arguments.rows:
-            _, step = run_engine(runner, limits, rows, 32, 16)
-            write("rows", precision=precision, rows=rows, **told(step))
+            _, steps = run_engine(runner, limits, rows, 16, 16 + rows // 8)  # the first still decode as the last begin
+            write("rows", precision=precision, rows=rows, **told(middle(steps)))
         del runner
     if "context" in arguments.only:
         runner, limits = load(arguments.model, options, requests=1, context=max(arguments.contexts))
         for context in arguments.contexts:
-            _, step = run_engine(runner, limits, 1, context - 16, 16)
-            write("context", precision=precision, context=context, **told(step))
+            _, steps = run_engine(runner, limits, 1, context - 16, 16)
+            write("context", precision=precision, context=context, **told(middle(steps)))
 
 
 def told(step: Step) -> dict[str, float]:
