@@ -56,7 +56,7 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities of known tokens, NaN for logits that are not numbers, and the likeliest tokens with theirs.
 
-    logits: float32 [rows, vocabulary]; targets: int64 [rows] → [rows], int32 [rows, top], [rows, top].
+    logits: float32 [rows, vocabulary]; targets: int64 [rows] → [rows], int64 [rows, top], [rows, top].
     """
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and targets.is_contiguous()
     rows, vocabulary = logits.shape
@@ -80,4 +80,4 @@ def score(
         vocabulary=vocabulary,
     )
     library.run((ctypes.c_void_p * 1)(ctypes.addressof(op)), 1, rows, torch.get_num_threads())
-    return logprobs, top_ids, top_logprobs
+    return logprobs, top_ids.long(), top_logprobs

@@ -12,6 +12,8 @@ import torch
 from tgi.core.config import SCORED_ROWS
 from tgi.core.messages import Token
 from tgi.core.plan import Work
+from tgi.kernels import sampling
+from tgi.kernels.library import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ def score(
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The fields of Scores. logits: [rows, vocabulary]; targets: [rows]."""
+    if logits.device.type == "cpu" and (kernels := library()) is not None:
+        return sampling.score(kernels, logits, targets, top)
     norm = logits.logsumexp(1, keepdim=True)
     values, ids = logits.topk(min(top, logits.shape[1]))
     return (logits.gather(1, targets[:, None]) - norm).squeeze(1), ids, values - norm
