@@ -97,6 +97,8 @@ class ReplyParser:
         return bool(self._ids) and self._reading != "arguments" and not self._broken
 
     def push(self, piece: str) -> Parsed:
+        if self._reading == "text" and self._marks is None:  # nothing can be held back, and nothing else come
+            return Parsed(text=piece)
         for at in range(0, len(piece), _BITE):
             self._held += piece[at : at + _BITE]
             while self._held and self._advance():
