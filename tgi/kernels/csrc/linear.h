@@ -11,38 +11,30 @@ namespace TGI_ISA {
 // The processor's own prefetching is too late for a tile of few rows. Further rows find the panels in the cache.
 constexpr int AHEAD = 2048;  // bytes
 
-// What follows a product: bias, scale, and where it goes. acc[m][p].
-template <int MR, int NP> INLINE void finish(const Linear& op, int row, int panel, V16 (&acc)[MR][NP]) {
-    UNROLL for (int p = 0; p < NP; p++) {
-        if (op.bias) {
-            V16 bias = load(op.bias + (panel + p) * 16);
-            UNROLL for (int m = 0; m < MR; m++) acc[m][p] = acc[m][p] + bias;
-        }
-    }
-    if (op.finish == GATE) {
-        UNROLL for (int p = 0; p < NP; p += 2) {
+// What follows a product, of `rows` times `panels` (an even number) accumulators: bias, factor, and where it goes.
+__attribute__((noinline)) static void finish(const Linear& op, int row, int panel, V16* acc, int rows, int panels) {
+    for (int m = 0; m < rows; m++, acc += panels) {
+        float* out = op.out + (row + m) * op.out_stride;
+        for (int p = 0; p < panels && op.bias; p++) acc[p] = acc[p] + load(op.bias + (panel + p) * 16);
+        for (int p = 0; p < panels && op.finish == GATE; p += 2) {
             int first = (panel + p) / 2 * 16, n = op.outs / 2 - first;
-            UNROLL for (int m = 0; m < MR; m++) {
-                V16 y = silu(acc[m][p]) * acc[m][p + 1];
-                float* out = op.out + (row + m) * op.out_stride + first;
-                if (n >= 16) store(out, y); else if (n > 0) store_some(out, y, n);
-            }
+            V16 y = silu(acc[p]) * acc[p + 1];
+            if (n >= 16) store(out + first, y);
+            else if (n > 0) store_some(out + first, y, n);
         }
-        return;
-    }
-    V16 alpha = set1(op.alpha);
-    UNROLL for (int p = 0; p < NP; p++) {
-        int first = (panel + p) * 16, n = op.outs - first;
-        UNROLL for (int m = 0; m < MR; m++) {
-            float* out = op.out + (row + m) * op.out_stride + first;
-            V16 y = acc[m][p] * alpha;
-            if (n >= 16) {
-                store(out, op.finish == ADD ? load(out) + y : y);
-            } else if (n > 0) {
-                store_some(out, op.finish == ADD ? load_some(out, n) + y : y, n);
-            }
+        for (int p = 0; p < panels && op.finish != GATE; p++) {
+            int first = (panel + p) * 16, n = op.outs - first;
+            V16 y = acc[p] * set1(op.alpha);
+            if (n >= 16) store(out + first, op.finish == ADD ? load(out + first) + y : y);
+            else if (n > 0) store_some(out + first, op.finish == ADD ? load_some(out + first, n) + y : y, n);
         }
     }
+}
+
+template <int MR, int NP> INLINE void leave(const Linear& op, int row, int panel, V16 (&acc)[MR][NP]) {
+    V16 sums[MR * NP];  // so that acc itself stays in registers
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) sums[m * NP + p] = acc[m][p];
+    finish(op, row, panel, sums, MR, NP);
 }
 
 template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel) {
@@ -61,7 +53,7 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
             UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
         }
     }
-    finish<MR, NP>(op, row, panel, acc);
+    leave<MR, NP>(op, row, panel, acc);
 }
 
 template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel) {
@@ -91,7 +83,7 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
             UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(b, set1(x[m * op.x_stride + op.in - 1]), acc[m][p]);
         }
     }
-    finish<MR, NP>(op, row, panel, acc);
+    leave<MR, NP>(op, row, panel, acc);
 }
 
 INLINE V16 load_scale(const void* scales, int64_t at, bool half) {
@@ -165,7 +157,7 @@ template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int 
             }
         }
     }
-    finish<MR, NP>(op, row, panel, acc);
+    leave<MR, NP>(op, row, panel, acc);
 }
 
 // How many rows a tile takes: as many accumulators as there are registers.
