@@ -16,6 +16,11 @@ from tgi.models.registry import Model, load_model
 pytestmark = pytest.mark.skipif(library() is None, reason="only native kernels have packed weights")
 
 
+@pytest.fixture(autouse=True)
+def tiny_models_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tgi.quantization.packed._WORTH", 0)
+
+
 def load(folder: Path, packed: Path, quantize: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Model:
     weights = sorted(str(path) for path in folder.glob("*.safetensors"))
     files = ModelFiles(model_id="tiny", folder=str(folder), weights=weights)

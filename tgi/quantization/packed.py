@@ -30,6 +30,8 @@ VERSION = 1
 
 _ALIGNMENT = 4096
 _UNUSED_DAYS = 30
+_WORTH = 8 << 20
+"""Bytes; less is packed anew as fast as it is found."""
 _PARTS = ("weight", "scale", "min")
 
 
@@ -91,6 +93,8 @@ class Pack:
         try:
             _remove_unused(cache)
             need = sum(tensor.nbytes for panels in self._made.values() for _, tensor in _tensors(panels))
+            if need < _WORTH:
+                return
             if shutil.disk_usage(cache).free < 2 * need:
                 log.warning("No packed weights are kept: %s has no room for %d MB", cache, need >> 20)
                 return
