@@ -11,6 +11,8 @@ from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Delta, Fault, PromptToken, Token
 from tgi.core.plan import Sampled, Work
@@ -18,8 +20,7 @@ from tgi.engine.blocks import BlockHasher, BlockPool
 from tgi.engine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """``length`` tokens of a request from position ``start``; everything before ``start`` is in the cache."""
 
     request: Request
