@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,9 +70,19 @@ def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
 class Engine:
     """Scheduler, runner and a model; ``run`` gives every request to its end."""
 
-    def __init__(self, folder: Path, device: str = "cpu", *, blocks: int = 64, step_tokens: int = 512) -> None:
-        self.model = load(folder, device)
-        self.runner = Runner.of(self.model, blocks, step_tokens, torch.float32, torch.device(device))
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        *,
+        blocks: int = 64,
+        step_tokens: int = 512,
+        stored: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        """``options`` are load_model's."""
+        self.model = load(folder, device, **options)
+        self.runner = Runner.of(self.model, blocks, step_tokens, stored, torch.device(device))
         self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []
