@@ -18,7 +18,18 @@ from tgi.router.routes import ROUTES
 
 PROTECTED = sorted({re.sub("{.*?}", "x", row.path) for row in ROUTES if row.body is not None})
 OTHER_ERRORS = {row.path for row in ROUTES if row.errors is not native.ERRORS}
-OPEN = ["/", "/health", "/livez", "/readyz", "/ping", "/info", "/metrics", "/v1/models", "/docs/", "/api-doc/openapi.json"]
+OPEN = [
+    "/",
+    "/health",
+    "/livez",
+    "/readyz",
+    "/ping",
+    "/info",
+    "/metrics",
+    "/v1/models",
+    "/docs/",
+    "/api-doc/openapi.json",
+]
 
 LONG_ANSWER = {"inputs": "hello", "parameters": {"max_new_tokens": 150}}
 
@@ -412,3 +423,19 @@ def test_a_silent_stream_says_that_it_lives(router: Router, monkeypatch: pytest.
         router.engine.resume()
         rest = b"".join(parts).replace(b":\n\n", b"")
     assert events(rest)[-1]["generated_text"] == "a"
+
+
+def test_what_one_step_brings_is_sent_at_once(tmp_path: Path) -> None:
+    with Router(settings(tmp_path), per_step=4, delay=0.05) as router:
+        body = {"inputs": "the quick fox", "parameters": {"max_new_tokens": 10}}
+        with router.send_raw("/generate_stream", body) as client:
+            answer = b""
+            while not answer.endswith(b"\r\n0\r\n\r\n"):
+                answer += client.recv(65536)
+    _, _, rest = answer.partition(b"\r\n\r\n")
+    chunks = []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        chunks.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    assert [chunk.count(b"data:") for chunk in chunks] == [4, 4, 2, 0]

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gc
 import hmac
 import logging
 import resource
@@ -184,7 +185,9 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
         signal.signal(number, lambda *_: sys.exit(0))
     listener = socket.socket(fileno=listen_fd)
     watch_readers(listener)
-    _Server(configure(create(build(settings))), lambda: report(Ready())).run([listener])
+    server = _Server(configure(create(build(settings))), lambda: report(Ready()))
+    gc.freeze()  # what was built lives as long as the process: the collector need not look at it between two tokens
+    server.run([listener])
 
 
 def configure(app: Starlette) -> uvicorn.Config:
