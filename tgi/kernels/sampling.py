@@ -36,7 +36,7 @@ class Draws:
         choices: "Q" [rows], the address of each row's Choice; positions: "q" [rows]; masks: "Q" [rows], the address of
         a row's bits, or 0; most: places for the likeliest tokens in each row, ``Choice.top_n`` of them being used.
         """
-        assert logits.dtype == torch.float32 and logits.stride(1) == 1
+        assert logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
         rows, op = len(choices), self._op
         if rows > len(self.ids):
             self.ids, self.logprobs = array("i", bytes(4 * rows)), array("f", bytes(4 * rows))

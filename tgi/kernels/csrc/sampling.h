@@ -14,7 +14,7 @@ namespace TGI_ISA {
 
 constexpr int BUCKET = 256;  // tokens whose largest and whose sum are kept; the draw chooses one of these first
 constexpr float INFINITE = __builtin_inff(), GREATEST = 3.402823466e38f;
-constexpr float BOTTOM = 89.f;   // from this depth on e^-depth is nothing
+constexpr float BOTTOM = 89.f;  // from this depth on e^-depth is nothing
 constexpr float LOG2E = 1.44269504f;
 
 // Memory that is kept for the next row. (No std::vector: the linker would share its code between instruction sets.)
