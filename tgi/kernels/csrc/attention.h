@@ -10,6 +10,7 @@
 #pragma once
 #include <cmath>
 #include <cstdlib>
+#include <type_traits>
 
 #include "ops.h"
 #include "plan.h"
@@ -57,38 +58,34 @@ static void rotate(float* x, const float* cos, const float* sin, int half) {
     }
 }
 
-// A head's numbers as a page stores them; returns their scale. What is no number stays none.
+// A head's numbers as a page stores them, in 16s; returns their scale. What is no number stays none.
 template <int FORM> static float convert(const float* x, int dim, void* out) {
-    if (FORM == FP32) memcpy(out, x, dim * sizeof(float));
-    if (FORM == BF16)
-        for (int i = 0; i < dim; i++) ((bf16*)out)[i] = to_bf16(x[i]);
-    if (FORM != INT8) return 1.f;
     V16 most = zero(), wrong = zero();
     for (int i = 0; i < dim; i += 16) {
-        V16 v = load_some(x + i, dim - i < 16 ? dim - i : 16);
+        V16 v = load_some(x + i, dim - i);
+        if (FORM == FP32) store((float*)out + i, v);
+        if (FORM == BF16) store_bf16((bf16*)out + i, v);
         most = vmax(most, vmax(v, zero() - v));
         wrong = wrong + (v - v);
     }
+    if (FORM != INT8) return 1.f;
     float top = largest(most), inverse = top > 0 ? 127.f / top : 0.f;
-    for (int i = 0; i < dim; i += 16) {
-        int n = dim - i < 16 ? dim - i : 16;
-        int8_t bytes[16];
-        store_bytes(bytes, to_int(load_some(x + i, n) * set1(inverse)));
-        memcpy((int8_t*)out + i, bytes, n);
-    }
+    for (int i = 0; i < dim; i += 16) store_bytes((int8_t*)out + i, to_int(load_some(x + i, dim - i) * set1(inverse)));
     return top / 127.f + sum(wrong);
 }
 
 template <int FORM> static void keep(const Turn& op, const float* x, bool value, char* page, int place) {
     constexpr int pack = PACK<FORM>;
-    alignas(64) uint32_t numbers[DIM];
-    float scale = convert<FORM>(x, op.dim, numbers);
+    alignas(64) uint32_t words[DIM];
+    float scale = convert<FORM>(x, op.dim, words);
     if (!value) {
-        for (int i = 0; i < op.dim / pack; i++) ((uint32_t*)page)[i * 16 + place] = numbers[i];
+        for (int i = 0; i < op.dim / pack; i++) ((uint32_t*)page)[i * 16 + place] = words[i];
     } else {
         using Number = std::conditional_t<FORM == FP32, uint32_t, std::conditional_t<FORM == BF16, uint16_t, uint8_t>>;
+        const Number* from = (const Number*)words;
         Number* to = (Number*)(page + op.values) + place / pack * 16 * pack + place % pack;
-        for (int i = 0; i < op.dim; i++) to[i / 16 * 256 + i % 16 * pack] = ((const Number*)numbers)[i];
+        for (int panel = 0; panel < op.dim; panel += 16, from += 16, to += 256)
+            UNROLL for (int i = 0; i < 16; i++) to[i * pack] = from[i];
     }
     if (FORM == INT8) ((float*)(page + (value ? op.page : op.values)))[place - 16] = scale;
 }
@@ -310,11 +307,13 @@ static void tile(const Task& t, int row, const float* q, int block, const char* 
     for (int m = 0; m < rows; m++) some(m, std::max(all_end, begin(m)), end(m));
 }
 
-// Rows that a tile takes of those that are left: as few sizes as will do, of as many accumulators as there are registers.
+// Rows that a tile takes of those that are left: as few sizes as will do. Against so many panels that the accumulators fill
+// the registers, and are enough that none is waited for.
 INLINE int tile_rows(int left) {
-    if (PARTS > 1) return left > 1 ? 3 : 1;
-    return left > 8 ? 12 : left > 4 ? 8 : left > 2 ? 4 : left;
+    if (PARTS == 1) return left > 8 ? 12 : left > 4 ? 8 : left;
+    return left > 4 ? 6 : left;
 }
+template <int MR> constexpr int AGAINST = PARTS == 1 ? (MR > 4 ? 2 : 4) : MR > 2 ? 1 : MR > 1 ? 2 : 4;
 
 template <int FORM> static void split(Task& t, int index) {
     for (int row = 0; row < t.rows; row++) {
@@ -336,17 +335,15 @@ template <int FORM> static void split(Task& t, int index) {
         const float* q = t.q;
         for (int row = 0, size; row < t.rows; row += size, q += size * t.op.dim) {
             size = tile_rows(t.rows - row);
-            if constexpr (PARTS > 1) {
-                if (size == 3) tile<FORM, 3, 2>(t, row, q, block, pages);
-                else tile<FORM, 1, 4>(t, row, q, block, pages);
-            } else {
-                switch (size) {
-                    case 12: tile<FORM, 12, 2>(t, row, q, block, pages); break;
-                    case 8: tile<FORM, 8, 2>(t, row, q, block, pages); break;
-                    case 4: tile<FORM, 4, 4>(t, row, q, block, pages); break;
-                    case 2: tile<FORM, 2, 4>(t, row, q, block, pages); break;
-                    default: tile<FORM, 1, 4>(t, row, q, block, pages);
-                }
+            switch (size) {
+#define SIZE(MR) case MR: tile<FORM, MR, AGAINST<MR>>(t, row, q, block, pages); break;
+#if defined(__AVX512F__)
+                SIZE(12) SIZE(8) SIZE(3)
+#else
+                SIZE(6) SIZE(3)
+#endif
+                SIZE(4) SIZE(2) SIZE(1)
+#undef SIZE
             }
         }
     }

@@ -185,11 +185,13 @@ INLINE V16 load_bf16(const bf16* p) { V16 r; EACH r.part[i] = p_bf16(p + i * WID
 INLINE void store_bytes(int8_t* p, I16 a) { EACH p_store_bytes(p + i * WIDTH, a.part[i]); }  // values within a byte
 
 INLINE V16 load_some(const float* p, int n, float rest = 0.f) {  // the first n of 16
+    if (n >= 16) return load(p);
     float buffer[16];
     for (int i = 0; i < 16; i++) buffer[i] = i < n ? p[i] : rest;
     return load(buffer);
 }
 INLINE void store_some(float* p, V16 a, int n) {
+    if (n >= 16) return store(p, a);
     float buffer[16];
     store(buffer, a);
     memcpy(p, buffer, n * sizeof(float));
@@ -222,6 +224,16 @@ INLINE bf16 to_bf16(float x) {
     memcpy(&bits, &x, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (bf16)((bits >> 16) | 64);
     return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE void store_bf16(bf16* p, V16 a) {
+    if (at_most(a, a) == 0xffff) {
+        I16 bits = as_int(a), odd = shr<16>(bits) & iset1(1), up = shr<16>(bits + iset1(0x7fff) + odd);
+        EACH p_store_low(p + i * WIDTH, up.part[i]);
+    } else {
+        float each[16];
+        store(each, a);
+        for (int i = 0; i < 16; i++) p[i] = to_bf16(each[i]);
+    }
 }
 INLINE float from_bf16(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
