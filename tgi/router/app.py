@@ -125,8 +125,9 @@ def create(service: Service) -> Starlette:
             service.tracer.close()
 
     rows = (*routes.ROUTES, *routes.named_by_vertex(service.settings), *openapi.OWN_ROUTES)
+    paths = dict.fromkeys(row.path for row in rows)  # in the table's order: the first are looked at first
     app = Starlette(
-        routes=[Route(path, Endpoint(service, [r for r in rows if r.path == path])) for path in {r.path for r in rows}],
+        routes=[Route(path, Endpoint(service, [row for row in rows if row.path == path])) for path in paths],
         middleware=[
             Middleware(
                 CORSMiddleware,
