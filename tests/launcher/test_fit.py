@@ -244,6 +244,17 @@ def test_quantize_needs_the_kernels_that_multiply_it(tmp_path: Path) -> None:
         fit(Options(quantize="int4", dtype="float16"), model(tmp_path), NATIVE)
 
 
+def test_a_cache_in_int8_holds_more_tokens(tmp_path: Path) -> None:
+    options = {"max_concurrent_requests": 1 << 20, "max_batch_size": 8}
+    plain, small = (
+        fit(Options(kv_cache_dtype=kind, **options), model(tmp_path), NATIVE).limits.max_batch_total_tokens
+        for kind in (None, "int8")
+    )
+    assert 1.5 * plain < small
+    with pytest.raises(ArgumentValidation, match="--kv-cache-dtype int8"):
+        fit(Options(kv_cache_dtype="int8"), model(tmp_path), GPU)
+
+
 def test_quantized_weights_are_billed_as_what_they_are(tmp_path: Path) -> None:
     files = model(tmp_path, vocab_size=1)
     plain, eight, four = (

@@ -84,7 +84,7 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "speculate": ("2", 2, "1.5"),
     "dtype": ("float32", "float32", "float64"),
     "device": ("cpu", "cpu", "tpu"),
-    "kv_cache_dtype": ("fp8_e5m2", "fp8_e5m2", "int8"),
+    "kv_cache_dtype": ("fp8_e5m2", "fp8_e5m2", "int7"),
     "max_concurrent_requests": ("7", 7, "0"),
     "max_best_of": ("1", 1, "0"),
     "max_stop_sequences": ("0", 0, "-1"),

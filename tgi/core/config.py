@@ -72,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Of weights that aren't quantized, of the KV cache, and of activations unless native kernels compute these."""
     quantize: str | None = None
     """"int8", "int4": the weights are rounded so at load; "stored": they stay as the checkpoint has them quantized."""
+    kv_cache_dtype: str | None = None
+    """"int8"; None: ``dtype``."""
     packed: str | None = None
     """Folder where packed weights are kept."""
     rope_scaling: str | None = None

@@ -194,7 +194,12 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     budget = _budget(machine, options.cuda_memory_fraction)
     slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
     native = machine.native and dtype != "float16"
-    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype])
+    if options.kv_cache_dtype is not None and not native:
+        name = f"--kv-cache-dtype {options.kv_cache_dtype}"
+        raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")
+    # A cache of int8 has a scale for each token and head.
+    cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
+    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype], cached)
     rows = min(max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
@@ -259,11 +264,13 @@ def _budget(machine: Machine, fraction: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bill:
-    """Bytes that a model of this shape takes, with numbers of ``width`` bytes, and activations of ``compute`` bytes."""
+    """Bytes that a model of this shape takes, with numbers of ``width`` bytes, activations of ``compute`` bytes, keys and
+    values of ``cached`` bytes."""
 
     shape: ModelShape
     width: int
     compute: int
+    cached: float
 
     def weights(self, files: ModelFiles, quantize: str | None, *, copies: bool) -> int:
         """``copies``: a tied head is a packed copy of the embedding."""
@@ -283,7 +290,7 @@ class _Bill:
 
     def gathered(self, tokens: int) -> int:
         """Keys and values of one layer."""
-        return tokens * 2 * self.shape.kv_heads * self.shape.head_dim * self.width
+        return int(tokens * 2 * self.shape.kv_heads * self.shape.head_dim * self.cached)
 
     def context(self, chunk: int) -> int:
         """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once

@@ -165,7 +165,11 @@ class Options:
         "Where the model runs. `auto`: a CUDA GPU if there is one, else the CPU.",
     )
     kv_cache_dtype: str | None = _flag(
-        kinds.one_of("fp8_e4m3fn", "fp8_e5m2"), None, "Number format of the KV cache, if not `--dtype`.", "refused"
+        kinds.one_of("int8", "fp8_e4m3fn", "fp8_e5m2"),
+        None,
+        "Number format of the KV cache, if not `--dtype`: `int8` on CPU.",
+        "refused",
+        neutral=(None, "int8"),
     )
     trust_remote_code: bool = _flag(
         kinds.SWITCH,

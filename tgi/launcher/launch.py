@@ -59,6 +59,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         device=machine.device,
         dtype=plan.dtype,
         quantize=plan.quantize,
+        kv_cache_dtype=options.kv_cache_dtype,
         packed=str(store(options).cache / "packed"),
         rope_scaling=options.rope_scaling,
         rope_factor=options.rope_factor,

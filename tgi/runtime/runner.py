@@ -63,7 +63,8 @@ class Runner:
         )
         limits = settings.limits
         blocks = limits.max_batch_total_tokens // BLOCK_SIZE
-        return cls.of(model, blocks, limits.max_batch_prefill_tokens, dtype, device)
+        stored: torch.dtype = getattr(torch, settings.kv_cache_dtype or settings.dtype)
+        return cls.of(model, blocks, limits.max_batch_prefill_tokens, stored, device)
 
     @classmethod
     def of(cls, model: Model, blocks: int, tokens: int, stored: torch.dtype, device: torch.device) -> "Runner":
