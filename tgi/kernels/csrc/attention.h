@@ -137,6 +137,12 @@ class Memory {
     size_t size_ = 0;
 };
 
+// Positions at … at + BLOCK. The next block's pages are fetched meanwhile.
+struct Block {
+    int at;
+    const char *keys[PAGES], *values[PAGES], *next_keys[PAGES], *next_values[PAGES];
+};
+
 // One item's rows of one kv head, and what a thread computes with.
 //   q       tile by tile [dim][rows of the tile], scaled
 //   state   [rows, stride] of one split: Σ p v [columns]; Σ p, one sum for each lane, [16]; the largest score
@@ -146,7 +152,7 @@ struct Task {
     const Item& item;
     const int head, shared, rows, panels, columns, stride;
     float *q, *state, *total, *scores;
-    int *first, *end;  // [rows]: positions that a row sees
+    int *first, *past;  // [rows]: a row sees the positions from first up to past
 
     Task(const Attend& op, const Item& item, int head, Memory& memory)
         : op(op), item(item), head(head), shared(op.step->heads / op.step->kv_heads), rows(item.tokens * shared),
@@ -157,11 +163,11 @@ struct Task {
         total = state + room * stride;
         scores = total + room * stride;
         first = (int*)(scores + 16 * BLOCK);
-        end = first + room;
+        past = first + room;
         for (int row = 0; row < rows; row++) {
             int position = item.position + row / shared, window = op.step->window;
             first[row] = window && position >= window ? position - window + 1 : 0;
-            end[row] = position + 1;
+            past[row] = position + 1;
         }
     }
 
@@ -171,12 +177,15 @@ struct Task {
     const char* page(int position) const {
         return op.pages + ((int64_t)item.blocks[position / PAGE] * op.step->kv_heads + head) * op.page;
     }
-    bool sees(int row, int split) const { return first[row] < (split + 1) * SPLIT && end[row] > split * SPLIT; }
+    bool sees(int row, int split) const { return first[row] < (split + 1) * SPLIT && past[row] > split * SPLIT; }
+    // What it sees of a block's positions; nothing, if the end isn't behind the beginning.
+    int begin(int row, const Block& block) const { return std::max(first[row] - block.at, 0); }
+    int end(int row, const Block& block) const { return std::min(past[row] - block.at, BLOCK); }
 };
 
 // scores[m][64] of NP pages: each row's q times each token's k.
 template <int FORM, int MR, int NP>
-static void score(const float* q, const char* const* keys, const char* const* next, int dim, float* scores) {
+NOINLINE static void score(const float* q, const char* const* keys, const char* const* next, int dim, float* scores) {
     V16 acc[MR][NP];
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
     for (int k = 0; k < dim; k += PACK<FORM>, q += PACK<FORM> * MR) {
@@ -198,31 +207,31 @@ static void score(const float* q, const char* const* keys, const char* const* ne
     }
 }
 
-// out[m] = out[m] · fade[m] + the block's tokens from `begin` to `end`, each times its p[m][64]; NP panels of all rows.
+// Rows m… of the tile at `row`: their sums in NP panels times fade, plus the values of the block's tokens from `begin` to
+// `end`, each times its p.
 template <int FORM, int MR, int NP>
-static void weigh(const char* const* values, const char* const* next, int panel, int panels, const float* p, int begin, int end, const float* fade,
-                  float* out, int stride) {
+NOINLINE static void weigh(const Task& t, const Block& block, int row, int m, int panel, int begin, int end, const float* fade) {
+    const float* p = t.scores + m * BLOCK;
+    float* out = t.state + (row + m) * t.stride + panel * 16;
     int64_t at[NP];
-    UNROLL for (int n = 0; n < NP; n++) at[n] = (panel + n < panels ? panel + n : panels - 1) * (1024 / PACK<FORM>);
+    UNROLL for (int n = 0; n < NP; n++) at[n] = std::min(panel + n, t.panels - 1) * (1024 / PACK<FORM>);
     V16 acc[MR][NP];
-    UNROLL for (int m = 0; m < MR; m++)
-        UNROLL for (int n = 0; n < NP; n++) acc[m][n] = load(out + m * stride + (panel + n) * 16) * set1(fade[m]);
-    auto add = [&](const I16 (&four)[NP], int j, int token) __attribute__((always_inline)) {
+    UNROLL for (int i = 0; i < MR; i++)
+        UNROLL for (int n = 0; n < NP; n++) acc[i][n] = load(out + i * t.stride + n * 16) * set1(fade[m + i]);
+    auto add = [&](const I16(&four)[NP], int j, int token) __attribute__((always_inline)) {
         V16 b[NP];
         UNROLL for (int n = 0; n < NP; n++) b[n] = unpack<FORM>(four[n], j);
-        UNROLL for (int m = 0; m < MR; m++) {
-            V16 a = set1(p[m * BLOCK + token]);
-            UNROLL for (int n = 0; n < NP; n++) acc[m][n] = fma(b[n], a, acc[m][n]);
+        UNROLL for (int i = 0; i < MR; i++) {
+            V16 a = set1(p[i * BLOCK + token]);
+            UNROLL for (int n = 0; n < NP; n++) acc[i][n] = fma(b[n], a, acc[i][n]);
         }
     };
     for (int token = begin; token < end;) {
-        const char* tokens = values[token / PAGE] + token % PAGE / PACK<FORM> * 64;
+        int64_t offset = token % PAGE / PACK<FORM> * 64;
+        const char *values = block.values[token / PAGE] + offset, *next = block.next_values[token / PAGE] + offset;
         I16 four[NP];
-        UNROLL for (int n = 0; n < NP; n++) four[n] = iload(tokens + at[n]);
-        if (MR <= 8) {
-            const char* later = next[token / PAGE] + token % PAGE / PACK<FORM> * 64;
-            UNROLL for (int n = 0; n < NP; n++) __builtin_prefetch(later + at[n]);
-        }
+        UNROLL for (int n = 0; n < NP; n++) four[n] = iload(values + at[n]);
+        if (MR <= 8) UNROLL for (int n = 0; n < NP; n++) __builtin_prefetch(next + at[n]);
         if (token % PACK<FORM> == 0 && token + PACK<FORM> <= end) {
             UNROLL for (int j = 0; j < PACK<FORM>; j++) add(four, j, token + j);
             token += PACK<FORM>;
@@ -231,8 +240,7 @@ static void weigh(const char* const* values, const char* const* next, int panel,
             token++;
         }
     }
-    UNROLL for (int m = 0; m < MR; m++)
-        UNROLL for (int n = 0; n < NP; n++) store(out + m * stride + (panel + n) * 16, acc[m][n]);
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NP; n++) store(out + i * t.stride + n * 16, acc[i][n]);
 }
 
 // softcap · tanh(x / softcap), as exact as x itself is where it is of softcap's size.
@@ -242,69 +250,69 @@ INLINE V16 cap(V16 x, float softcap) {
     return set1(softcap) * (one - e) / (one + e);
 }
 
-// One block of keys for up to MR rows.
-template <int FORM, int MR, int NP>
-static void tile(const Task& t, int row, const float* q, int block, const char* const (&pages)[4][PAGES]) {
-    const char *const *keys = pages[0], *const *values = pages[1], *const *next_keys = pages[2], *const *next_values = pages[3];
-    const int rows = t.rows - row < MR ? t.rows - row : MR;
-    // Slots of the block that each row sees, that any sees, and that all see: first and end grow from row to row.
-    auto begin = [&](int m) { return t.first[row + m] > block ? t.first[row + m] - block : 0; };
-    auto end = [&](int m) { return t.end[row + m] - block < BLOCK ? t.end[row + m] - block : BLOCK; };
-    const int any_end = end(rows - 1);
-    if (begin(0) >= BLOCK || any_end <= 0) return;
-    int all_begin = begin(rows - 1), all_end = end(0);
-    if (all_begin >= all_end) all_begin = all_end = BLOCK;
-
-    float* scores = t.scores;
-    float* state = t.state + row * t.stride;
-    for (int p = begin(0) / PAGE / NP * NP; p * PAGE < any_end; p += NP)
-        score<FORM, MR, NP>(q, keys + p, next_keys + p, t.op.dim, scores + p * PAGE);
-
-    alignas(64) float fade[16] = {};  // logarithm first
+// The scores of some rows become their p, and what the rows' sums up to now are to be multiplied by comes into fade[16].
+NOINLINE static void soften(const Task& t, int row, int rows, const Block& block, float* fade) {
+    const V16 nothing = set1(-__builtin_inff());
+    float* state = t.state + row * t.stride + t.columns;
+    std::fill(fade, fade + 16, 0.f);
     for (int m = 0; m < rows; m++) {
-        if (begin(m) >= end(m)) continue;
-        uint64_t seen = ~(uint64_t)0 >> (BLOCK - end(m)) & ~(uint64_t)0 << begin(m);
-        V16 most = set1(-__builtin_inff());
-        UNROLL for (int p = 0; p < PAGES; p++) {
-            V16 x = load(scores + m * BLOCK + p * 16);
+        int begin = t.begin(row + m, block), end = t.end(row + m, block);
+        if (begin >= end) continue;
+        uint64_t seen = ~(uint64_t)0 >> (BLOCK - end) & ~(uint64_t)0 << begin;
+        V16 most = nothing;
+        for (int p = 0; p < PAGES; p++) {
+            V16 x = load(t.scores + m * BLOCK + p * PAGE);
             if (t.op.softcap != 0) x = cap(x, t.op.softcap);
-            if (seen != ~(uint64_t)0) x = where((unsigned)(seen >> (16 * p) & 0xffff), x, set1(-__builtin_inff()));
-            store(scores + m * BLOCK + p * 16, x);
+            if (seen != ~(uint64_t)0) x = where((unsigned)(seen >> (PAGE * p) & 0xffff), x, nothing);
+            store(t.scores + m * BLOCK + p * PAGE, x);
             most = vmax(most, x);
         }
-        float* top = state + m * t.stride + t.columns + 16;
-        float now = std::max(largest(most), *top);
-        fade[m] = *top - now;
-        *top = now;
+        float& top = state[m * t.stride + 16];
+        float now = std::max(largest(most), top);
+        fade[m] = top - now;
+        top = now;
     }
     store(fade, vexp(load(fade)));
     for (int m = 0; m < rows; m++) {
-        if (begin(m) >= end(m)) continue;
-        float* sums = state + m * t.stride + t.columns;
-        V16 now = set1(sums[16]), total = load(sums) * set1(fade[m]);
-        UNROLL for (int p = 0; p < PAGES; p++) {
-            V16 e = vexp(load(scores + m * BLOCK + p * 16) - now);
+        if (t.begin(row + m, block) >= t.end(row + m, block)) continue;
+        float* sums = state + m * t.stride;
+        V16 top = set1(sums[16]), total = load(sums) * set1(fade[m]);
+        for (int p = 0; p < PAGES; p++) {
+            V16 e = vexp(load(t.scores + m * BLOCK + p * PAGE) - top);
             total = total + e;
-            if (FORM == INT8) e = e * load((const float*)(values[p] + t.panels * (1024 / PACK<FORM>)));
-            store(scores + m * BLOCK + p * 16, e);
+            if (t.op.form == INT8) e = e * load((const float*)(block.values[p] + t.panels * 256));
+            store(t.scores + m * BLOCK + p * PAGE, e);
         }
         store(sums, total);
     }
+}
 
-    // In order of tokens: what some rows see, what all see, what some see. The first of a row's sums fades what was before.
-    auto some = [&](int m, int from, int to) {
-        if (from >= to) return;
-        for (int panel = 0; panel < t.panels; panel += 4)
-            weigh<FORM, 1, 4>(values, next_values, panel, t.panels, scores + m * BLOCK, from, to, fade + m, state + m * t.stride, t.stride);
+// One block of keys for up to MR rows.
+template <int FORM, int MR, int NP> static void tile(const Task& t, int row, const float* q, const Block& block) {
+    const int rows = std::min(t.rows - row, MR), last = row + rows - 1;
+    // What some row sees, and what all see: what they see begins and ends later from row to row.
+    const int some_begin = t.begin(row, block), some_end = t.end(last, block);
+    int all_begin = t.begin(last, block), all_end = t.end(row, block);
+    if (some_begin >= some_end) return;
+    if (all_begin >= all_end) all_begin = all_end = BLOCK;
+
+    for (int p = some_begin / PAGE / NP * NP; p * PAGE < some_end; p += NP)
+        score<FORM, MR, NP>(q, block.keys + p, block.next_keys + p, t.op.dim, t.scores + p * PAGE);
+    alignas(64) float fade[16];
+    soften(t, row, rows, block, fade);
+
+    // In order of tokens. The first that a row adds fade what it had.
+    auto weigh_one = [&](int m, int begin, int end) {
+        if (begin >= end) return;
+        for (int panel = 0; panel < t.panels; panel += 4) weigh<FORM, 1, 4>(t, block, row, m, panel, begin, end, fade);
         fade[m] = 1;
     };
-    for (int m = 0; m < rows; m++) some(m, begin(m), std::min(all_begin, end(m)));
+    for (int m = 0; m < rows; m++) weigh_one(m, t.begin(row + m, block), std::min(all_begin, t.end(row + m, block)));
     if (all_begin < all_end) {
-        for (int panel = 0; panel < t.panels; panel += NP)
-            weigh<FORM, MR, NP>(values, next_values, panel, t.panels, scores, all_begin, all_end, fade, state, t.stride);
-        std::fill(fade, fade + MR, 1.f);
+        for (int panel = 0; panel < t.panels; panel += NP) weigh<FORM, MR, NP>(t, block, row, 0, panel, all_begin, all_end, fade);
+        std::fill(fade, fade + 16, 1.f);
     }
-    for (int m = 0; m < rows; m++) some(m, std::max(all_end, begin(m)), end(m));
+    for (int m = 0; m < rows; m++) weigh_one(m, std::max(all_end, t.begin(row + m, block)), t.end(row + m, block));
 }
 
 // Rows that a tile takes of those that are left: as few sizes as will do. Against so many panels that the accumulators fill
@@ -321,22 +329,23 @@ template <int FORM> static void split(Task& t, int index) {
         std::fill(state, state + t.columns + 16, 0.f);
         state[t.columns + 16] = -__builtin_inff();
     }
-    const int begin = std::max(index * SPLIT, t.first[0] / BLOCK * BLOCK);
-    const int end = std::min((index + 1) * SPLIT, t.end[t.rows - 1]);
-    for (int block = begin; block < end; block += BLOCK) {
-        // Pages that nobody sees may not be there: their neighbour stands in.
-        const char* pages[4][PAGES];
+    const int past = t.past[t.rows - 1];
+    Block block;
+    for (block.at = std::max(index * SPLIT, t.first[0] / BLOCK * BLOCK); block.at < std::min((index + 1) * SPLIT, past);
+         block.at += BLOCK) {
         for (int p = 0; p < PAGES; p++) {
-            pages[0][p] = t.page(std::min(std::max(block + p * PAGE, t.first[0]), t.end[t.rows - 1] - 1));
-            pages[1][p] = pages[0][p] + t.op.values;
-            pages[2][p] = t.page(std::min(block + BLOCK + p * PAGE, t.end[t.rows - 1] - 1));
-            pages[3][p] = pages[2][p] + t.op.values;
+            // Pages that nobody sees may not be there: their neighbour stands in.
+            int position = block.at + p * PAGE;
+            block.keys[p] = t.page(std::min(std::max(position, t.first[0]), past - 1));
+            block.values[p] = block.keys[p] + t.op.values;
+            block.next_keys[p] = t.page(std::min(position + BLOCK, past - 1));
+            block.next_values[p] = block.next_keys[p] + t.op.values;
         }
         const float* q = t.q;
         for (int row = 0, size; row < t.rows; row += size, q += size * t.op.dim) {
             size = tile_rows(t.rows - row);
             switch (size) {
-#define SIZE(MR) case MR: tile<FORM, MR, AGAINST<MR>>(t, row, q, block, pages); break;
+#define SIZE(MR) case MR: tile<FORM, MR, AGAINST<MR>>(t, row, q, block); break;
 #if defined(__AVX512F__)
                 SIZE(12) SIZE(8) SIZE(3)
 #else

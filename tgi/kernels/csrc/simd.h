@@ -11,6 +11,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 // Copies in registers what is indexed by constants only: loops over parts must vanish before that.
 #define UNROLL _Pragma("GCC unroll 16")
 
