@@ -19,6 +19,7 @@ PAGE = 16
 LARGEST_DIM = 512
 
 _SEGMENT = struct.Struct("@Pii")
+"""csrc/ops.h, as are the bytes of an item."""
 _ITEM_BYTES = 40
 _APART = 4096
 """Most tasks of one split each; beyond, tasks are many enough without."""
@@ -63,6 +64,7 @@ class Step:
 
     def __init__(self, library: Library, layout: Layout, tokens: int) -> None:
         """``tokens``: the most that a step may have."""
+        assert layout.heads % layout.kv_heads == 0 and layout.dim % 4 == 0 and layout.dim <= LARGEST_DIM
         self.library = library
         self.layout = layout
         self.tokens = tokens

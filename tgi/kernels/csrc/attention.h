@@ -19,9 +19,9 @@
 
 namespace TGI_ISA {
 
-constexpr int DIM = 512;              // the largest head
-constexpr int BLOCK = 64;              // positions
-constexpr int PAGES = BLOCK / PAGE;    // of a block
+constexpr int DIM = 512;             // the largest head
+constexpr int BLOCK = 64;            // positions
+constexpr int PAGES = BLOCK / PAGE;  // of a block
 
 // Numbers of one lane that lie side by side, in four bytes.
 template <int FORM> constexpr int PACK = FORM == FP32 ? 1 : FORM == BF16 ? 2 : 4;

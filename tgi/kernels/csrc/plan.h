@@ -8,6 +8,9 @@ constexpr int PAGE = 16;    // tokens
 constexpr int SPLIT = 256;  // keys that are summed up by themselves: those at positions [SPLIT i, SPLIT (i + 1))
 constexpr int ROWS = 96;    // queries that share a task's keys: a row is one head of one token
 
+// Python makes room for them.
+static_assert(sizeof(Segment) == 16 && sizeof(Item) == 40 && sizeof(Step) == 72, "see tgi/kernels/attention.py");
+
 // Cuts segments into items, and finds every token's place in the cache. Which splits run apart moves work between
 // threads, and no result.
 inline void plan(Step& step, int threads) {

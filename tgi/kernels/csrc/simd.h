@@ -232,8 +232,10 @@ INLINE void store_bf16(bf16* p, V16 a) {
         EACH p_store_low(p + i * WIDTH, up.part[i]);
     } else {
         float each[16];
+        bf16 rounded[16];
         store(each, a);
-        for (int i = 0; i < 16; i++) p[i] = to_bf16(each[i]);
+        for (int i = 0; i < 16; i++) rounded[i] = to_bf16(each[i]);
+        memcpy(p, rounded, sizeof rounded);
     }
 }
 INLINE float from_bf16(bf16 x) {
