@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.kernels.conftest import native
+from tgi.attention.base import AttnSpec, Kind, Segment
+from tgi.attention.native import NativeAttention
 from tgi.core.model_config import Rope
 from tgi.kernels.attention import PAGE, Layout, Step, angles, attend, turn
 from tgi.kernels.library import Library
@@ -259,3 +261,37 @@ def test_recorded_steps_equal_those_run_one_by_one(kernels: Library) -> None:
         turn(step, pages, given[:rows], angles=angles(kernels, positions[:rows], frequencies))
         assert torch.equal(attend(step, pages, given[:rows], scale=SCALE), recorded)
         assert torch.equal(pages, written)
+
+
+@pytest.mark.parametrize(
+    "dim, compute, stored, device, reason",
+    [
+        (64, torch.float32, torch.int8, "cpu", None),
+        (64, torch.float32, torch.float16, "cpu", "no cache in torch.float16"),
+        (64, torch.bfloat16, torch.bfloat16, "cpu", "no arithmetic in torch.bfloat16"),
+        (6, torch.float32, torch.float32, "cpu", "no heads of 6 dimensions"),
+        (516, torch.float32, torch.float32, "cpu", "no heads of 516 dimensions"),
+        (64, torch.float32, torch.float32, "cuda", "not made for cuda"),
+    ],
+)
+def test_the_backend_declines_what_the_kernel_cannot_do(
+    dim: int, compute: torch.dtype, stored: torch.dtype, device: str, reason: str | None
+) -> None:
+    assert NativeAttention.declines(AttnSpec(4, 2, dim, 0.1), Kind(compute, stored), torch.device(device)) == reason
+
+
+def test_the_backend_reads_a_layer_as_its_spec_says(kernels: Library) -> None:
+    """Its memory grows with the steps; scale, window, soft-cap, norm and angles reach the kernel."""
+    torch.manual_seed(4)
+    layout = Layout(4, 2, 16, Form.FP32, window=6)
+    norm, request = HeadNorm(torch.rand(6, 16), 1e-5), Request(30, layout)
+    cosines, sines = Rotary(Rope("default", 10000.0), 16, 100, torch.device("cpu")).angles(torch.arange(30))
+    spec = AttnSpec(4, 2, 16, SCALE, window=6, softcap=1.5)
+    backend = NativeAttention(spec, Kind(torch.float32, torch.float32), torch.device("cpu"))
+    pages, outs = backend.allocate(5), []
+    for start, end in [(0, 3), (3, 20), (20, 21), (21, 30)]:
+        rotation = Turn(4, 2, (cosines[start:end], sines[start:end]), norm)
+        prepared = backend.prepare([Segment(start, end - start, [4, 2])])
+        outs.append(prepared.run(pages, request.qkv[start:end].clone(), rotation))
+    request.q, request.k, request.v = Turn(4, 2, (cosines, sines), norm)(request.qkv)
+    torch.testing.assert_close(torch.cat(outs), request.expected(layout, 1.5), atol=2e-5, rtol=1e-4)
