@@ -31,13 +31,12 @@ __attribute__((noinline)) static void finish(const Linear& op, int row, int pane
     }
 }
 
-template <int MR, int NP> INLINE void leave(const Linear& op, int row, int panel, V16 (&acc)[MR][NP]) {
-    V16 sums[MR * NP];  // so that acc itself stays in registers
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) sums[m * NP + p] = acc[m][p];
-    finish(op, row, panel, sums, MR, NP);
+// Out of the registers: accumulator [m][p] goes to sums[m * stride + p].
+template <int MR, int NP> INLINE void leave(V16 (&acc)[MR][NP], V16* sums, int stride) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) sums[m * stride + p] = acc[m][p];
 }
 
-template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel) {
+template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, V16* sums, int stride) {
     const float* x = (const float*)op.x + row * op.x_stride;
     const float* w = (const float*)op.weight + (int64_t)panel * op.in * 16;
     V16 acc[MR][NP];
@@ -53,10 +52,10 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
             UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
         }
     }
-    leave<MR, NP>(op, row, panel, acc);
+    leave(acc, sums, stride);
 }
 
-template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel) {
+template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, V16* sums, int stride) {
     const float* x = (const float*)op.x + row * op.x_stride;
     int64_t pairs = (op.in + 1) / 2;
     const char* w = (const char*)op.weight + panel * pairs * 64;
@@ -83,7 +82,7 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
             UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(b, set1(x[m * op.x_stride + op.in - 1]), acc[m][p]);
         }
     }
-    leave<MR, NP>(op, row, panel, acc);
+    leave(acc, sums, stride);
 }
 
 INLINE V16 load_scale(const void* scales, int64_t at, bool half) {
@@ -96,7 +95,8 @@ INLINE int32_t quad(const int8_t* x) {
 }
 
 // INT8 and INT4: integers within a group of k, then float32.
-template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int row, int panel) {
+template <int MR, int NP, bool FOUR>
+static void tile_int(const Linear& op, int row, int panel, V16* sums, int stride) {
     const int8_t* x = (const int8_t*)op.x + row * op.x_stride;
     const int groups = op.in / op.group, quads = op.group / 4;
     const int64_t bytes = (int64_t)op.in * (FOUR ? 8 : 16);  // of a panel
@@ -157,44 +157,48 @@ template <int MR, int NP, bool FOUR> static void tile_int(const Linear& op, int 
             }
         }
     }
-    leave<MR, NP>(op, row, panel, acc);
+    leave(acc, sums, stride);
 }
 
-// How many rows a tile takes: as many accumulators as there are registers.
+// How many rows a tile takes, and against how many panels: as many accumulators as there are registers, and at least so
+// many that an addition need not wait for the one before it.
 template <int FORM> struct Shape {
-    static constexpr bool ints = FORM == INT8 || FORM == INT4;
-    static constexpr int wide = PARTS == 1 ? (ints ? 6 : 12) : 3;  // rows against 2 panels
-    static constexpr int narrow = PARTS == 1 ? (ints ? 3 : 6) : 1;  // against 4
+    static constexpr bool ints = FORM == INT8 || FORM == INT4;  // which need two kinds of accumulators
+    static constexpr int rows = PARTS == 1 ? (ints ? 6 : 12) : (ints ? 4 : 6);
+    static constexpr int few = PARTS == 1 ? (ints ? 3 : 6) : 1;  // rows that go against four panels
+    static constexpr int panels(int m) { return m <= few ? 4 : PARTS == 1 ? 2 : m <= (ints ? 1 : PARTS == 2 ? 2 : 3) ? 2 : 1; }
 };
 
-template <int FORM, int MR, int NP> INLINE void tile(const Linear& op, int row, int panel) {
-    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel);
-    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel);
-    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel);
-    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel);
+template <int FORM, int MR, int NP> INLINE void tile(const Linear& op, int row, int panel, V16* sums, int stride) {
+    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, sums, stride);
+    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, sums, stride);
+    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, sums, stride);
+    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, sums, stride);
 }
 
-template <int FORM, int MR, int NP> static void tile_of(const Linear& op, int rows, int row, int panel) {
+// MR rows against GROUP panels, 2 or 4, whose results belong together.
+template <int FORM, int MR, int GROUP> static void group_of(const Linear& op, int rows, int row, int panel) {
     if constexpr (MR > 0) {
-        if (rows == MR) tile<FORM, MR, NP>(op, row, panel);
-        else tile_of<FORM, MR - 1, NP>(op, rows, row, panel);
-    }
-}
-
-template <int FORM, int MOST, int NP> static void tiles(const Linear& op, int rows, int panel) {
-    int blocks = (rows + MOST - 1) / MOST;
-    for (int b = 0, row = 0; b < blocks; b++) {
-        int end = (int)((int64_t)rows * (b + 1) / blocks);
-        tile_of<FORM, MOST, NP>(op, end - row, row, panel);
-        row = end;
+        if (rows < MR) return group_of<FORM, MR - 1, GROUP>(op, rows, row, panel);
+        constexpr int fits = Shape<FORM>::panels(MR), NP = fits < GROUP ? fits : GROUP;
+        V16 sums[MR * GROUP];
+        UNROLL for (int p = 0; p < GROUP; p += NP) tile<FORM, MR, NP>(op, row, panel + p, sums + p, GROUP);
+        finish(op, row, panel, sums, MR, GROUP);
     }
 }
 
 template <int FORM> static void panels(const Linear& op, int rows, int panel, int end) {
     using S = Shape<FORM>;
-    if (rows <= S::narrow)
-        for (; panel + 4 <= end; panel += 4) tiles<FORM, S::narrow, 4>(op, rows, panel);
-    for (; panel + 2 <= end; panel += 2) tiles<FORM, S::wide, 2>(op, rows, panel);
+    if (rows <= S::few)
+        for (; panel + 4 <= end; panel += 4) group_of<FORM, S::few, 4>(op, rows, 0, panel);
+    const int blocks = (rows + S::rows - 1) / S::rows;
+    for (; panel < end; panel += 2) {
+        for (int b = 0, row = 0; b < blocks; b++) {
+            int next = (int)((int64_t)rows * (b + 1) / blocks);
+            group_of<FORM, S::rows, 2>(op, next - row, row, panel);
+            row = next;
+        }
+    }
 }
 
 static void linear(const Linear& op, int rows, Worker& worker) {
