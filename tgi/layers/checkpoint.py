@@ -51,7 +51,7 @@ class Checkpoint:
     """Our own kernels, if the model runs on them."""
     quantize: str | None = None
     """"int8", "int4": round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
-    pack: Pack = field(default_factory=lambda: Pack(None))
+    pack: Pack = field(default_factory=Pack)
     """Where packed matrices are kept."""
 
     @property

@@ -8,18 +8,18 @@ when another is written.
 import hashlib
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
+from tgi.core.errors import StartupError
 from tgi.kernels.ops import Form
 from tgi.kernels.panels import Panels
 
@@ -28,118 +28,135 @@ log = logging.getLogger(__name__)
 VERSION = 1
 """Of the panels' layout and of how numbers are rounded: a new one makes all packs anew."""
 
-_ALIGNMENT = 4096
 _UNUSED_DAYS = 30
 _WORTH = 8 << 20
 """Bytes; less is packed anew as fast as it is found."""
 _PARTS = ("weight", "scale", "min")
 
 
-@dataclass(slots=True)
 class Pack:
-    """The panels of one checkpoint: those on disk, or those that will be written by ``save``."""
+    """The panels of one checkpoint: those on disk, or those that are being made and go there one by one.
 
-    folder: Path | None
-    """None: nothing is kept on disk."""
-    _index: dict[str, Any] | None = None
-    _data: Any = None
-    _made: dict[str, Panels] = field(default_factory=dict)
+    What is made is mapped from its file at once, so that no second copy of the weights is ever in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """``folder``: where the pack is or will be; None: nothing is kept on disk."""
+        self._folder = folder
+        self._index: dict[str, Any] = {}
+        self._file: BinaryIO | None = None
+        self.complete = False
+        """Whether the panels are on disk already."""
 
     @classmethod
     def open(cls, cache: Path | None, weights: Sequence[Path], *how: object) -> "Pack":
-        """Of the files ``weights``, packed ``how``. A cache that can't be read is as good as none."""
-        if cache is None:
-            return cls(None)
+        """Of the files ``weights``, packed ``how``. A cache that can't be used is as good as none."""
+        if cache is None or sum(path.stat().st_size for path in weights) < _WORTH:
+            return cls()
         try:
             digest = hashlib.blake2b(repr((VERSION, how)).encode(), digest_size=16)
             for path in weights:
                 digest.update(_content(path, cache))
             pack = cls(cache / digest.hexdigest())
-            if (pack._folder / "index.json").is_file():
-                pack._index = json.loads((pack._folder / "index.json").read_bytes())
-                # Copy on write, since torch has no read-only tensors. A plain array, since slices of a memmap are slow.
-                pack._data = np.asarray(np.memmap(pack._folder / "panels.bin", np.uint8, mode="c"))
-                os.utime(pack._folder)
+            pack._begin(sum(path.stat().st_size for path in weights))
             return pack
         except (OSError, ValueError) as error:
             log.warning("No packed weights are kept: %s", error)
-            return cls(None)
-
-    @property
-    def _folder(self) -> Path:
-        assert self.folder is not None
-        return self.folder
-
-    @property
-    def complete(self) -> bool:
-        """Whether the panels are on disk already."""
-        return self._index is not None
+            return cls()
 
     def panels(self, name: str, make: Callable[[], Panels]) -> Panels:
         """Those of ``name``, from disk or made now."""
-        if self._index is None:
+        if not self.complete:
             made = make()
-            self._made[name] = made
-            return made
+            if self._file is None:
+                return made
+            try:
+                self._index[name] = self._write(made)
+            except OSError as error:
+                self._give_up(error)
+                return made
+        assert self._folder is not None
         row = self._index[name]
-        parts = {part: self._tensor(row[part]) for part in _PARTS if part in row}
+        parts = {part: self._map(row[part]) for part in _PARTS if part in row}
         return Panels(Form(row["form"]), row["outs"], row["inner"], group=row["group"], zero=row["zero"], **parts)
 
     def save(self) -> None:
-        """Write what was made, for the next start. What can't be written is only said."""
-        if self.folder is None or self.complete:
+        """All panels are made: keep them for the next start."""
+        if self._file is None:
             return
-        cache = self.folder.parent
+        assert self._folder is not None
         try:
-            _remove_unused(cache)
-            need = sum(tensor.nbytes for panels in self._made.values() for _, tensor in _tensors(panels))
-            if need < _WORTH:
-                return
-            if shutil.disk_usage(cache).free < 2 * need:
-                log.warning("No packed weights are kept: %s has no room for %d MB", cache, need >> 20)
-                return
-            with tempfile.TemporaryDirectory(dir=cache) as draft:
-                pack = Path(draft, "pack")
-                _write(pack, self._made)
-                if not self.folder.exists():
-                    pack.rename(self.folder)
+            self._file.close()
+            self._file = None
+            (self._draft / "index.json").write_text(json.dumps(self._index))
+            if self._folder.exists():  # somebody else was faster; what is mapped stays
+                shutil.rmtree(self._draft)
+            else:
+                self._draft.rename(self._folder)
         except OSError as error:
-            log.warning("No packed weights are kept: %s", error)
+            self._give_up(error)
 
-    def _tensor(self, place: dict[str, Any]) -> torch.Tensor:
-        at, shape, dtype = place["at"], place["shape"], getattr(torch, place["dtype"])
-        size = int(np.prod(shape)) * dtype.itemsize
-        if at + size > self._data.size:
-            raise OSError(f"{self.folder}/panels.bin is truncated: remove the folder")
-        return torch.from_numpy(self._data[at : at + size]).view(dtype).view(shape)
+    @property
+    def _draft(self) -> Path:
+        assert self._folder is not None
+        return self._folder.with_name(f"{self._folder.name}.{os.getpid()}")
 
+    @property
+    def _data(self) -> Path:
+        assert self._folder is not None
+        return (self._folder if self.complete else self._draft) / "panels.bin"
 
-def _tensors(panels: Panels) -> Iterator[tuple[str, torch.Tensor]]:
-    for part in _PARTS:
-        if (tensor := getattr(panels, part)) is not None:
-            yield part, tensor
+    def _begin(self, size: int) -> None:
+        """Read what there is, or make ready to write about ``size`` bytes."""
+        assert self._folder is not None
+        index = self._folder / "index.json"
+        if index.is_file():
+            self._index = json.loads(index.read_bytes())
+            self.complete = True
+            os.utime(self._folder)
+            return
+        cache = self._folder.parent
+        _remove_unused(cache)
+        if shutil.disk_usage(cache).free < 2 * size:
+            log.warning("No packed weights are kept: %s has no room for %d MB", cache, size >> 20)
+            return
+        self._draft.mkdir()
+        self._file = self._data.open("wb")
 
-
-def _write(folder: Path, made: dict[str, Panels]) -> None:
-    folder.mkdir()
-    index: dict[str, Any] = {}
-    at = 0
-    with (folder / "panels.bin").open("wb") as file:
-        for name, panels in made.items():
-            row: dict[str, Any] = {
-                "form": int(panels.form),
-                "outs": panels.outs,
-                "inner": panels.inner,
-                "group": panels.group,
-                "zero": panels.zero,
-            }
-            for part, tensor in _tensors(panels):
+    def _write(self, panels: Panels) -> dict[str, Any]:
+        assert self._file is not None
+        row: dict[str, Any] = {
+            "form": int(panels.form),
+            "outs": panels.outs,
+            "inner": panels.inner,
+            "group": panels.group,
+            "zero": panels.zero,
+        }
+        for part in _PARTS:
+            tensor: torch.Tensor | None = getattr(panels, part)
+            if tensor is not None:
+                self._file.write(bytes(-self._file.tell() % mmap.ALLOCATIONGRANULARITY))
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                row[part] = {"at": at, "shape": list(tensor.shape), "dtype": dtype}
-                at += file.write(tensor.view(torch.uint8).numpy().tobytes())
-                at += file.write(bytes(-at % _ALIGNMENT))
-            index[name] = row
-    (folder / "index.json").write_text(json.dumps(index))
+                row[part] = {"at": self._file.tell(), "shape": list(tensor.shape), "dtype": dtype}
+                self._file.write(tensor.view(torch.uint8).numpy().data)
+        self._file.flush()
+        return row
+
+    def _map(self, place: dict[str, Any]) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, place["dtype"])
+        size = math.prod(place["shape"]) * dtype.itemsize
+        with self._data.open("rb") as file:
+            if place["at"] + size > os.fstat(file.fileno()).st_size:
+                raise StartupError(f"{self._data} is truncated: remove its folder")
+            # Copy on write, since torch has no read-only tensors.
+            memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=place["at"])
+        return torch.frombuffer(memory, dtype=dtype).view(place["shape"])
+
+    def _give_up(self, error: OSError) -> None:
+        """What was written so far stays mapped; the rest stays in memory."""
+        log.warning("No packed weights are kept: %s", error)
+        self._file = None
+        shutil.rmtree(self._draft, ignore_errors=True)
 
 
 def _content(path: Path, cache: Path) -> bytes:
