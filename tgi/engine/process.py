@@ -1,5 +1,6 @@
 """The engine process: loads, opens the mailbox, says ready, steps for ever. Run by the launcher."""
 
+import ctypes
 import gc
 import logging
 import os
@@ -36,6 +37,8 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
     # What was loaded lives as long as the process: the collector need not look at it in the middle of a step.
     gc.collect()
     gc.freeze()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # glibc keeps what packing the weights has freed
     log.info(
         "Model loaded in %.1f s: %s in %s on %s, %d blocks of %d tokens",
         time.monotonic() - begin,
