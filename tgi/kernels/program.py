@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from tgi.kernels.library import Library
 from tgi.kernels.ops import Op
@@ -43,7 +43,7 @@ class Program:
         assert _recording is None
         _recording = self
         try:
-            with _OnlyKernels():  # type: ignore[no-untyped-call]  # torch gives it no type
+            with _OnlyKernels():
                 result = forward()
         finally:
             _recording = None
@@ -78,14 +78,18 @@ def _lease(size: int) -> Any:
     return Lease
 
 
-class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no type
-    """Lets through what makes and cuts tensors, nothing that computes."""
+class _OnlyKernels(TorchFunctionMode):
+    """Lets through what makes, cuts and describes tensors, nothing that computes. (TorchDispatchMode would take a second
+    to import.)"""
 
-    _ALLOWED = frozenset("empty detach view alias slice narrow select split as_strided expand unsqueeze".split())
+    _ALLOWED = frozenset(
+        "empty frombuffer view view_as __getitem__ narrow select split expand unsqueeze unflatten flatten "
+        "__get__ __len__ size stride dim numel data_ptr is_contiguous is_floating_point".split()
+    )
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.removeprefix("aten::") not in self._ALLOWED:
-            raise NotRecordable(f"{func} is no kernel of ours")
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in self._ALLOWED:
+            raise NotRecordable(f"{func.__name__} is no kernel of ours")
         return func(*args, **(kwargs or {}))
 
 
