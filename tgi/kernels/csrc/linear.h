@@ -8,8 +8,14 @@
 
 namespace TGI_ISA {
 
-// The processor's own prefetching is too late for a tile of few rows. Further rows find the panels in the cache.
-constexpr int AHEAD = 2048;  // bytes
+// Which lines of the panels to ask for while a tile is computed: the processor's own prefetching is too late. Where the
+// rows make several tiles, each of them asks for a part of the next panels.
+struct Ahead {
+    const char* from;  // in the first panel
+    int slow;          // one new line for 2^slow lines computed
+
+    void operator()(int64_t panel, int64_t line) const { __builtin_prefetch(from + panel + (line >> slow) * 64); }
+};
 
 // What follows a product, of `rows` times `panels` (an even number) accumulators: bias, factor, and where it goes.
 __attribute__((noinline)) static void finish(const Linear& op, int row, int panel, V16* acc, int rows, int panels) {
@@ -36,7 +42,7 @@ template <int MR, int NP> INLINE void leave(V16 (&acc)[MR][NP], V16* sums, int s
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) sums[m * stride + p] = acc[m][p];
 }
 
-template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, V16* sums, int stride) {
+template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
     const float* x = (const float*)op.x + row * op.x_stride;
     const float* w = (const float*)op.weight + (int64_t)panel * op.in * 16;
     V16 acc[MR][NP];
@@ -45,7 +51,7 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
         V16 b[NP];
         UNROLL for (int p = 0; p < NP; p++) {
             b[p] = load(w + ((int64_t)p * op.in + k) * 16);
-            if (row == 0) __builtin_prefetch((const char*)(w + ((int64_t)p * op.in + k) * 16) + AHEAD);
+            ahead(p * (int64_t)op.in * 64, k);
         }
         UNROLL for (int m = 0; m < MR; m++) {
             V16 a = set1(x[m * op.x_stride + k]);
@@ -55,7 +61,7 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
     leave(acc, sums, stride);
 }
 
-template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, V16* sums, int stride) {
+template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
     const float* x = (const float*)op.x + row * op.x_stride;
     int64_t pairs = (op.in + 1) / 2;
     const char* w = (const char*)op.weight + panel * pairs * 64;
@@ -65,7 +71,7 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
         I16 b[NP];
         UNROLL for (int p = 0; p < NP; p++) {
             b[p] = iload(w + (p * pairs + k) * 64);
-            if (row == 0) __builtin_prefetch(w + (p * pairs + k) * 64 + AHEAD);
+            ahead(p * pairs * 64, k);
         }
         UNROLL for (int m = 0; m < MR; m++) {
             V16 a = set1(x[m * op.x_stride + 2 * k]);
@@ -96,7 +102,7 @@ INLINE int32_t quad(const int8_t* x) {
 
 // INT8 and INT4: integers within a group of k, then float32.
 template <int MR, int NP, bool FOUR>
-static void tile_int(const Linear& op, int row, int panel, V16* sums, int stride) {
+static void tile_int(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
     const int8_t* x = (const int8_t*)op.x + row * op.x_stride;
     const int groups = op.in / op.group, quads = op.group / 4;
     const int64_t bytes = (int64_t)op.in * (FOUR ? 8 : 16);  // of a panel
@@ -117,7 +123,7 @@ static void tile_int(const Linear& op, int row, int panel, V16* sums, int stride
                 I16 b[NP];
                 UNROLL for (int p = 0; p < NP; p++) {
                     b[p] = iload(wg + p * bytes + q * 32);
-                    if (row == 0) __builtin_prefetch(wg + p * bytes + q * 32 + AHEAD);
+                    ahead(p * bytes, (g * quads + q) / 2);
                 }
                 UNROLL for (int m = 0; m < MR; m++) {
                     I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
@@ -133,7 +139,7 @@ static void tile_int(const Linear& op, int row, int panel, V16* sums, int stride
                 I16 b[NP];
                 UNROLL for (int p = 0; p < NP; p++) {
                     b[p] = iload(wg + p * bytes + q * 64);
-                    if (row == 0) __builtin_prefetch(wg + p * bytes + q * 64 + AHEAD);
+                    ahead(p * bytes, g * quads + q);
                 }
                 UNROLL for (int m = 0; m < MR; m++) {
                     I16 a = iset1(quad(xg + m * op.x_stride + q * 4));
@@ -169,34 +175,53 @@ template <int FORM> struct Shape {
     static constexpr int panels(int m) { return m <= few ? 4 : PARTS == 1 ? 2 : m <= (ints ? 1 : PARTS == 2 ? 2 : 3) ? 2 : 1; }
 };
 
-template <int FORM, int MR, int NP> INLINE void tile(const Linear& op, int row, int panel, V16* sums, int stride) {
-    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, sums, stride);
-    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, sums, stride);
-    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, sums, stride);
-    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, sums, stride);
+template <int FORM, int MR, int NP>
+INLINE void tile(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
+    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, ahead, sums, stride);
+    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, ahead, sums, stride);
+    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, ahead, sums, stride);
+    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, ahead, sums, stride);
+}
+
+static int64_t panel_bytes(const Linear& op) {
+    switch (op.form) {
+        case FP32: return (int64_t)op.in * 64;
+        case BF16: return (int64_t)(op.in + 1) / 2 * 64;
+        default: return (int64_t)op.in * (op.form == INT8 ? 16 : 8);
+    }
 }
 
 // MR rows against GROUP panels, 2 or 4, whose results belong together.
-template <int FORM, int MR, int GROUP> static void group_of(const Linear& op, int rows, int row, int panel) {
+template <int FORM, int MR, int GROUP>
+static void group_of(const Linear& op, int rows, int row, int panel, Ahead ahead) {
     if constexpr (MR > 0) {
-        if (rows < MR) return group_of<FORM, MR - 1, GROUP>(op, rows, row, panel);
+        if (rows < MR) return group_of<FORM, MR - 1, GROUP>(op, rows, row, panel, ahead);
         constexpr int fits = Shape<FORM>::panels(MR), NP = fits < GROUP ? fits : GROUP;
         V16 sums[MR * GROUP];
-        UNROLL for (int p = 0; p < GROUP; p += NP) tile<FORM, MR, NP>(op, row, panel + p, sums + p, GROUP);
+        UNROLL for (int p = 0; p < GROUP; p += NP) {
+            tile<FORM, MR, NP>(op, row, panel + p, ahead, sums + p, GROUP);
+            ahead.from += NP * panel_bytes(op);
+        }
         finish(op, row, panel, sums, MR, GROUP);
     }
 }
 
 template <int FORM> static void panels(const Linear& op, int rows, int panel, int end) {
     using S = Shape<FORM>;
+    const int64_t bytes = panel_bytes(op);
+    const char* w = (const char*)op.weight;
     if (rows <= S::few)
-        for (; panel + 4 <= end; panel += 4) group_of<FORM, S::few, 4>(op, rows, 0, panel);
+        for (; panel + 4 <= end; panel += 4) group_of<FORM, S::few, 4>(op, rows, 0, panel, {w + panel * bytes + 2048, 0});
     const int blocks = (rows + S::rows - 1) / S::rows;
+    int slow = 0;
+    while (1 << slow < blocks) slow++;
     for (; panel < end; panel += 2) {
+        const char* next = blocks == 1 ? w + panel * bytes + 2048 : w + (panel + 2) * bytes;
         for (int b = 0, row = 0; b < blocks; b++) {
-            int next = (int)((int64_t)rows * (b + 1) / blocks);
-            group_of<FORM, S::rows, 2>(op, next - row, row, panel);
-            row = next;
+            int stop = (int)((int64_t)rows * (b + 1) / blocks);
+            group_of<FORM, S::rows, 2>(op, stop - row, row, panel, {next, slow});
+            next += (bytes / 64 >> slow) * 64;
+            row = stop;
         }
     }
 }
