@@ -36,9 +36,20 @@ def scores_of(prompt: Sequence[int]) -> list[float]:
 class Engine:
     """Scheduler and fake runner stepping together; collects what each request got."""
 
-    def __init__(self, blocks: int = 64, step_tokens: int = 64, max_running: int = 16, prefix_caching: bool = True):
+    def __init__(
+        self,
+        blocks: int = 64,
+        step_tokens: int = 64,
+        max_running: int = 16,
+        prefix_caching: bool = True,
+        beside: int | None = None,
+    ):
         self.scheduler = Scheduler(
-            blocks=blocks, step_tokens=step_tokens, max_running=max_running, prefix_caching=prefix_caching
+            blocks=blocks,
+            step_tokens=step_tokens,
+            max_running=max_running,
+            beside=beside,
+            prefix_caching=prefix_caching,
         )
         self.runner = FakeRunner(blocks)
         self.step_tokens = step_tokens
@@ -108,6 +119,19 @@ class Engine:
         """Requests in the order in which they were first run."""
         first = {number: deltas[0].started for number, deltas in self.deltas.items() if deltas}
         return sorted(first, key=first.__getitem__)
+
+
+def test_prompts_get_little_of_a_step_in_which_others_decode():
+    engine = Engine(step_tokens=200, beside=4)
+    engine.add(submit(1, [1] * 100, 40))
+    engine.add(submit(2, [2] * 99, 40))
+    assert engine.step().chunks[1].length == 99, "nobody decodes yet"
+    for number in (3, 4):
+        engine.add(submit(number, [number] * 20, 5))
+    lengths = [[chunk.length for chunk in engine.step().chunks] for _ in range(5)]
+    assert lengths == [[1, 1, 6], [1, 1, 6], [1, 1, 6], [1, 1, 2, 4], [1, 1, 1, 7]]
+    engine.run()
+    assert engine.text(4) == text_of([4] * 20, 5)
 
 
 def test_one_request_runs_to_its_length():
@@ -388,7 +412,8 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     """Random prompts with shared beginnings, arrivals, cancellations and a cache that is too small."""
     chance = random.Random(seed)
     blocks = chance.choice([8, 12, 20, 64])
-    engine = Engine(blocks, chance.choice([5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8)
+    options = chance.choice([5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8
+    engine = Engine(blocks, *options, beside=chance.choice([None, 1, 4]))
     stems = [[chance.randrange(50) for _ in range(chance.randrange(50))] for _ in range(3)]
     wanted: dict[int, list[int]] = {}
     submits: dict[int, Submit] = {}

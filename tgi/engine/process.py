@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tgi.core import child
-from tgi.core.config import BLOCK_SIZE, Settings
+from tgi.core.config import BESIDE_DECODES, BLOCK_SIZE, Settings
 from tgi.core.messages import Loading, Ready
 from tgi.core.vocabulary import Vocabulary
 from tgi.engine.mailbox import Mailbox
@@ -31,6 +31,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
         step_tokens=limits.max_batch_prefill_tokens,
         max_running=limits.max_batch_size,
+        beside=BESIDE_DECODES.get(settings.device),
         prefix_caching=settings.prefix_caching,
     )
     mailbox = Mailbox(settings.socket, epoch=time.time_ns())

@@ -74,16 +74,19 @@ class Scheduler:
         blocks: int,
         step_tokens: int,
         max_running: int,
+        beside: int | None = None,
         prefix_caching: bool = True,
         secret: bytes | None = None,
     ) -> None:
-        """``step_tokens``: tokens that one step may compute, all requests together."""
+        """``step_tokens``: tokens that one step may compute, all requests together. ``beside``: while requests decode,
+        prompts get so many of them, and one more for each that decodes; None: all that is left."""
         assert blocks > 0 and step_tokens > 0 and max_running > 0
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.pool = BlockPool(blocks)
         self._hasher = BlockHasher(secret)
         self._step_tokens = step_tokens
+        self._beside = beside
         self._max_running = max_running
         self._prefix_caching = prefix_caching
         self._arrivals = itertools.count()
@@ -129,18 +132,31 @@ class Scheduler:
         """The next step: every running request goes on as far as the budget reaches, then waiting ones are admitted."""
         plan = Plan()
         budget = self._step_tokens
+        prompts = self._prompt_tokens()
         at = 0
         while at < len(self.running) and budget:
             request = self.running[at]
             length = min(request.goal - request.computed, budget)
+            if _catches_up(request):
+                length = min(length, prompts)
+                if not length:
+                    at += 1
+                    continue
             if not self._reserve(request, request.computed + length):
                 self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
                 continue
+            if _catches_up(request):
+                prompts -= length
             plan.chunks.append(Chunk(request, request.computed, length))
             budget -= length
             at += 1
-        while self.waiting and budget and len(self.running) < self._max_running and not plan.preempted:
+        while (
+            self.waiting
+            and (budget := min(budget, prompts))
+            and len(self.running) < self._max_running
+            and not plan.preempted
+        ):
             if not self._admit(self.waiting[0]):
                 break
             request = self.waiting.pop(0)
@@ -149,6 +165,7 @@ class Scheduler:
             plan.chunks.append(Chunk(request, request.computed, length))
             plan.admitted += 1
             budget -= length
+            prompts -= length
         return plan
 
     def commit(self, plan: Plan, results: Sequence[Sampled]) -> list[tuple[int, Delta | Fault]]:
@@ -237,6 +254,13 @@ class Scheduler:
             request.cached = min(request.computed, request.submit.prompt_length)
         return True
 
+    def _prompt_tokens(self) -> int:
+        """Tokens that prompts may have in the next step, so that those who decode don't wait long for it."""
+        decoding = sum(not _catches_up(request) for request in self.running)
+        if self._beside is None or not decoding:
+            return self._step_tokens
+        return self._beside + decoding
+
     def _reserve(self, request: Request, tokens: int) -> bool:
         """Make the request's blocks cover ``tokens``; False if the pool is short of blocks."""
         need = _blocks_for(tokens) - len(request.blocks)
@@ -269,6 +293,11 @@ class Scheduler:
         self.pool.release(request.blocks)
         request.blocks = array("i")
         request.published = request.computed = 0
+
+
+def _catches_up(request: Request) -> bool:
+    """Whether it has a prompt, or what it lost, to compute before it goes on."""
+    return request.goal - request.computed > BLOCK_SIZE or request.computed < request.submit.prompt_length
 
 
 def _turn(request: Request) -> tuple[int, int]:
