@@ -122,14 +122,14 @@ class Engine:
 
 
 def test_prompts_get_little_of_a_step_in_which_others_decode():
-    engine = Engine(step_tokens=200, beside=4)
+    engine = Engine(step_tokens=200, beside=6)
     engine.add(submit(1, [1] * 100, 40))
     engine.add(submit(2, [2] * 99, 40))
     assert engine.step().chunks[1].length == 99, "nobody decodes yet"
     for number in (3, 4):
         engine.add(submit(number, [number] * 20, 5))
     lengths = [[chunk.length for chunk in engine.step().chunks] for _ in range(5)]
-    assert lengths == [[1, 1, 6], [1, 1, 6], [1, 1, 6], [1, 1, 2, 4], [1, 1, 1, 7]]
+    assert lengths == [[1, 1, 6], [1, 1, 6], [1, 1, 6], [1, 1, 2, 4], [1, 1, 1, 6]]
     engine.run()
     assert engine.text(4) == text_of([4] * 20, 5)
 

@@ -79,7 +79,7 @@ class Scheduler:
         secret: bytes | None = None,
     ) -> None:
         """``step_tokens``: tokens that one step may compute, all requests together. ``beside``: while requests decode,
-        prompts get so many of them, and one more for each that decodes; None: all that is left."""
+        prompts get so many of them, so that those don't wait long; None: all that is left."""
         assert blocks > 0 and step_tokens > 0 and max_running > 0
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -132,7 +132,9 @@ class Scheduler:
         """The next step: every running request goes on as far as the budget reaches, then waiting ones are admitted."""
         plan = Plan()
         budget = self._step_tokens
-        prompts = self._prompt_tokens()
+        prompts = budget
+        if self._beside is not None and not all(map(_catches_up, self.running)):
+            prompts = min(budget, self._beside)
         at = 0
         while at < len(self.running) and budget:
             request = self.running[at]
@@ -165,7 +167,6 @@ class Scheduler:
             plan.chunks.append(Chunk(request, request.computed, length))
             plan.admitted += 1
             budget -= length
-            prompts -= length
         return plan
 
     def commit(self, plan: Plan, results: Sequence[Sampled]) -> list[tuple[int, Delta | Fault]]:
@@ -253,13 +254,6 @@ class Scheduler:
             request.started = time.monotonic()
             request.cached = min(request.computed, request.submit.prompt_length)
         return True
-
-    def _prompt_tokens(self) -> int:
-        """Tokens that prompts may have in the next step, so that those who decode don't wait long for it."""
-        decoding = sum(not _catches_up(request) for request in self.running)
-        if self._beside is None or not decoding:
-            return self._step_tokens
-        return self._beside + decoding
 
     def _reserve(self, request: Request, tokens: int) -> bool:
         """Make the request's blocks cover ``tokens``; False if the pool is short of blocks."""

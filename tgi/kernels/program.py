@@ -71,6 +71,7 @@ class Program:
 @cache
 def _lease(size: int) -> Any:
     """A type of ``size`` bytes, of which one can tell when nobody uses them any more (ctypes' own can't)."""
+
     class Lease(ctypes.Array[ctypes.c_uint8]):
         _type_ = ctypes.c_uint8
         _length_ = size
@@ -79,8 +80,8 @@ def _lease(size: int) -> Any:
 
 
 class _OnlyKernels(TorchFunctionMode):
-    """Lets through what makes, cuts and describes tensors, nothing that computes. (TorchDispatchMode would take a second
-    to import.)"""
+    """Lets through what makes, cuts and describes tensors, nothing that computes. (TorchDispatchMode would take a
+    second to import.)"""
 
     _ALLOWED = frozenset(
         "empty frombuffer view view_as __getitem__ narrow select split expand unsqueeze unflatten flatten "

@@ -264,8 +264,8 @@ def _budget(machine: Machine, fraction: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Bill:
-    """Bytes that a model of this shape takes, with numbers of ``width`` bytes, activations of ``compute`` bytes, keys and
-    values of ``cached`` bytes."""
+    """Bytes that a model of this shape takes, with numbers of ``width`` bytes, activations of ``compute`` bytes, keys
+    and values of ``cached`` bytes."""
 
     shape: ModelShape
     width: int
