@@ -228,9 +228,8 @@ template <int FORM> static void panels(const Linear& op, int rows, int panel, in
 
 static void linear(const Linear& op, int rows, Worker& worker) {
     const int count = (op.outs + 31) / 32 * 2;
-    // Few enough panels in a task that no thread waits long for the last one.
-    int task = count / (worker.count * 8) & ~1;
-    task = task < 2 ? 2 : task > 16 ? 16 : task;
+    // Small tasks: at the end no thread waits long for the others' last one.
+    const int task = 4;
     for (int first; (first = worker.next() * task) < count;) {
         int end = first + task < count ? first + task : count;
         switch (op.form) {
