@@ -28,6 +28,10 @@ _OPTIONS = "-O2 -std=c++17 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -Wal
 _OPTIONS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
+# Where no compiler is installed, there may be no OpenMP runtime but torch's.
+_LINK = ["-shared", "-fopenmp", "-Wl,-z,defs", "-Wl,-rpath,$ORIGIN/../../torch/lib"]
+
+
 def build(target: Path = LIBRARY, *, compiler: str | None = None, machine: str = platform.machine()) -> None:
     """Write the library; OSError or CalledProcessError if that can't be done here."""
     command = shlex.split(compiler or os.environ.get("CXX", "g++"))
@@ -49,7 +53,7 @@ def build(target: Path = LIBRARY, *, compiler: str | None = None, machine: str =
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(compile_one, jobs))
-        subprocess.run([*command, "-shared", "-fopenmp", "-Wl,-z,defs", *made, "-o", f"{objects}.so"], check=True)
+        subprocess.run([*command, *_LINK, *made, "-o", f"{objects}.so"], check=True)
         Path(f"{objects}.so").replace(target)
     finally:
         for leftover in target.parent.glob(f"{objects.name}.*"):
