@@ -1,6 +1,7 @@
 """Built where there is a compiler; without it, or on a processor that lacks what it needs, torch does the work."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from tests.tiny import write_model
 from tgi.kernels import library as module
 from tgi.kernels.build import build
 from tgi.kernels.library import Library
+
+ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
 @pytest.fixture
@@ -70,3 +73,9 @@ def test_the_best_instruction_set_is_chosen() -> None:
     assert LIBRARY.isa == LIBRARY.isas[-1]
     with pytest.raises(ValueError, match="sse2"):
         LIBRARY.choose("sse2")
+
+
+@pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason="no compiler for aarch64")
+def test_it_compiles_for_arm(tmp_path: Path) -> None:
+    build(tmp_path / "library.so", compiler=ARM_COMPILER, machine="aarch64")
+    assert (tmp_path / "library.so").stat().st_size > 100_000
