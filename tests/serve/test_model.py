@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from tests.serve.conftest import Server
+from tgi.kernels.library import library
 
 pytestmark = pytest.mark.real
 
@@ -88,24 +91,55 @@ def mixed_requests(count: int) -> list[dict[str, Any]]:
     return requests
 
 
-def test_64_concurrent_mixed_requests_give_what_each_gives_alone(server: Server):
-    requests = mixed_requests(64)
+async def together(server: Server, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Their answers, all at once."""
+    limits = httpx.Limits(max_connections=len(requests))
+    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+        answers = await asyncio.gather(*[client.post("/generate", json=request) for request in requests])
+        return [answer.raise_for_status().json() for answer in answers]
 
-    async def together() -> list[dict[str, Any]]:
-        limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
-            answers = await asyncio.gather(*[client.post("/generate", json=request) for request in requests])
-            return [answer.raise_for_status().json() for answer in answers]
 
-    crowd = asyncio.run(together())
+def check_alone(server: Server, requests: Sequence[dict[str, Any]], crowd: Sequence[dict[str, Any]]) -> None:
+    """Each gets the same tokens when it comes alone; with native kernels the same log-probabilities, to the bit."""
+    exact = library() is not None and httpx.get(f"{server.url}/info").json()["device"] == "cpu"
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for request, answer in zip(requests, crowd, strict=True):
             alone = client.post("/generate", json=request).raise_for_status().json()
+            if exact:
+                assert alone == answer, request
             assert [t["id"] for t in alone["details"]["tokens"]] == [t["id"] for t in answer["details"]["tokens"]], (
                 request
             )
             assert alone["generated_text"] == answer["generated_text"]
             assert alone["details"]["finish_reason"] == answer["details"]["finish_reason"]
+
+
+def test_64_concurrent_mixed_requests_give_what_each_gives_alone(server: Server):
+    requests = mixed_requests(64)
+    check_alone(server, requests, asyncio.run(together(server, requests)))
+
+
+@pytest.mark.skipif(library() is None, reason="only the native kernels have these")
+@pytest.mark.parametrize(
+    ("options", "sane"),
+    [
+        ([], True),
+        (["--dtype", "bfloat16"], True),
+        (["--quantize", "int8", "--kv-cache-dtype", "int8"], True),
+        (["--quantize", "int4"], False),  # rounds what was 4-bit before once more
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_precision_answers_the_same_to_the_bit(tmp_path: Path, options: list[str], sane: bool):
+    server = Server("--device", "cpu", *options, log=tmp_path / "log").wait_ready(300)
+    try:
+        if sane:
+            answer = chat(server, "What is the opposite of hot?", max_tokens=30)
+            assert "cold" in answer["choices"][0]["message"]["content"].lower()
+        requests = mixed_requests(16)
+        check_alone(server, requests, asyncio.run(together(server, requests)))
+    finally:
+        assert server.stop() == 0, server.output
 
 
 def test_the_stream_says_what_the_answer_says(server: Server):
