@@ -28,6 +28,7 @@ class Journal:
     def write(self, kind: str, **figures: object) -> None:
         record = {"kind": kind, "at": time.strftime("%Y-%m-%d %H:%M:%S"), **figures}
         self._records.append(record)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as out:
             out.write(json.dumps(record) + "\n")
         shown = {key: round(value, 3) if isinstance(value, float) else value for key, value in record.items()}
