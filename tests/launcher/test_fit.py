@@ -72,12 +72,13 @@ def test_open_limits_follow_from_the_model(tmp_path: Path) -> None:
     assert plan.dtype == "float32"
     assert plan.memory == CPU.available
     assert plan.ledger["weights"] == 4 * 205
-    assert plan.ledger["logits of 128 rows"] == 128 * 1000 * 40
+    assert plan.ledger["logits of 64 rows"] == SCORED_ROWS * 1000 * 40
     assert plan.ledger["KV cache of 262144 tokens"] == 262144 * TOKEN
 
 
 def test_few_running_requests_can_still_ask_for_the_logits_of_their_prompts(tmp_path: Path) -> None:
-    ledger = fit(Options(max_batch_size=2), model(tmp_path), CPU).ledger
+    assert "logits of 128 rows" in fit(Options(), model(tmp_path), GPU).ledger
+    ledger = fit(Options(max_batch_size=2), model(tmp_path), GPU).ledger
     assert ledger["logits of 64 rows"] == SCORED_ROWS * 1000 * 40
     short = Options(max_batch_size=2, max_batch_prefill_tokens=20, max_total_tokens=20, max_input_tokens=19)
     assert "logits of 20 rows" in fit(short, model(tmp_path), CPU).ledger

@@ -10,7 +10,8 @@ from tgi.core.config import SCORED_ROWS
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
 from tgi.runtime.batch import Batch
-from tgi.runtime.prompt import pool, score
+from tgi.runtime.prompt import pool, score, told
+from tgi.runtime.runner import Runner
 
 VOCABULARY = 50
 
@@ -22,28 +23,47 @@ def work(known: int, start: int, length: int, told: int, top: int = 2, **fields:
     return Work(submit, ids, start, length, told, start + length == known, array("i"), {})
 
 
-@pytest.mark.parametrize("sampling", [0, 3, SCORED_ROWS - 1, SCORED_ROWS, SCORED_ROWS + 20])
-@pytest.mark.parametrize("scoring", [0, 1, 3 * SCORED_ROWS + 5])
-def test_logits_are_made_for_a_few_rows_at_a_time_and_those_that_sample_come_first(sampling: int, scoring: int):
-    seen: list[int] = []
-    weight = torch.randn(8, VOCABULARY)
+class Tiny:
+    """A model whose hidden states are rows of a table, and whose head counts the rows that it is asked for at once."""
 
-    def head(rows: torch.Tensor) -> torch.Tensor:
-        seen.append(len(rows))
-        return rows @ weight
+    vocab_size = VOCABULARY
 
-    hidden = torch.randn(sampling + scoring, 8)
-    targets = torch.randint(VOCABULARY, (scoring,))
-    logits, scores = score(hidden, targets, 2, head)
-    assert max(seen) <= max(sampling, SCORED_ROWS)
-    torch.testing.assert_close(logits, hidden[:sampling] @ weight)
-    assert (scores is None) == (scoring == 0)
-    if scores is None:
-        return
-    expected = (hidden[sampling:] @ weight).log_softmax(-1)
-    torch.testing.assert_close(scores.logprobs, expected.gather(1, targets[:, None]).squeeze(1))
-    torch.testing.assert_close(scores.top_logprobs, expected.topk(2).values)
-    assert torch.equal(scores.top_ids, expected.topk(2).indices)
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.table, self.weight = torch.randn(1000, 8), torch.randn(8, VOCABULARY)
+        self.seen: list[int] = []
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, segments: object) -> torch.Tensor:
+        return self.table[: len(ids)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(hidden))
+        return hidden @ self.weight
+
+
+@pytest.mark.parametrize("sampling", [0, 3, SCORED_ROWS - 1, SCORED_ROWS, 2 * SCORED_ROWS + 20])
+@pytest.mark.parametrize("scoring", [1, 0, 3 * SCORED_ROWS + 5])
+def test_logits_are_made_for_a_few_rows_at_a_time(sampling: int, scoring: int):
+    if not sampling + scoring:
+        pytest.skip("no step is empty")
+    model = Tiny()
+    runner = Runner(model, model.forward, torch.device("cpu"))
+    works = [work(10, 9, 1, 10, top=0) for _ in range(sampling)]
+    if scoring:
+        works.append(work(scoring + 2, 0, scoring, 1))
+    results = runner.sample(runner.launch(works))
+    assert max(model.seen) <= SCORED_ROWS
+    expected = (model.table @ model.weight).log_softmax(-1)
+    for row, result in enumerate(results[:sampling]):
+        (token,) = result.tokens
+        assert token.id == int(expected[row].argmax())
+        assert token.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
+    if scoring:
+        known = results[-1].tokens
+        assert [token.id for token in known] == [n % VOCABULARY for n in range(1, scoring + 1)]
+        for row, token in enumerate(known, sampling):
+            assert token.logprob == pytest.approx(float(expected[row, token.id]), abs=1e-5)
+            assert [id for id, _ in token.top] == expected[row].topk(2).indices.tolist()
 
 
 def test_each_work_gets_its_own_scores_with_as_many_alternatives_as_it_asks_for():
@@ -52,20 +72,19 @@ def test_each_work_gets_its_own_scores_with_as_many_alternatives_as_it_asks_for(
     assert batch.logit_rows.tolist() == [10, 13, 0, 1, 2, 3, 6, 7, 8, 9, 15, 16]
     assert batch.scored_ids.tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 6, 7]
     weight = torch.randn(8, VOCABULARY)
-    rows = torch.randn(len(batch.token_ids), 8)[batch.logit_rows]
-    _, scores = score(rows, batch.scored_ids, 2, lambda hidden: hidden @ weight)
-    assert scores is not None
-    tokens = scores.tokens(works)
+    rows = torch.randn(len(batch.token_ids), 8)[batch.logit_rows][2:]
+    parts = [score(rows[run] @ weight, batch.scored_ids[run], 2) for run in (slice(0, 3), slice(3, 10))]
+    tokens = told(parts, works)
     assert [[token.id for token in own] for own in tokens] == [[1, 2, 3, 4], [6, 7, 8, 9], [], [6, 7]]
     assert [{len(token.top) for token in own} for own in tokens] == [{1}, {2}, set(), {0}]
-    expected = (rows[2:] @ weight).log_softmax(-1)
+    expected = (rows @ weight).log_softmax(-1)
     for token, row in zip((token for own in tokens for token in own), expected, strict=True):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-5)
 
 
-@pytest.mark.parametrize(("start", "length", "told"), [(9, 1, 10), (5, 1, 10), (0, 10, 10), (3, 4, 8)])
-def test_what_was_told_or_is_not_reached_scores_nothing(start: int, length: int, told: int):
-    assert not work(10, start, length, told).scored
+@pytest.mark.parametrize(("start", "length", "since"), [(9, 1, 10), (5, 1, 10), (0, 10, 10), (3, 4, 8)])
+def test_what_was_told_or_is_not_reached_scores_nothing(start: int, length: int, since: int):
+    assert not work(10, start, length, since).scored
 
 
 def test_who_asks_for_nothing_pays_nothing():

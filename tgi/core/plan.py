@@ -43,6 +43,11 @@ class Masks(msgspec.Struct, frozen=True):
     bits: Any
     """numpy uint8 [rows, at least an eighth of the vocabulary]: bit t % 8 of byte t // 8 says that token t may come."""
 
+    def part(self, start: int, stop: int) -> "Masks | None":
+        """Those of a run of places, counted from its beginning."""
+        own = [at for at, row in enumerate(self.rows) if start <= row < stop]
+        return Masks([self.rows[at] - start for at in own], self.bits[own]) if own else None
+
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
     """What the device made of one chunk."""

@@ -200,7 +200,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     # A cache of int8 has a scale for each token and head.
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
     bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype], cached)
-    rows = min(max(batch_size, SCORED_ROWS), prefill)
+    rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
         f"activations of {prefill} tokens": bill.activations(prefill),

@@ -39,9 +39,10 @@ class Batch:
             segments.append(Segment(work.start, work.length, work.blocks))
             if work.samples:
                 rows.append(len(ids) - 1)
-            first = len(ids) - end
-            scoring += (first + position - 1 for position in work.scored)
-            scored += (work.tokens[position] for position in work.scored)
+            if known := work.scored:
+                first = len(ids) - end
+                scoring += (first + position - 1 for position in known)
+                scored += (work.tokens[position] for position in known)
         # One transfer for all.
         packed = torch.tensor(ids + positions + rows + scoring + scored).to(device, non_blocking=True)
         tokens, behind = len(ids), len(packed) - len(scored)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tgi.attention.base import Kind
-from tgi.core.config import BLOCK_SIZE, Settings
+from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, Settings
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
@@ -17,7 +17,7 @@ from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
 from tgi.runtime.forward import Forward, choose
 from tgi.runtime.kvcache import KVCache
-from tgi.runtime.prompt import Scores, pool, score
+from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
 
 
@@ -28,10 +28,12 @@ class Launched:
     works: Sequence[Work]
     order: Sequence[int]
     """Place on the token axis → index of the work."""
+    hidden: torch.Tensor
+    """[rows, hidden size]: one row for each work that samples, in ``order``, then one for each known token to score."""
+    targets: torch.Tensor
+    """The known tokens that the latter score."""
     logits: torch.Tensor
-    """[rows, vocabulary] float32, one row for each work that samples, in ``order``."""
-    scores: Scores | None
-    """Of the known tokens that the works score, in ``order``, if there are any."""
+    """float32 [first rows, vocabulary]."""
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
 
@@ -87,31 +89,53 @@ class Runner:
         embeddings = {}
         at = 0
         for index, work in zip(order, ordered, strict=True):
-            rows, at = hidden[at : at + work.length], at + work.length
-            if (pooled := pool(work, rows)) is not None:
+            if work.submit.pooling is not None and (pooled := pool(work, hidden[at : at + work.length])) is not None:
                 embeddings[index] = pooled
-        top = max((work.submit.sampling.top_n_tokens for work in works if work.scored), default=0)
-        logits, scores = score(hidden[batch.logit_rows], batch.scored_ids, top, self._model.logits)
-        return Launched(works, order, logits, scores, embeddings)
+            at += work.length
+        rows = hidden[batch.logit_rows]
+        # Of a GPU's step all logits are made at once; those of a CPU's should still be in its cache when they are read.
+        drawn = len(rows) - len(batch.scored_ids)
+        first = SCORED_ROWS if self._device.type == "cpu" else max(drawn, SCORED_ROWS)
+        return Launched(works, order, rows, batch.scored_ids, self._model.logits(rows[:first]), embeddings)
 
     @torch.inference_mode()
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works."""
-        works, scores = launched.works, launched.scores
-        rows = {index: row for row, index in enumerate(at for at in launched.order if works[at].samples)}
+        works, order = launched.works, launched.order
+        rows = {index: row for row, index in enumerate(at for at in order if works[at].samples)}
         if masks is not None:
             masks = Masks([rows[index] for index in masks.rows], masks.bits)
-        tokens = self._sampler.sample(launched.logits, [works[index] for index in rows], masks)
+        top = 0
+        if len(launched.targets):
+            top = max(work.submit.sampling.top_n_tokens for work in works if work.scored)
+        drawing = [works[index] for index in rows]
+        tokens: list[Token | str] = []
+        scores: list[Scores] = []
+        at, logits = 0, launched.logits
+        while True:
+            count = min(max(len(drawing) - at, 0), len(logits))
+            part = masks.part(at, at + count) if masks is not None else None
+            tokens += self._sampler.sample(logits[:count], drawing[at : at + count], part)
+            if count < len(logits):
+                first = at + count - len(drawing)
+                scores.append(score(logits[count:], launched.targets[first : first + len(logits) - count], top))
+            at += len(logits)
+            if at >= len(launched.hidden):
+                break
+            # Each part's logits, the widest tensor there is, are gone when the next part's are made.
+            logits = self._model.logits(launched.hidden[at : at + SCORED_ROWS])
         drawn = dict(zip(rows, tokens, strict=True))
         known: dict[int, list[Token]] = {}
-        if scores is not None:
-            known = dict(zip(launched.order, scores.tokens([works[at] for at in launched.order]), strict=True))
+        if scores:
+            known = dict(zip(order, told(scores, [works[at] for at in order]), strict=True))
         return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
 
     def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
         """All that one work yields."""
         if isinstance(drawn, str):
             return Sampled(error=drawn)
+        if not known and not launched.embeddings:
+            return Sampled([drawn] if drawn is not None else [])
         embedding: list[float] = launched.embeddings[index].tolist() if index in launched.embeddings else []
         if not all(map(math.isfinite, itertools.chain((token.logprob for token in known), embedding))):
             return Sampled(error=NOT_A_NUMBER)
