@@ -37,12 +37,16 @@ __attribute__((noinline)) static void finish(const Linear& op, int row, int pane
     }
 }
 
-// Out of the registers: accumulator [m][p] goes to sums[m * stride + p].
-template <int MR, int NP> INLINE void leave(V16 (&acc)[MR][NP], V16* sums, int stride) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) sums[m * stride + p] = acc[m][p];
+// Where a tile's sums go: accumulator [m][p] to m rows and 16 p numbers behind `to`.
+struct Sums {
+    float* to;
+    int64_t stride;
+};
+template <int MR, int NP> INLINE void leave(V16 (&acc)[MR][NP], Sums sums) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) store(sums.to + m * sums.stride + p * 16, acc[m][p]);
 }
 
-template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
+template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
     const float* x = (const float*)op.x + row * op.x_stride;
     const float* w = (const float*)op.weight + (int64_t)panel * op.in * 16;
     V16 acc[MR][NP];
@@ -58,10 +62,10 @@ template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int p
             UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
         }
     }
-    leave(acc, sums, stride);
+    leave(acc, sums);
 }
 
-template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
+template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
     const float* x = (const float*)op.x + row * op.x_stride;
     int64_t pairs = (op.in + 1) / 2;
     const char* w = (const char*)op.weight + panel * pairs * 64;
@@ -88,7 +92,7 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
             UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(b, set1(x[m * op.x_stride + op.in - 1]), acc[m][p]);
         }
     }
-    leave(acc, sums, stride);
+    leave(acc, sums);
 }
 
 INLINE V16 load_scale(const void* scales, int64_t at, bool half) {
@@ -102,7 +106,7 @@ INLINE int32_t quad(const int8_t* x) {
 
 // INT8 and INT4: integers within a group of k, then float32.
 template <int MR, int NP, bool FOUR>
-static void tile_int(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
+static void tile_int(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
     const int8_t* x = (const int8_t*)op.x + row * op.x_stride;
     const int groups = op.in / op.group, quads = op.group / 4;
     const int64_t bytes = (int64_t)op.in * (FOUR ? 8 : 16);  // of a panel
@@ -163,7 +167,7 @@ static void tile_int(const Linear& op, int row, int panel, Ahead ahead, V16* sum
             }
         }
     }
-    leave(acc, sums, stride);
+    leave(acc, sums);
 }
 
 // How many rows a tile takes, and against how many panels: as many accumulators as there are registers, and at least so
@@ -176,11 +180,11 @@ template <int FORM> struct Shape {
 };
 
 template <int FORM, int MR, int NP>
-INLINE void tile(const Linear& op, int row, int panel, Ahead ahead, V16* sums, int stride) {
-    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, ahead, sums, stride);
-    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, ahead, sums, stride);
-    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, ahead, sums, stride);
-    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, ahead, sums, stride);
+INLINE void tile(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
+    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, ahead, sums);
+    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, ahead, sums);
+    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, ahead, sums);
+    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, ahead, sums);
 }
 
 static int64_t panel_bytes(const Linear& op) {
@@ -197,12 +201,15 @@ static void group_of(const Linear& op, int rows, int row, int panel, Ahead ahead
     if constexpr (MR > 0) {
         if (rows < MR) return group_of<FORM, MR - 1, GROUP>(op, rows, row, panel, ahead);
         constexpr int fits = Shape<FORM>::panels(MR), NP = fits < GROUP ? fits : GROUP;
-        V16 sums[MR * GROUP];
+        bool plain = op.finish == STORE && !op.bias && op.alpha == 1.f && (panel + GROUP) * 16 <= op.outs;
+        V16 kept[MR * GROUP];
+        Sums sums = {plain ? op.out + row * op.out_stride + panel * 16 : (float*)kept, plain ? op.out_stride : GROUP * 16};
         UNROLL for (int p = 0; p < GROUP; p += NP) {
-            tile<FORM, MR, NP>(op, row, panel + p, ahead, sums + p, GROUP);
+            tile<FORM, MR, NP>(op, row, panel + p, ahead, sums);
             ahead.from += NP * panel_bytes(op);
+            sums.to += NP * 16;
         }
-        finish(op, row, panel, sums, MR, GROUP);
+        if (!plain) finish(op, row, panel, kept, MR, GROUP);
     }
 }
 
