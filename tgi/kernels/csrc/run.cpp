@@ -3,9 +3,15 @@
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 #include <cstring>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "plan.h"
 #include "table.h"
@@ -53,24 +59,37 @@ inline void relax() {
 #endif
 }
 
-// Where threads meet between operations. They wait actively, for microseconds; when a thread has lost its core to
-// somebody else, the others give theirs up.
+// Where threads meet between operations. They wait actively for some microseconds, then asleep: so a thread whose core
+// somebody else has taken finds another one free.
 struct alignas(64) Meeting {
     std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> round{0};
+    std::atomic<int> asleep{0};
 
     void meet(int count) {
         int now = round.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
             arrived.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
+            round.store(now + 1);
+            if (asleep.load()) wake();
             return;
         }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-            if (spins < 2000) relax();
-            else std::this_thread::yield();
+        for (int spins = 0; spins < 1000; spins++) {
+            if (round.load(std::memory_order_acquire) != now) return;
+            relax();
         }
+        asleep.fetch_add(1);
+        while (round.load() == now) sleep(now);
+        asleep.fetch_sub(1);
     }
+
+#if defined(__linux__)
+    void sleep(int now) { syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0); }
+    void wake() { syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+    void sleep(int) { std::this_thread::yield(); }
+    void wake() {}
+#endif
 };
 
 struct alignas(64) Counter {
