@@ -22,9 +22,9 @@ ARM_COMPILER = "aarch64-linux-gnu-g++"
 def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """As after an installation without a compiler."""
     monkeypatch.setattr(module, "LIBRARY", tmp_path / "libtgi_kernels.so")
-    module.library.cache_clear()
+    module._load.cache_clear()
     yield
-    module.library.cache_clear()
+    module._load.cache_clear()
 
 
 def test_without_it_torch_does_the_work_and_one_line_says_so(

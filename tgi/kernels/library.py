@@ -4,14 +4,10 @@ Whoever computes has imported torch before, so that torch's OpenMP runtime serve
 """
 
 import ctypes
-import logging
 from functools import cache
 
 from tgi.kernels import ops
 from tgi.kernels.build import LIBRARY
-
-log = logging.getLogger(__name__)
-
 
 class Library:
     """The C functions."""
@@ -44,11 +40,21 @@ class Library:
         self._c.tgi_profile(seconds)
 
 
-@cache
 def library() -> Library | None:
-    """The library, or None if there is none that runs here; says so once."""
+    """The library, or None if there is none that runs here."""
+    found = _load()
+    return found if isinstance(found, Library) else None
+
+
+def why_not() -> str | None:
+    """Why there is none."""
+    found = _load()
+    return None if isinstance(found, Library) else found
+
+
+@cache
+def _load() -> Library | str:
     try:
         return Library(str(LIBRARY))
     except OSError as error:
-        log.warning("No native kernels, plain torch instead: %s", error)
-        return None
+        return str(error)

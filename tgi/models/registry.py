@@ -1,6 +1,7 @@
 """Which architectures are implemented and where: one table. Importing it imports no torch."""
 
 import importlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
     from tgi.attention.base import Attend, AttnSpec
     from tgi.kernels.library import Library
+
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -96,7 +100,7 @@ def load_model(
 
     import torch
 
-    from tgi.kernels.library import library
+    from tgi.kernels.library import library, why_not
     from tgi.layers.checkpoint import Checkpoint
     from tgi.models.weights import open_weights
     from tgi.parallel import Group
@@ -106,6 +110,8 @@ def load_model(
     model_class = getattr(importlib.import_module(row.module), row.name)
     reach = max_total_tokens or parsed.shape.max_position_embeddings
     native = library() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+    if device.type == "cpu" and (reason := why_not()) is not None:
+        log.warning("No native kernels, plain torch instead: %s", reason)
     if quantize is not None and native is None:
         raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
     with torch.inference_mode(), open_weights(files, tied=parsed.shape.tied, progress=progress) as tensors:
