@@ -9,6 +9,7 @@ from functools import cache
 from tgi.kernels import ops
 from tgi.kernels.build import LIBRARY
 
+
 class Library:
     """The C functions."""
 
