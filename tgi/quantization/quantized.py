@@ -90,8 +90,7 @@ def quantize(weight: torch.Tensor, bits: int) -> Quantized | None:
     least squared error.
     """
     outs, inner = weight.shape
-    sizes = (64, 32, 16) if bits == 8 else (32, 16)
-    group = next((size for size in sizes if inner % size == 0), None)
+    group = next((size for size in (32, 16) if inner % size == 0), None)
     if group is None:
         return None
     blocks = weight.float().view(outs, -1, group)
