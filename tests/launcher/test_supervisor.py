@@ -149,7 +149,7 @@ def test_waiting_threads_leave_the_processors_soon_unless_the_operator_says(
         monkeypatch.setenv("GOMP_SPINCOUNT", own)
     started = launch(engine='tell("SPINS " + os.environ["GOMP_SPINCOUNT"])\n' + ENGINE)
     started.until("Connected: ready")
-    assert started.value("SPINS") == (own or "10000")
+    assert started.value("SPINS") == (own or "2000")
     started.end(signal.SIGTERM)
 
 

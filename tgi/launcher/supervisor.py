@@ -34,9 +34,9 @@ ROUTER = (sys.executable, "-m", "tgi.router.app")
 FAREWELL = 5.0
 """Seconds that one process has to end cleanly after the other failed: the router's open requests get their errors."""
 
-_SPINS = {"GOMP_SPINCOUNT": "10000"}
-"""How long OpenMP's threads keep a processor while they wait, if the operator doesn't say: some 0.1 ms. That is between
-two kernels; between two steps (by itself OpenMP would wait through them) router and clients need the processor."""
+_SPINS = {"GOMP_SPINCOUNT": "2000"}
+"""How long OpenMP's threads keep a processor while they wait for a step, if the operator doesn't say: some 20 µs. By
+itself OpenMP would keep it from step to step, though router and clients need it."""
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
