@@ -59,8 +59,12 @@ def test_memory_is_lent_again(kernels: Library) -> None:
 
 
 def test_other_work_can_not_be_recorded(kernels: Library) -> None:
-    ones = torch.ones(4, 4)
+    ones, rows = torch.ones(4, 4), torch.tensor([0, 2])
     with pytest.raises(NotRecordable, match="add"):
         Program(kernels, 4).record(lambda: ones + 1)
+    for copies in (lambda: ones[rows], lambda: ones[:, [1, 2]], lambda: ones.flatten()):
+        with pytest.raises(NotRecordable):
+            Program(kernels, 4).record(copies)
+    assert Program(kernels, 4).record(lambda: ones[1:, None]).shape == (3, 1, 4)
     assert (torch.ones(2) + 1).sum() == 4, "recording has ended"
     assert torch.equal(rms_norm(kernels, torch.ones(2, 4), torch.ones(4), 0.0), torch.ones(2, 4))

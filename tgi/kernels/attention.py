@@ -152,12 +152,7 @@ def turn(
     op = Turn(
         Kind.TURN,
         qkv.shape[0],
-        step=step.address,
-        pages=pages.data_ptr(),
-        page=layout.page,
-        values=layout.values,
-        form=layout.form,
-        dim=layout.dim,
+        **_paged(step, pages),
         qkv=qkv.data_ptr(),
         qkv_stride=qkv.stride(0),
         cos=address(cos),
@@ -186,12 +181,7 @@ def attend(
     op = Attend(
         Kind.ATTEND,
         q.shape[0],
-        step=step.address,
-        pages=pages.data_ptr(),
-        page=layout.page,
-        values=layout.values,
-        form=layout.form,
-        dim=layout.dim,
+        **_paged(step, pages),
         q=q.data_ptr(),
         q_stride=q.stride(0),
         out=out.data_ptr(),
@@ -201,3 +191,16 @@ def attend(
     )
     run(step.library, op, step, pages)
     return out
+
+
+def _paged(step: Step, pages: torch.Tensor) -> dict[str, int]:
+    """The fields that all operations on pages have."""
+    layout = step.layout
+    return {
+        "step": step.address,
+        "pages": pages.data_ptr(),
+        "page": layout.page,
+        "values": layout.values,
+        "form": layout.form,
+        "dim": layout.dim,
+    }

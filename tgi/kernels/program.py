@@ -61,8 +61,11 @@ class Program:
 
     def lend(self, size: int) -> torch.Tensor:
         """``size`` bytes, which go to the next who asks once nobody holds a tensor of them any more."""
-        memory = self._free[size].pop() if self._free[size] else torch.empty(size, dtype=torch.uint8)
-        self._lasting.append(memory)
+        if self._free[size]:
+            memory = self._free[size].pop()
+        else:
+            memory = torch.empty(size, dtype=torch.uint8)
+            self._lasting.append(memory)
         lease = _lease(size).from_address(memory.data_ptr())
         weakref.finalize(lease, self._free[size].append, memory)
         return torch.frombuffer(lease, dtype=torch.uint8)
@@ -84,12 +87,17 @@ class _OnlyKernels(TorchFunctionMode):
     second to import.)"""
 
     _ALLOWED = frozenset(
-        "empty frombuffer view view_as __getitem__ narrow select split expand unsqueeze unflatten flatten "
+        "empty frombuffer view view_as __getitem__ narrow select split expand unsqueeze unflatten "
         "__get__ __len__ size stride dim numel data_ptr is_contiguous is_floating_point".split()
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ not in self._ALLOWED:
+        # Indexing by a tensor or a list copies.
+        gathers = func.__name__ == "__getitem__" and not all(
+            index is None or index is ... or isinstance(index, int | slice)
+            for index in (args[1] if isinstance(args[1], tuple) else args[1:])
+        )
+        if gathers or func.__name__ not in self._ALLOWED:
             raise NotRecordable(f"{func.__name__} is no kernel of ours")
         return func(*args, **(kwargs or {}))
 

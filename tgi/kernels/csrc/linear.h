@@ -1,5 +1,5 @@
-// y = W x for up to some thousand rows of x. Panels, always an even number of them, of 16 outputs lie so that a register holds 16 outputs at one place
-// along k (or at 2, 4 or 8 neighbouring places, if the numbers are narrower):
+// y = W x for up to some thousand rows of x. W lies in panels of 16 outputs, an even number of them, so that a register
+// holds 16 outputs at one place along k (or at 2, 4 or 8 neighbouring places, if the numbers are narrower):
 //   FP32 [k][16]    BF16 [k/2][16][2]    INT8 [k/4][16][4], + 128    INT4 [k/8][16][4]: low half k…k+3, high half k+4…k+7
 // Each result is one sum along k in one accumulator (per group, if quantized), so it depends on its row and its panel only.
 #pragma once
@@ -7,6 +7,8 @@
 #include "simd.h"
 
 namespace TGI_ISA {
+
+constexpr int FETCH = 2048;  // bytes ahead in a panel that only one tile reads
 
 // Which lines of the panels to ask for while a tile is computed: the processor's own prefetching is too late. Where the
 // rows make several tiles, each of them asks for a part of the next panels.
@@ -218,12 +220,12 @@ template <int FORM> static void panels(const Linear& op, int rows, int panel, in
     const int64_t bytes = panel_bytes(op);
     const char* w = (const char*)op.weight;
     if (rows <= S::few)
-        for (; panel + 4 <= end; panel += 4) group_of<FORM, S::few, 4>(op, rows, 0, panel, {w + panel * bytes + 2048, 0});
+        for (; panel + 4 <= end; panel += 4) group_of<FORM, S::few, 4>(op, rows, 0, panel, {w + panel * bytes + FETCH, 0});
     const int blocks = (rows + S::rows - 1) / S::rows;
     int slow = 0;
     while (1 << slow < blocks) slow++;
     for (; panel < end; panel += 2) {
-        const char* next = blocks == 1 ? w + panel * bytes + 2048 : w + (panel + 2) * bytes;
+        const char* next = blocks == 1 ? w + panel * bytes + FETCH : w + (panel + 2) * bytes;
         for (int b = 0, row = 0; b < blocks; b++) {
             int stop = (int)((int64_t)rows * (b + 1) / blocks);
             group_of<FORM, S::rows, 2>(op, stop - row, row, panel, {next, slow});

@@ -1,5 +1,5 @@
-// What Python hands over: one struct per operation, by address. tgi/kernels/ops.py declares the same structs; `check_layout`
-// compares their sizes when the library is loaded.
+// What Python hands over: one struct per operation, by address. tgi/kernels/ops.py declares the same structs; their sizes are
+// compared when the library is loaded.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Op {
 enum Form : int32_t { FP32, BF16, INT8, INT4 };
 // What happens to a product.
 enum Finish : int32_t {
-    STORE,  // out = alpha y + bias
+    STORE,  // out = alpha (y + bias)
     ADD,    // out += alpha (y + bias)
     GATE,   // panels alternate between gate and up: out = silu(gate) up, half as wide
 };

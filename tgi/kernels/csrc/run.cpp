@@ -16,9 +16,9 @@
 #include "plan.h"
 #include "table.h"
 
-#define FOR_EACH_ISA(DO) TGI_ISAS(DO)  // build.py defines TGI_ISAS: DO(avx2) DO(avx512) …
+// build.py defines TGI_ISAS(DO): DO(avx2) DO(avx512) …
 #define DECLARE(isa) extern const Table tgi_table_##isa;
-FOR_EACH_ISA(DECLARE)
+TGI_ISAS(DECLARE)
 
 namespace {
 
@@ -27,7 +27,7 @@ struct Isa {
     const Table* table;
 };
 #define LIST(isa) {#isa, &tgi_table_##isa},
-const Isa isas[] = {FOR_EACH_ISA(LIST)};
+const Isa isas[] = {TGI_ISAS(LIST)};
 
 bool runs_here(const char* name) {
 #if defined(__x86_64__)
@@ -44,11 +44,9 @@ bool runs_here(const char* name) {
 }
 
 Entry entries[KINDS];
-const char* chosen = "";
 
 void choose(const Isa& isa) {
     for (const Entry& entry : isa.table->entries) entries[entry.kind] = entry;
-    chosen = isa.name;
 }
 
 inline void relax() {
@@ -134,7 +132,8 @@ int64_t tgi_size(int kind) {
     return -1;
 }
 
-// Adds up the seconds of each kind of operation in `seconds` [KINDS] from now on; null ends it.
+// Adds up the seconds of each kind of operation in `seconds` [KINDS] from now on; null ends it. Of operations on rows that
+// run together, the first stands for all.
 void tgi_profile(double* seconds) { profile = seconds; }
 
 // To be called when a step's segments are written, before its layers run.
