@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from tgi.attention.base import AttnSpec, Kind, Segment
+from tgi.attention.base import AttnSpec, Precision, Segment
 from tgi.core.config import BLOCK_SIZE
 from tgi.kernels.library import Library, library
 from tgi.kernels.panels import Panels, pack, pack_quantized
@@ -103,14 +103,14 @@ class Split:
 def attention(requests: int, context: int, length: int) -> None:
     """The last ``length`` tokens of each request, one layer."""
     spec = AttnSpec(heads=9, kv_heads=3, head_dim=64, scale=0.125)
-    kind, device = Kind(torch.float32, torch.bfloat16), torch.device("cpu")
+    precision, device = Precision(torch.float32, torch.bfloat16), torch.device("cpu")
     width = -(-context // BLOCK_SIZE)
     order = torch.randperm(requests * width).int().view(requests, width)
     qkv = torch.randn(requests * length, (9 + 3 + 3) * 64)
     segments = [Segment(context - length, length, memoryview(blocks.numpy())) for blocks in order]
     for backend in BACKENDS:
-        if backend.declines(spec, kind, device) is None:
-            made = backend(spec, kind, device)
+        if backend.declines(spec, precision, device) is None:
+            made = backend(spec, precision, device)
             pages = made.allocate(requests * width)
             prepared = made.prepare(segments)
             each = seconds(partial(prepared.run, pages, qkv, Split(spec)))

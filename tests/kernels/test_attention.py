@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.conftest import native
-from tgi.attention.base import AttnSpec, Kind, Segment
+from tgi.attention.base import AttnSpec, Precision, Segment
 from tgi.attention.native import NativeAttention
 from tgi.core.model_config import Rope
 from tgi.kernels.attention import PAGE, Layout, Step, angles, attend, turn
@@ -277,7 +277,9 @@ def test_recorded_steps_equal_those_run_one_by_one(kernels: Library) -> None:
 def test_the_backend_declines_what_the_kernel_cannot_do(
     dim: int, compute: torch.dtype, stored: torch.dtype, device: str, reason: str | None
 ) -> None:
-    assert NativeAttention.declines(AttnSpec(4, 2, dim, 0.1), Kind(compute, stored), torch.device(device)) == reason
+    assert (
+        NativeAttention.declines(AttnSpec(4, 2, dim, 0.1), Precision(compute, stored), torch.device(device)) == reason
+    )
 
 
 def test_the_backend_reads_a_layer_as_its_spec_says(kernels: Library) -> None:
@@ -287,7 +289,7 @@ def test_the_backend_reads_a_layer_as_its_spec_says(kernels: Library) -> None:
     norm, request = HeadNorm(torch.rand(6, 16), 1e-5), Request(30, layout)
     cosines, sines = Rotary(Rope("default", 10000.0), 16, 100, torch.device("cpu")).angles(torch.arange(30))
     spec = AttnSpec(4, 2, 16, SCALE, window=6, softcap=1.5)
-    backend = NativeAttention(spec, Kind(torch.float32, torch.float32), torch.device("cpu"))
+    backend = NativeAttention(spec, Precision(torch.float32, torch.float32), torch.device("cpu"))
     pages, outs = backend.allocate(5), []
     for start, end in [(0, 3), (3, 20), (20, 21), (21, 30)]:
         rotation = Turn(4, 2, (cosines[start:end], sines[start:end]), norm)

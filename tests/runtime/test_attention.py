@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from tgi.attention.base import AttnSpec, Kind, Segment, choose
+from tgi.attention.base import AttnSpec, Precision, Segment, choose
 from tgi.attention.sdpa import SdpaAttention
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.errors import StartupError
 from tgi.layers.attention import Turn
 
 BLOCKS = 64
-KIND = Kind(torch.float32, torch.float32)
+PRECISION = Precision(torch.float32, torch.float32)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -35,7 +35,7 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
     torch.manual_seed(seed)
     kv_heads = chance.choice([1, 2, 3])
     spec = AttnSpec(kv_heads * chance.choice([1, 3]), kv_heads, chance.choice([8, 16]), 0.3, window)
-    backend = SdpaAttention(spec, KIND, torch.device(device))
+    backend = SdpaAttention(spec, PRECISION, torch.device(device))
     pages = backend.allocate(BLOCKS).fill_(float("nan"))  # left by a request that failed
     free = chance.sample(range(BLOCKS), BLOCKS)
     requests = []
@@ -71,4 +71,4 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
 def test_no_backend_for_a_spec_is_an_error_with_each_reason():
     spec = AttnSpec(2, 2, 8, 1.0, softcap=50.0)
     with pytest.raises(StartupError, match="sdpa: no soft-capping"):
-        choose(spec, KIND, torch.device("cpu"), [SdpaAttention])
+        choose(spec, PRECISION, torch.device("cpu"), [SdpaAttention])

@@ -74,7 +74,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Precision:
     """Number formats, fixed at load."""
 
     compute: torch.dtype
@@ -89,10 +89,10 @@ class AttentionBackend(Protocol):
     name: str
 
     @staticmethod
-    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
+    def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
         """Why this backend can't serve the spec; None if it can."""
 
-    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None: ...
+    def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None: ...
 
     def allocate(self, blocks: int) -> torch.Tensor:
         """One layer's zeroed pages, laid out as this backend reads them."""
@@ -117,12 +117,12 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 
 def choose(
-    spec: AttnSpec, kind: Kind, device: torch.device, backends: Sequence[type[AttentionBackend]]
+    spec: AttnSpec, precision: Precision, device: torch.device, backends: Sequence[type[AttentionBackend]]
 ) -> type[AttentionBackend]:
     """The first backend that serves ``spec``; if none does, an error with each one's reason."""
     reasons = []
     for backend in backends:
-        if (reason := backend.declines(spec, kind, device)) is None:
+        if (reason := backend.declines(spec, precision, device)) is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise StartupError(f"no attention backend serves {spec} with {kind} on {device}: " + "; ".join(reasons))
+    raise StartupError(f"no attention backend serves {spec} with {precision} on {device}: " + "; ".join(reasons))

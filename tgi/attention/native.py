@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tgi.attention.base import AttnSpec, Kind, PreparedAttention, Segment, Turn, zeros
+from tgi.attention.base import AttnSpec, Precision, PreparedAttention, Segment, Turn, zeros
 from tgi.core.config import BLOCK_SIZE
 from tgi.kernels import attention as kernel
 from tgi.kernels.library import library
@@ -23,22 +23,22 @@ class NativeAttention:
     name = "native"
 
     @staticmethod
-    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
+    def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"not made for {device.type}"
-        if kind.compute != torch.float32:
-            return f"no arithmetic in {kind.compute}"
-        if kind.stored not in _FORMS:
-            return f"no cache in {kind.stored}"
+        if precision.compute != torch.float32:
+            return f"no arithmetic in {precision.compute}"
+        if precision.stored not in _FORMS:
+            return f"no cache in {precision.stored}"
         if spec.head_dim % 4 or spec.head_dim > kernel.LARGEST_DIM:
             return f"no heads of {spec.head_dim} dimensions"
         return "no native kernels" if library() is None else None
 
-    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None:
+    def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None:
         native = library()
         assert native is not None
         self._library = native
-        self._layout = kernel.Layout(spec.heads, spec.kv_heads, spec.head_dim, _FORMS[kind.stored], spec.window)
+        self._layout = kernel.Layout(spec.heads, spec.kv_heads, spec.head_dim, _FORMS[precision.stored], spec.window)
         self._spec = spec
         self._device = device
         self._step = kernel.Step(native, self._layout, 1)

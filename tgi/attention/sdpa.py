@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tgi.attention.base import AttnSpec, Kind, PreparedAttention, Segment, Turn, zeros
+from tgi.attention.base import AttnSpec, Precision, PreparedAttention, Segment, Turn, zeros
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS
 
 
@@ -19,19 +19,21 @@ class SdpaAttention:
     name = "sdpa"
 
     @staticmethod
-    def declines(spec: AttnSpec, kind: Kind, device: torch.device) -> str | None:
-        if not kind.stored.is_floating_point:
-            return f"no cache in {kind.stored}"
+    def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
+        if not precision.stored.is_floating_point:
+            return f"no cache in {precision.stored}"
         return None if spec.softcap is None else "no soft-capping of scores"
 
-    def __init__(self, spec: AttnSpec, kind: Kind, device: torch.device) -> None:
+    def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None:
         self.spec = spec
-        self._kind = kind
+        self._precision = precision
         self._device = device
-        self._workspace = torch.empty(0, dtype=kind.stored, device=device)
+        self._workspace = torch.empty(0, dtype=precision.stored, device=device)
 
     def allocate(self, blocks: int) -> torch.Tensor:
-        return zeros((blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._kind.stored, self._device)
+        return zeros(
+            (blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._precision.stored, self._device
+        )
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
         slots: list[int] = []
@@ -60,10 +62,10 @@ class SdpaAttention:
         shape = (part.blocks.numel(), *pages.shape[1:])
         size = part.blocks.numel() * pages[0].numel()
         if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=self._kind.stored, device=self._device)
+            self._workspace = torch.empty(size, dtype=self._precision.stored, device=self._device)
         out = self._workspace[:size].view(shape)
         torch.index_select(pages, 0, part.blocks, out=out)
-        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context].to(self._kind.compute)
+        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context].to(self._precision.compute)
 
     def _part(self, at: int, tokens: int, group: Sequence[Segment]) -> "_Part":
         """Blocks and mask of one group. Only the blocks that the window reaches are gathered."""
@@ -103,7 +105,7 @@ class SdpaAttention:
         hidden = key > query
         if self.spec.window is not None:
             hidden |= key <= query - self.spec.window
-        return torch.zeros(hidden.shape, dtype=self._kind.compute, device=self._device).masked_fill_(
+        return torch.zeros(hidden.shape, dtype=self._precision.compute, device=self._device).masked_fill_(
             hidden, float("-inf")
         )
 

@@ -138,27 +138,22 @@ class Scheduler:
         at = 0
         while at < len(self.running) and budget:
             request = self.running[at]
-            length = min(request.goal - request.computed, budget)
-            if _catches_up(request):
-                length = min(length, prompts)
-                if not length:
-                    at += 1
-                    continue
+            behind = _catches_up(request)
+            if behind and not prompts:
+                at += 1
+                continue
+            length = min(request.goal - request.computed, budget, prompts if behind else budget)
             if not self._reserve(request, request.computed + length):
                 self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
                 continue
-            if _catches_up(request):
+            if behind:
                 prompts -= length
             plan.chunks.append(Chunk(request, request.computed, length))
             budget -= length
             at += 1
-        while (
-            self.waiting
-            and (budget := min(budget, prompts))
-            and len(self.running) < self._max_running
-            and not plan.preempted
-        ):
+        budget = min(budget, prompts)
+        while self.waiting and budget and len(self.running) < self._max_running and not plan.preempted:
             if not self._admit(self.waiting[0]):
                 break
             request = self.waiting.pop(0)

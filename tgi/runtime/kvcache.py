@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Kind, Segment, Turn, choose
+from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Precision, Segment, Turn, choose
 from tgi.attention.native import NativeAttention
 from tgi.attention.sdpa import SdpaAttention
 
@@ -15,11 +15,11 @@ BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, SdpaAttention)
 class KVCache:
     """``blocks`` pages of BLOCK_SIZE tokens in every layer; block ids mean the same in all layers."""
 
-    def __init__(self, specs: Sequence[AttnSpec], blocks: int, kind: Kind, device: torch.device) -> None:
+    def __init__(self, specs: Sequence[AttnSpec], blocks: int, precision: Precision, device: torch.device) -> None:
         """Raises StartupError if no backend serves a layer."""
         self._specs = list(specs)
         self._backends = {
-            spec: choose(spec, kind, device, BACKENDS)(spec, kind, device) for spec in dict.fromkeys(specs)
+            spec: choose(spec, precision, device, BACKENDS)(spec, precision, device) for spec in dict.fromkeys(specs)
         }
         self._pages = [self._backends[spec].allocate(blocks) for spec in specs]
 

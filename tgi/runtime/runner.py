@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tgi.attention.base import Kind
+from tgi.attention.base import Precision
 from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, Settings
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
@@ -71,7 +71,7 @@ class Runner:
     @classmethod
     def of(cls, model: Model, blocks: int, tokens: int, stored: torch.dtype, device: torch.device) -> "Runner":
         """With a cache of ``blocks`` pages whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
-        cache = KVCache(model.specs, blocks, Kind(model.compute, stored), device)
+        cache = KVCache(model.specs, blocks, Precision(model.compute, stored), device)
         return cls(model, choose(model, cache, model.library, tokens), device)
 
     @property
