@@ -222,7 +222,7 @@ def test_a_value_is_read_from_both_places_and_the_command_line_wins(
     elif flag.name:
         ways += [([flag.name, text], {}), ([f"{flag.name}={text}"], {flag.env: "not even read"})]
     for argv, environ in ways:
-        if flag.status == "refused" and value not in flag.neutral:
+        if value in flag.refused or (flag.status == "refused" and value not in flag.neutral):
             error = failure(capsys, argv, environ, command_of(flag))
             assert "is not supported yet" in error
             assert (flag.name if argv else flag.env) in error

@@ -9,6 +9,7 @@ import torch
 from tgi.core.config import SCORED_ROWS
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
+from tgi.kernels.library import library
 from tgi.runtime.batch import Batch
 from tgi.runtime.prompt import pool, score, told
 from tgi.runtime.runner import Runner
@@ -73,7 +74,7 @@ def test_each_work_gets_its_own_scores_with_as_many_alternatives_as_it_asks_for(
     assert batch.scored_ids.tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 6, 7]
     weight = torch.randn(8, VOCABULARY)
     rows = torch.randn(len(batch.token_ids), 8)[batch.logit_rows][2:]
-    parts = [score(rows[run] @ weight, batch.scored_ids[run], 2) for run in (slice(0, 3), slice(3, 10))]
+    parts = [score(library(), rows[run] @ weight, batch.scored_ids[run], 2) for run in (slice(0, 3), slice(3, 10))]
     tokens = told(parts, works)
     assert [[token.id for token in own] for own in tokens] == [[1, 2, 3, 4], [6, 7, 8, 9], [], [6, 7]]
     assert [{len(token.top) for token in own} for own in tokens] == [{1}, {2}, set(), {0}]

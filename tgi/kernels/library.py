@@ -9,6 +9,9 @@ from functools import cache
 from tgi.kernels import ops
 from tgi.kernels.build import LIBRARY
 
+DTYPES = ("float32", "bfloat16")
+"""Number formats of the weights that the kernels multiply, quantized ones aside."""
+
 
 class Library:
     """The C functions."""
@@ -19,8 +22,8 @@ class Library:
         self._c.tgi_size.restype = ctypes.c_int64
         self.run = self._c.tgi_run
         self.plan = self._c.tgi_plan
-        for kind, struct in ops.STRUCTS.items():
-            if self._c.tgi_size(int(kind)) != ctypes.sizeof(struct):
+        for which, struct in enumerate(ops.STRUCTS):
+            if self._c.tgi_size(which) != ctypes.sizeof(struct):
                 raise OSError(f"{path} is older than its sources: install the package again")
         names = ctypes.create_string_buffer(256)
         self._c.tgi_isas(names, len(names))

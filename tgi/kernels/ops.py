@@ -219,13 +219,8 @@ class Attend(Paged):
     ]
 
 
-STRUCTS: dict[Kind, type[Op]] = {
-    Kind.LINEAR: Linear,
-    Kind.QUANTIZE: Quantize,
-    Kind.NORM: Norm,
-    Kind.EMBED: Embed,
-    Kind.ANGLES: Angles,
-    Kind.TURN: Turn,
-    Kind.ATTEND: Attend,
-    Kind.SAMPLE: Sample,
-}
+STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    *(Linear, Quantize, Norm, Embed, Angles, Turn, Attend, Sample),
+    *(Choice, Step),
+)
+"""In the order of the library's own list: operations by Kind, then others."""

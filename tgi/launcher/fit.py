@@ -18,7 +18,7 @@ from typing import Any
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape, read_config
-from tgi.kernels.library import library
+from tgi.kernels.library import DTYPES, library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
 from tgi.launcher.progress import size
@@ -193,7 +193,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)
     slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
-    native = machine.native and dtype != "float16"
+    native = machine.native and dtype in DTYPES
     if options.kv_cache_dtype is not None and not native:
         name = f"--kv-cache-dtype {options.kv_cache_dtype}"
         raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")

@@ -42,6 +42,11 @@ _PURPOSE: dict[Command, str] = {
     "doesn't, 2: an error.",
 }
 
+_FORMATS = tuple(
+    "awq compressed-tensors eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8".split()
+)
+"""Quantizations that TGI names and this server doesn't have yet."""
+
 _ENGINE: tuple[Command, ...] = ("launcher", "serve")
 _HTTP: tuple[Command, ...] = ("launcher", "router")
 _WEIGHTS: tuple[Command, ...] = ("launcher", "serve", "download-weights")
@@ -61,6 +66,8 @@ class Flag:
     status: Status = "works"
     neutral: tuple[Any, ...] = ()
     """Values of a refused or obsolete flag that ask for nothing and pass in silence."""
+    refused: tuple[Any, ...] = ()
+    """Values of a flag that works which ask for a feature that isn't there."""
     short: str | None = None
     only: Literal["cli", "env", "place"] | None = None
     """``place``: on the command line, without a name."""
@@ -81,6 +88,10 @@ class Flag:
     @property
     def env(self) -> str:
         return self.key.upper() if self.only in (None, "env") else ""
+
+    @property
+    def status_text(self) -> str:
+        return f"{self.status}; refused: {', '.join(self.refused)}" if self.refused else self.status
 
     @property
     def default_text(self) -> str:
@@ -129,25 +140,11 @@ class Options:
         kinds.integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
     )
     quantize: str | None = _flag(
-        kinds.one_of(
-            "int8",
-            "int4",
-            "awq",
-            "compressed-tensors",
-            "eetq",
-            "exl2",
-            "gptq",
-            "marlin",
-            "bitsandbytes",
-            "bitsandbytes-nf4",
-            "bitsandbytes-fp4",
-            "fp8",
-        ),
+        kinds.one_of("int8", "int4", *_FORMATS),
         None,
         "Quantize the weights while loading: `int8` and `int4` on CPU, with activations in int8 groups. A GGUF file "
         "keeps its own quantization without this flag.",
-        "refused",
-        neutral=(None, "int8", "int4"),
+        refused=_FORMATS,
     )
     speculate: int | None = _flag(
         kinds.integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0)
@@ -168,8 +165,7 @@ class Options:
         kinds.one_of("int8", "fp8_e4m3fn", "fp8_e5m2"),
         None,
         "Number format of the KV cache, if not `--dtype`: `int8` on CPU.",
-        "refused",
-        neutral=(None, "int8"),
+        refused=("fp8_e4m3fn", "fp8_e5m2"),
     )
     trust_remote_code: bool = _flag(
         kinds.SWITCH,
@@ -668,6 +664,8 @@ def parse(
                 parser.error(problem)
             warnings.append(f"{problem}; it is passed over")
             continue
+        if value in flag.refused:
+            parser.error(f"{source} {value} is not supported yet. {flag.help}")
         if flag.status != "works" and value not in (flag.neutral or (flag.default,)):
             if flag.status == "refused":
                 parser.error(f"{source} is not supported yet. {flag.help}")
@@ -733,7 +731,8 @@ def document() -> str:
     rows = [
         f"| {f'`{flag.name}`' if flag.name else ''}{f' `{flag.short}`' if flag.short else ''} | "
         f"{f'`{flag.env}`' if flag.env else ''} | {' '.join(map(_LETTERS.__getitem__, flag.commands))} | "
-        f"{flag.default_text} | {'' if flag.kind.switch else flag.kind.allowed.replace('|', ', ')} | {flag.status} | "
+        f"{flag.default_text} | {'' if flag.kind.switch else flag.kind.allowed.replace('|', ', ')} | "
+        f"{flag.status_text} | "
         f"{flag.help} |"
         for flag in FLAGS
     ]
@@ -750,7 +749,8 @@ def document() -> str:
             "`text-generation-server` takes the model's name without `--model-id`, and its switches have a `--no-…`.",
             "",
             "* **works**: does what is said.",
-            "* **refused**: the feature isn't there; using the flag ends the command with status 2 and its name.",
+            "* **refused**: the feature isn't there; using the flag, or that value of it, ends the command with status 2",
+            "  and its name.",
             "* **obsolete**: this server has nothing for it to change; setting it logs one warning.",
             "",
             "| Flag | Environment | Of | Default | Allowed | Status | Meaning |",

@@ -100,7 +100,7 @@ def load_model(
 
     import torch
 
-    from tgi.kernels.library import library, why_not
+    from tgi.kernels.library import DTYPES, library, why_not
     from tgi.layers.checkpoint import Checkpoint
     from tgi.models.weights import open_weights
     from tgi.parallel import Group
@@ -109,7 +109,7 @@ def load_model(
     row = ARCHITECTURES[parsed.shape.architecture]
     model_class = getattr(importlib.import_module(row.module), row.name)
     reach = max_total_tokens or parsed.shape.max_position_embeddings
-    native = library() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+    native = library() if device.type == "cpu" and dtype in (getattr(torch, name) for name in DTYPES) else None
     if device.type == "cpu" and (reason := why_not()) is not None:
         log.warning("No native kernels, plain torch instead: %s", reason)
     if quantize is not None and native is None:

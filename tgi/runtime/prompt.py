@@ -12,7 +12,7 @@ import torch
 from tgi.core.messages import Token
 from tgi.core.plan import Work
 from tgi.kernels import sampling
-from tgi.kernels.library import library
+from tgi.kernels.library import Library
 
 
 class Scores(NamedTuple):
@@ -25,10 +25,10 @@ class Scores(NamedTuple):
     top_logprobs: torch.Tensor
 
 
-def score(logits: torch.Tensor, targets: torch.Tensor, top: int) -> Scores:
+def score(library: Library | None, logits: torch.Tensor, targets: torch.Tensor, top: int) -> Scores:
     """Of ``targets`` [n], the tokens that follow. logits: [n, vocabulary]; top: how many of the likeliest tokens."""
-    if logits.device.type == "cpu" and (kernels := library()) is not None:
-        return Scores(*sampling.score(kernels, logits, targets, top))
+    if library is not None:
+        return Scores(*sampling.score(library, logits, targets, top))
     norm = logits.logsumexp(1, keepdim=True)
     values, ids = logits.topk(min(top, logits.shape[1]))
     return Scores((logits.gather(1, targets[:, None]) - norm).squeeze(1), ids, values - norm)

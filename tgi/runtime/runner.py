@@ -45,7 +45,8 @@ class Runner:
         self._model = model
         self._forward = forward
         self._device = device
-        self._sampler = Sampler(library() if device.type == "cpu" else None)
+        self._library = library() if device.type == "cpu" else None
+        self._sampler = Sampler(self._library)
 
     @classmethod
     def load(cls, settings: Settings, progress: Callable[[int, int], None]) -> "Runner":
@@ -118,7 +119,8 @@ class Runner:
             tokens += self._sampler.sample(logits[:count], drawing[at : at + count], part)
             if count < len(logits):
                 first = at + count - len(drawing)
-                scores.append(score(logits[count:], launched.targets[first : first + len(logits) - count], top))
+                targets = launched.targets[first : first + len(logits) - count]
+                scores.append(score(self._library, logits[count:], targets, top))
             at += len(logits)
             if at >= len(launched.hidden):
                 break

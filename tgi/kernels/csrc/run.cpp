@@ -118,18 +118,11 @@ int tgi_choose(const char* name) {
     return -1;
 }
 
-int64_t tgi_size(int kind) {
-    switch (kind) {
-        case LINEAR: return sizeof(Linear);
-        case QUANTIZE: return sizeof(Quantize);
-        case NORM: return sizeof(Norm);
-        case EMBED: return sizeof(Embed);
-        case ANGLES: return sizeof(Angles);
-        case TURN: return sizeof(Turn);
-        case ATTEND: return sizeof(Attend);
-        case SAMPLE: return sizeof(Sample);
-    }
-    return -1;
+// Of the structs that Python writes: operations by kind, then others.
+int64_t tgi_size(int which) {
+    static const int64_t sizes[] = {sizeof(Linear), sizeof(Quantize), sizeof(Norm),   sizeof(Embed),  sizeof(Angles),
+                                    sizeof(Turn),   sizeof(Attend),   sizeof(Sample), sizeof(Choice), sizeof(Step)};
+    return which < (int)(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
 // Adds up the seconds of each kind of operation in `seconds` [KINDS] from now on; null ends it. Of operations on rows that
