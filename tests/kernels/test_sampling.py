@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 from tests.kernels.conftest import LIBRARY, native
-from tgi.core.messages import Sampling, Submit, Token
+from tests.kernels.test_linear import KINDS, panels_of
+from tgi.core.messages import Sampling, Submit, Thinking, Token
 from tgi.core.plan import Masks, Work
 from tgi.kernels.library import Library
-from tgi.kernels.sampling import score
+from tgi.kernels.linear import linear
+from tgi.kernels.panels import pack
+from tgi.kernels.sampling import Head, score
 from tgi.runtime.sampler import Sampler
 
 pytestmark = [native, pytest.mark.usefixtures("best_instructions_again")]
@@ -210,6 +214,43 @@ def test_a_row_is_the_same_alone_among_others_and_whatever_the_threads(kernels: 
             assert list(turned)[::-1] == expected
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("vocabulary", "rows"), [(1, 3), (33, 1), (256, 100), (257, 49), (1000, 130), (5003, 7)])
+def test_tokens_drawn_without_logits_are_those_drawn_of_logits(kernels: Library, vocabulary: int, rows: int, kind: str):
+    torch.manual_seed(vocabulary)
+    panels, _ = panels_of(kind, vocabulary, 96, random.Random(rows))
+    head = Head(panels, 0.5)
+    hidden = torch.randn(rows + 5, 128)[:, :96]
+    places = torch.randperm(rows + 5)[:rows]
+    hidden[places[rows // 2]] *= float("nan") if rows > 2 else 1.0
+    temperatures = [1.0, 0.3, 1.7, 1e-46]
+    works = [
+        work(row, vocabulary, 3 + row, greedy=row % 3 == 0, temperature=temperatures[row % 4], top_k=2 * (row % 3 == 0))
+        for row in range(rows)
+    ]
+    logits = linear(kernels, panels, hidden[places], alpha=0.5)
+    expected = Sampler(kernels).sample(logits, again(works))
+    sampler = Sampler(kernels, head)
+    works = again(works)
+    assert all(map(sampler.is_plain, works))
+    program, count = sampler.plan(hidden, places.tolist(), works)
+    program.run(count)
+    assert sampler.drawn(count) == list(expected)
+    assert sum(isinstance(token, str) for token in expected) == (rows > 2)
+
+
+def test_only_plain_wishes_need_no_logits(kernels: Library):
+    sampler = Sampler(kernels, Head(pack(torch.randn(1000, 8)), 1.0))
+    assert sampler.is_plain(work(0, 1000, greedy=True, top_p=0.5, top_k=3))
+    assert sampler.is_plain(work(0, 1000, greedy=False, temperature=0.3))
+    wishes = [*CHANGES[1:], {"top_n_tokens": 1}, {"grammar": "{}"}, {"thinking": Thinking(3, "<think>", "</think>")}]
+    for greedy in (True, False):
+        assert not any(sampler.is_plain(work(0, 1000, greedy=greedy, **fields)) for fields in wishes)
+    assert not any(sampler.is_plain(work(0, 1000, greedy=False, **fields)) for fields in WARPS[2:])
+    assert not Sampler(kernels).is_plain(work(0, 1000, greedy=True)), "nobody told it what makes logits"
 
 
 def test_a_history_told_bit_by_bit_is_the_history(kernels: Library):

@@ -38,7 +38,8 @@ def requests() -> list[Submit]:
 
 
 def trace(engine: Engine, scheduler: Scheduler, submits: Sequence[Submit]) -> dict[tuple[int, int], torch.Tensor]:
-    """(request, tokens it had) → the logits from which its next token came."""
+    """(request, tokens it had) → the logits from which its next token came or, where there are none, the token and its
+    log-probability."""
     found = {}
     for submit in submits:
         assert scheduler.add(Request(0, submit)) is None
@@ -46,12 +47,19 @@ def trace(engine: Engine, scheduler: Scheduler, submits: Sequence[Submit]) -> di
         plan = scheduler.schedule()
         works = [chunk.work() for chunk in plan.chunks]
         launched = engine.runner.launch(works)
-        rows = [works[at] for at in launched.order if works[at].samples]
-        for work, logits in zip(rows, launched.logits, strict=True):
-            key = work.submit.id, len(work.tokens)
-            assert key not in found or torch.equal(found[key], logits), "a resumed request"
-            found[key] = logits.clone()
-        scheduler.commit(plan, engine.runner.sample(launched))
+        seen = {}
+        if launched.logits is not None:
+            seen = {at: logits.clone() for at, logits in zip(launched.drawing, launched.logits, strict=True)}
+        results = engine.runner.sample(launched)
+        for at in launched.plain:
+            (token,) = results[at].tokens
+            seen[at] = torch.tensor([token.id, token.logprob], dtype=torch.float64)
+        assert seen.keys() == {at for at, work in enumerate(works) if work.samples}
+        for at, value in seen.items():
+            key = works[at].submit.id, len(works[at].tokens)
+            assert key not in found or torch.equal(found[key], value), "a resumed request"
+            found[key] = value
+        scheduler.commit(plan, results)
     return found
 
 

@@ -81,7 +81,8 @@ def test_each_row_is_drawn_under_its_own_mask(tmp_path: Path):
     """Rows stand on the token axis in another order than works."""
     engine = Engine(write_model(tmp_path, "llama"))
     for number, length in enumerate((30, 1, 50, 2)):
-        submit = Submit(number, tokens(length, seed=number).tolist(), length, 1, [], Sampling(), 0.0)
+        sampling = Sampling(grammar="" if number == 2 else "some")
+        submit = Submit(number, tokens(length, seed=number).tolist(), length, 1, [], sampling, 0.0)
         assert engine.scheduler.add(Request(0, submit)) is None
     works = [chunk.work() for chunk in engine.scheduler.schedule().chunks]
     bits = numpy.zeros((3, 54), numpy.uint8)

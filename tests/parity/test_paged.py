@@ -43,12 +43,13 @@ class Pair:
         """Logits behind each chunk (request, start, end), in the order of the chunks."""
         works = [self._work(*chunk) for chunk in chunks]
         launched = self.runner.launch(works)
-        rows = dict(zip(launched.order, launched.logits.cpu(), strict=True))
+        assert launched.logits is not None
+        rows = dict(zip(launched.drawing, launched.logits.cpu(), strict=True))
         return [rows[index] for index in range(len(works))]
 
     def _work(self, request: int, start: int, end: int) -> Work:
         ids = self.ids[request][:end]
-        submit = Submit(request, ids, end, 1, [], Sampling(), 0.0)
+        submit = Submit(request, ids, end, 1, [], Sampling(top_n_tokens=1), 0.0)  # which takes logits
         pages = self.pages[request][: -(-end // BLOCK_SIZE)]
         return Work(submit, ids, start, end - start, end, True, array("i", pages), {})
 

@@ -28,14 +28,16 @@ class Tiny:
     """A model whose hidden states are rows of a table, and whose head counts the rows that it is asked for at once."""
 
     vocab_size = VOCABULARY
+    head = None
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.table, self.weight = torch.randn(1000, 8), torch.randn(8, VOCABULARY)
         self.seen: list[int] = []
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, segments: object) -> torch.Tensor:
-        return self.table[: len(ids)]
+    def forward(self, batch: Batch, then: object) -> torch.Tensor:
+        assert then is None
+        return self.table[: len(batch.token_ids)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.seen.append(len(hidden))
@@ -69,12 +71,14 @@ def test_logits_are_made_for_a_few_rows_at_a_time(sampling: int, scoring: int):
 
 def test_each_work_gets_its_own_scores_with_as_many_alternatives_as_it_asks_for():
     works = [work(10, 0, 4, 1, top=1), work(10, 3, 7, 6), work(5, 2, 3, 5), work(8, 4, 3, 6, top=0)]
-    batch = Batch.build(works, torch.device("cpu"))
-    assert batch.logit_rows.tolist() == [10, 13, 0, 1, 2, 3, 6, 7, 8, 9, 15, 16]
-    assert batch.scored_ids.tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 6, 7]
+    batch = Batch.build(works)
+    assert batch.last_rows == [10, 13]
+    assert batch.scored_rows == [0, 1, 2, 3, 6, 7, 8, 9, 15, 16]
+    assert batch.scored_ids == [1, 2, 3, 4, 6, 7, 8, 9, 6, 7]
     weight = torch.randn(8, VOCABULARY)
-    rows = torch.randn(len(batch.token_ids), 8)[batch.logit_rows][2:]
-    parts = [score(library(), rows[run] @ weight, batch.scored_ids[run], 2) for run in (slice(0, 3), slice(3, 10))]
+    rows = torch.randn(len(batch.token_ids), 8)[batch.scored_rows]
+    ids = torch.tensor(batch.scored_ids)
+    parts = [score(library(), rows[run] @ weight, ids[run], 2) for run in (slice(0, 3), slice(3, 10))]
     tokens = told(parts, works)
     assert [[token.id for token in own] for own in tokens] == [[1, 2, 3, 4], [6, 7, 8, 9], [], [6, 7]]
     assert [{len(token.top) for token in own} for own in tokens] == [{1}, {2}, set(), {0}]

@@ -23,25 +23,20 @@ def linear(
 
     Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
     """
-    assert x.dtype == torch.float32 and x.shape[1] == panels.inner and x.stride(1) == 1
-    rows = x.shape[0]
     if out is None:
-        out = empty(rows, panels.outs // 2 if finish is Finish.GATE else panels.outs)
-    op = Linear(
-        Kind.LINEAR,
-        rows,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        weight=panels.weight.data_ptr(),
-        bias=address(bias),
-        out=out.data_ptr(),
-        out_stride=out.stride(0),
-        form=panels.form,
-        inner=panels.inner,
-        outs=panels.outs,
-        finish=finish,
-        alpha=alpha,
-    )
+        out = empty(x.shape[0], panels.outs // 2 if finish is Finish.GATE else panels.outs)
+    op = Linear(Kind.LINEAR, out=out.data_ptr(), out_stride=out.stride(0), finish=finish, alpha=alpha)
+    multiply(library, op, panels, x, bias)
+    return out
+
+
+def multiply(library: Library, op: Linear, panels: Panels, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Do ``op``, whose result is described, for x [rows, inner] and the matrix."""
+    assert x.dtype == torch.float32 and x.shape[1] == panels.inner and x.stride(1) == 1
+    op.rows = x.shape[0]
+    op.x, op.x_stride = x.data_ptr(), x.stride(0)
+    op.weight, op.bias = panels.weight.data_ptr(), address(bias)
+    op.form, op.inner, op.outs = panels.form, panels.inner, panels.outs
     if panels.scale is not None:
         q, scale, total = quantize(library, x, panels.group)
         op.x, op.x_stride, op.x_scale, op.x_sum = q.data_ptr(), q.stride(0), scale.data_ptr(), total.data_ptr()
@@ -49,4 +44,3 @@ def linear(
         op.scale, op.min = panels.scale.data_ptr(), address(panels.min)
         op.group, op.zero, op.half = panels.group, panels.zero, panels.half
     run(library, op, panels, bias)
-    return out

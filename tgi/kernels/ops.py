@@ -15,7 +15,9 @@ class Kind(IntEnum):
     ANGLES = 4
     TURN = 5
     ATTEND = 6
-    SAMPLE = 7
+    PICK = 7
+    HEAD = 8
+    SAMPLE = 9
 
 
 class Form(IntEnum):
@@ -36,9 +38,15 @@ class Finish(IntEnum):
 
 
 class Op(ctypes.Structure):
-    """``rows`` of -1: as many as the step has."""
+    """``rows`` of -1: as many as its program runs for."""
 
     _fields_ = [("kind", c_int32), ("rows", c_int32)]
+
+
+class Program(ctypes.Structure):
+    """Operations, one after the other."""
+
+    _fields_ = [("op", c_void_p), ("ops", c_int32), ("rows", c_int32)]
 
 
 class Linear(Op):
@@ -136,10 +144,33 @@ class Choice(ctypes.Structure):
     ]
 
 
+class Pick(Op):
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("place", c_void_p),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("size", c_int32),
+    ]
+
+
+class Head(Linear):
+    _fields_ = [
+        ("choices", c_void_p),
+        ("most", c_void_p),
+        ("mass", c_void_p),
+        ("warm", c_void_p),
+        ("place", c_void_p),
+        ("most_stride", c_int64),
+    ]
+
+
 class Sample(Op):
     _fields_ = [
         ("logits", c_void_p),
         ("stride", c_int64),
+        ("head", c_void_p),
         ("choices", c_void_p),
         ("positions", c_void_p),
         ("masks", c_void_p),
@@ -220,7 +251,7 @@ class Attend(Paged):
 
 
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
-    *(Linear, Quantize, Norm, Embed, Angles, Turn, Attend, Sample),
-    *(Choice, Step),
+    *(Linear, Quantize, Norm, Embed, Angles, Turn, Attend, Pick, Head, Sample),
+    *(Choice, Step, Program),
 )
 """In the order of the library's own list: operations by Kind, then others."""

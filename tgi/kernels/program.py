@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tgi.kernels.library import Library
 from tgi.kernels.ops import Op
+from tgi.kernels.ops import Program as ProgramStruct
 
 _recording: "Program | None" = None
 
@@ -36,6 +37,7 @@ class Program:
         self._lasting: list[object] = []
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._addresses: Any = None
+        self._call = (ProgramStruct * 2)()
 
     def record(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run ``forward`` on tensors of ``capacity`` rows, noting its kernels; returns its result's buffer."""
@@ -48,11 +50,18 @@ class Program:
         finally:
             _recording = None
         self._addresses = (ctypes.c_void_p * len(self._ops))(*map(ctypes.addressof, self._ops))
+        self._call[0] = ProgramStruct(ctypes.addressof(self._addresses), len(self._ops))
         return result
 
-    def run(self, rows: int) -> None:
+    def run(self, rows: int, then: "tuple[Program, int] | None" = None) -> None:
+        """``then``: another program, for so many rows, behind this one in the same call."""
         assert 0 < rows <= self.capacity
-        self._library.run(self._addresses, len(self._ops), rows, torch.get_num_threads())
+        self._call[0].rows = rows
+        if then is not None:
+            program, self._call[1].rows = then
+            assert 0 < then[1] <= program.capacity
+            self._call[1].op, self._call[1].ops = program._call[0].op, program._call[0].ops
+        self._library.run(self._call, 1 if then is None else 2, torch.get_num_threads())
 
     def append(self, op: Op, lasting: tuple[object, ...]) -> None:
         op.rows = -1
@@ -107,7 +116,13 @@ def run(library: Library, op: Op, *lasting: object) -> None:
     if _recording is not None:
         _recording.append(op, lasting)
     else:
-        library.run((ctypes.c_void_p * 1)(ctypes.addressof(op)), 1, op.rows, torch.get_num_threads())
+        once(library, op, torch.get_num_threads())
+
+
+def once(library: Library, op: Op, threads: int) -> None:
+    """Do ``op``, which says for how many rows."""
+    address = ctypes.c_void_p(ctypes.addressof(op))
+    library.run(ctypes.byref(ProgramStruct(ctypes.addressof(address), 1, op.rows)), 1, threads)
 
 
 def empty(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

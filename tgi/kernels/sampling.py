@@ -1,12 +1,20 @@
-"""The sampling kernel: a token for each row of logits, and log-probabilities. Knows no requests."""
+"""The sampling kernels: a token for each row of logits, or of a head's input; log-probabilities. Know no requests."""
 
 import ctypes
 from array import array
+from dataclasses import dataclass
 
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.ops import Choice, Kind, Sample
+from tgi.kernels.linear import multiply
+from tgi.kernels.ops import Choice, Finish, Kind, Pick, Sample
+from tgi.kernels.ops import Head as HeadStruct
+from tgi.kernels.panels import Panels
+from tgi.kernels.program import Program, empty, once, run
+
+_BUCKET = 256
+"""csrc/sampling.h."""
 
 
 class Draws:
@@ -15,7 +23,6 @@ class Draws:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._op = Sample(Kind.SAMPLE)
-        self._address = (ctypes.c_void_p * 1)(ctypes.addressof(self._op))
         self.ids = array("i")
         """[at least rows]; -1 for logits that are not numbers."""
         self.logprobs = array("f")
@@ -48,7 +55,77 @@ class Draws:
         op.logits, op.stride = logits.data_ptr(), logits.stride(0)
         op.choices, op.positions = choices.buffer_info()[0], positions.buffer_info()[0]
         op.masks = masks.buffer_info()[0] if masks is not None else None
-        self._library.run(self._address, 1, rows, min(rows, torch.get_num_threads()))
+        once(self._library, op, min(rows, torch.get_num_threads()))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits of hidden states: a matrix, and a factor on the product."""
+
+    panels: Panels
+    factor: float
+
+
+class HeadDraws:
+    """Draws tokens without logits, for requests that are greedy or want a temperature, and nothing else.
+
+    Bucket by bucket the head's product is looked at while it is in the processor's cache, and forgotten; the logits of
+    many rows would be the largest tensor there is. Tokens and log-probabilities are those of Draws, to the bit.
+    """
+
+    def __init__(self, library: Library, head: Head, capacity: int) -> None:
+        """``capacity``: the most rows of a step."""
+        self.library = library
+        self.program = Program(library, capacity)
+        """Runs behind ``prepare``, for as many rows."""
+        self.ids = array("i", bytes(4 * capacity))
+        """[at least rows]; -1 for logits that are not numbers."""
+        self.logprobs = array("f", bytes(4 * capacity))
+        self._places = array("i", bytes(4 * capacity))
+        self._choices = array("Q", bytes(8 * capacity))
+        self._positions = array("q", bytes(8 * capacity))
+        self._pick = Pick(Kind.PICK, capacity, place=self._places.buffer_info()[0])
+        self.program.record(lambda: self._draw(library, head))
+
+    def prepare(
+        self, hidden: torch.Tensor, places: "array[int]", choices: "array[int]", positions: "array[int]"
+    ) -> None:
+        """hidden: float32 [tokens, inner], to be read only when the program runs; places: "i" [rows], which of its rows
+        a token follows; the others as in ``Draws.draw``."""
+        rows = len(places)
+        self._pick.x, self._pick.x_stride = hidden.data_ptr(), hidden.stride(0)
+        self._places[:rows], self._choices[:rows], self._positions[:rows] = places, choices, positions
+
+    def _draw(self, library: Library, head: Head) -> torch.Tensor:
+        capacity, panels, choices = self.program.capacity, head.panels, self._choices.buffer_info()[0]
+        x = empty(capacity, panels.inner)
+        self._pick.out, self._pick.out_stride, self._pick.size = x.data_ptr(), x.stride(0), panels.inner
+        run(library, self._pick)
+        sums = torch.empty(4, -(-panels.outs // _BUCKET), capacity)
+        op = HeadStruct(
+            Kind.HEAD,
+            finish=Finish.STORE,
+            alpha=head.factor,
+            choices=choices,
+            most=sums[0].data_ptr(),
+            mass=sums[1].data_ptr(),
+            warm=sums[2].data_ptr(),
+            place=sums[3].data_ptr(),
+            most_stride=capacity,
+        )
+        multiply(library, op, panels, x, None)
+        draw = Sample(
+            Kind.SAMPLE,
+            capacity,
+            head=ctypes.addressof(op),
+            choices=choices,
+            positions=self._positions.buffer_info()[0],
+            ids=self.ids.buffer_info()[0],
+            logprobs=self.logprobs.buffer_info()[0],
+        )
+        # It multiplies once more by what was multiplied by before, so nothing may be lent in between.
+        run(library, draw, sums)
+        return x
 
 
 def score(
@@ -79,5 +156,5 @@ def score(
         most=most,
         vocabulary=vocabulary,
     )
-    library.run((ctypes.c_void_p * 1)(ctypes.addressof(op)), 1, rows, torch.get_num_threads())
+    once(library, op, torch.get_num_threads())
     return logprobs, top_ids.long(), top_logprobs

@@ -3,6 +3,7 @@
 import torch
 
 from tgi.kernels.program import empty
+from tgi.kernels.sampling import Head
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
@@ -36,35 +37,45 @@ class VocabEmbedding:
 class LmHead:
     """Hidden states to one score per token of the vocabulary."""
 
-    __slots__ = ("_group", "_scores", "method")
+    __slots__ = ("_factor", "_group", "_scores", "method")
 
-    def __init__(self, method: LinearMethod, group: Group) -> None:
+    def __init__(self, method: LinearMethod, group: Group, factor: float) -> None:
+        """``factor``: on all scores."""
         self.method = method
         self._group = group
+        self._factor = factor
         self._scores = torch.empty(0, 0)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> "LmHead":
+    def load(cls, checkpoint: Checkpoint, name: str, vocab: int, hidden: int, factor: float = 1.0) -> "LmHead":
         piece = _piece(checkpoint, name, vocab, hidden)
         if checkpoint.library is not None:
-            return cls(_native(checkpoint, piece), checkpoint.group)
-        return cls(checkpoint.linear([piece], bias=False), checkpoint.group)
+            return cls(_native(checkpoint, piece), checkpoint.group, factor)
+        return cls(checkpoint.linear([piece], bias=False), checkpoint.group, factor)
 
     @classmethod
-    def tie(cls, embedding: VocabEmbedding, group: Group) -> "LmHead":
+    def tie(cls, embedding: VocabEmbedding, group: Group, factor: float = 1.0) -> "LmHead":
         """The embedding's own rows; a method of torch's that packs its weight keeps a copy."""
         table = embedding.table
-        return cls(table if isinstance(table, NativeLinear) else dense(table, None), group)
+        return cls(table if isinstance(table, NativeLinear) else dense(table, None), group, factor)
+
+    @property
+    def native(self) -> Head | None:
+        """What the scores are, if our own kernels make them and this rank has all."""
+        if not isinstance(self.method, NativeLinear) or self._group.size > 1:
+            return None
+        return Head(self.method.panels, self._factor)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
         if not isinstance(self.method, NativeLinear):
-            return self._group.all_gather(self.method(hidden)).float()
+            scores = self._group.all_gather(self.method(hidden)).float()
+            return scores if self._factor == 1.0 else scores.mul_(self._factor)
         # Kept from step to step: tens of megabytes of fresh memory would cost more than many a step's sampling.
         if len(self._scores) < len(hidden):
             self._scores = empty(len(hidden), self.method.panels.outs)
         scores = self._scores[: len(hidden)]
-        self.method.write(scores, hidden)
+        self.method.write(scores, hidden, self._factor)
         return self._group.all_gather(scores)
 
 

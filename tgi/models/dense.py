@@ -28,11 +28,12 @@ class DenseDecoder:
         self._embed = VocabEmbedding.load(
             checkpoint, "model.embed_tokens", shape.vocab, shape.hidden, config.embedding_multiplier
         )
+        factor = 1 / config.logits_scaling
         if shape.tied:
-            self._head = LmHead.tie(self._embed, checkpoint.group)
+            self._head = LmHead.tie(self._embed, checkpoint.group, factor)
         else:
-            self._head = LmHead.load(checkpoint, "lm_head", shape.vocab, shape.hidden)
-        self._logits_scaling = config.logits_scaling
+            self._head = LmHead.load(checkpoint, "lm_head", shape.vocab, shape.hidden, factor)
+        self.head = self._head.native
         self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)
         self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]
         self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps)
@@ -49,8 +50,7 @@ class DenseDecoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
-        scores = self._head(hidden)
-        return scores if self._logits_scaling == 1.0 else scores.div_(self._logits_scaling)
+        return self._head(hidden)
 
 
 class DenseLayer:

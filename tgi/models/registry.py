@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tgi.attention.base import Attend, AttnSpec
     from tgi.kernels.library import Library
+    from tgi.kernels.sampling import Head
 
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ class Model(Protocol):
     @property
     def library(self) -> "Library | None":
         """The native kernels, if it runs on them."""
+
+    @property
+    def head(self) -> "Head | None":
+        """What ``logits`` computes, if that is one product of the native kernels."""
 
     def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
         """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""

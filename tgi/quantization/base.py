@@ -60,9 +60,9 @@ class NativeLinear:
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         return native_linear(self._library, self.panels, x, bias=self._bias, finish=Finish.GATE)
 
-    def write(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """The product into ``out`` [tokens, out]."""
-        native_linear(self._library, self.panels, x, bias=self._bias, out=out)
+    def write(self, out: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        """``factor`` times the product into ``out`` [tokens, out]."""
+        native_linear(self._library, self.panels, x, bias=self._bias, out=out, alpha=factor)
 
     def rows(self, ids: torch.Tensor, factor: float) -> torch.Tensor:
         """The matrix's own rows, times ``factor``: int64 [tokens] → float32 [tokens, in]."""

@@ -1,9 +1,7 @@
-"""A step's chunks as tensors: one flat token axis, no padding."""
+"""A step's chunks as one flat token axis, without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from tgi.attention.base import Segment
 from tgi.core.plan import Work
@@ -13,37 +11,41 @@ from tgi.core.plan import Work
 class Batch:
     """T tokens of all chunks, one chunk behind the other."""
 
-    token_ids: torch.Tensor
-    """[T] int64."""
-    positions: torch.Tensor
-    """[T] int64."""
+    token_ids: list[int]
+    """[T]."""
+    positions: list[int]
+    """[T]."""
     segments: list[Segment]
 
-    logit_rows: torch.Tensor
-    """Indices into T: the last token of each chunk that samples, in order, then those that score a known token."""
-    scored_ids: torch.Tensor
-    """The known tokens that the latter score; both lie in the works' order, as ``Work.scored`` has them."""
+    last_rows: list[int]
+    """Places in T of the last token of each chunk that samples, in the works' order."""
+    scored_rows: list[int]
+    """Those before a known token that is to be scored, likewise."""
+    scored_ids: list[int]
+    """These known tokens."""
 
     @classmethod
-    def build(cls, works: Sequence[Work], device: torch.device) -> "Batch":
+    def build(cls, works: Sequence[Work]) -> "Batch":
         ids: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
+        last: list[int] = []
         rows: list[int] = []
-        scoring: list[int] = []
         scored: list[int] = []
         for work in works:
-            end = work.start + work.length
-            ids += work.tokens[work.start : end]
-            positions += range(work.start, end)
-            segments.append(Segment(work.start, work.length, work.blocks))
+            start, length, tokens = work.start, work.length, work.tokens
+            end = start + length
+            if length == 1:
+                ids.append(tokens[start])
+                positions.append(start)
+            else:
+                ids += tokens[start:end]
+                positions += range(start, end)
+            segments.append(Segment(start, length, work.blocks))
             if work.samples:
-                rows.append(len(ids) - 1)
-            if known := work.scored:
+                last.append(len(ids) - 1)
+            if work.told < len(tokens) and (known := work.scored):
                 first = len(ids) - end
-                scoring += (first + position - 1 for position in known)
-                scored += (work.tokens[position] for position in known)
-        # One transfer for all.
-        packed = torch.tensor(ids + positions + rows + scoring + scored).to(device, non_blocking=True)
-        tokens, behind = len(ids), len(packed) - len(scored)
-        return cls(packed[:tokens], packed[tokens : 2 * tokens], segments, packed[2 * tokens : behind], packed[behind:])
+                rows += (first + position - 1 for position in known)
+                scored += (tokens[position] for position in known)
+        return cls(ids, positions, segments, last, rows, scored)

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
 from tgi.runtime.batch import Batch
-from tgi.runtime.forward import Forward, choose
+from tgi.runtime.forward import Forward, Then, choose
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
+
+_NO_TOKENS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,16 @@ class Launched:
     works: Sequence[Work]
     order: Sequence[int]
     """Place on the token axis → index of the work."""
+    plain: Sequence[int]
+    """Indices of the works for which tokens are being drawn already."""
+    drawing: Sequence[int]
+    """Of the others that sample, in ``order``."""
     hidden: torch.Tensor
-    """[rows, hidden size]: one row for each work that samples, in ``order``, then one for each known token to score."""
+    """[rows, hidden size]: one row for each of the latter, then one for each known token to score."""
     targets: torch.Tensor
     """The known tokens that the latter score."""
-    logits: torch.Tensor
-    """float32 [first rows, vocabulary]."""
+    logits: torch.Tensor | None
+    """float32 [first rows, vocabulary], if there are rows."""
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
 
@@ -46,7 +53,7 @@ class Runner:
         self._forward = forward
         self._device = device
         self._library = library() if device.type == "cpu" else None
-        self._sampler = Sampler(self._library)
+        self._sampler = Sampler(self._library, model.head)
 
     @classmethod
     def load(cls, settings: Settings, progress: Callable[[int, int], None]) -> "Runner":
@@ -73,7 +80,7 @@ class Runner:
     def of(cls, model: Model, blocks: int, tokens: int, stored: torch.dtype, device: torch.device) -> "Runner":
         """With a cache of ``blocks`` pages whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
         cache = KVCache(model.specs, blocks, Precision(model.compute, stored), device)
-        return cls(model, choose(model, cache, model.library, tokens), device)
+        return cls(model, choose(model, cache, tokens, device), device)
 
     @property
     def vocab_size(self) -> int:
@@ -85,34 +92,63 @@ class Runner:
         # Decoding requests stand together, longest first, so that attention can batch neighbours of like length.
         order = sorted(range(len(works)), key=lambda at: (works[at].length > 1, -works[at].start))
         ordered = [works[at] for at in order]
-        batch = Batch.build(ordered, self._device)
-        hidden = self._forward(batch.token_ids, batch.positions, batch.segments)
+        batch = Batch.build(ordered)
+        plain: dict[int, int] = {}  # index of a work → place of its last row
+        drawing: dict[int, int] = {}
+        for index, place in zip((at for at in order if works[at].samples), batch.last_rows, strict=True):
+            (plain if self._sampler.is_plain(works[index]) else drawing)[index] = place
+        then: Then | None = None
+        if plain:
+            then = partial(self._sampler.plan, places=[*plain.values()], works=[works[at] for at in plain])
+        hidden = self._forward(batch, then)
         embeddings = {}
         at = 0
         for index, work in zip(order, ordered, strict=True):
             if work.submit.pooling is not None and (pooled := pool(work, hidden[at : at + work.length])) is not None:
                 embeddings[index] = pooled
             at += work.length
-        rows = hidden[batch.logit_rows]
+        places = [*drawing.values(), *batch.scored_rows]
+        if not places:
+            return Launched(works, order, [*plain], [], hidden[:0], _NO_TOKENS, None, embeddings)
+        # One transfer for both.
+        packed = torch.tensor(places + batch.scored_ids).to(self._device, non_blocking=True)
+        rows = hidden[packed[: len(places)]]
         # Of a GPU's step all logits are made at once; those of a CPU's should still be in its cache when they are read.
-        drawn = len(rows) - len(batch.scored_ids)
-        first = SCORED_ROWS if self._device.type == "cpu" else max(drawn, SCORED_ROWS)
-        return Launched(works, order, rows, batch.scored_ids, self._model.logits(rows[:first]), embeddings)
+        first = SCORED_ROWS if self._device.type == "cpu" else max(len(drawing), SCORED_ROWS)
+        logits = self._model.logits(rows[:first])
+        return Launched(works, order, [*plain], [*drawing], rows, packed[len(places) :], logits, embeddings)
 
     @torch.inference_mode()
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
-        """Wait for the logits and draw; results in the order of the works."""
+        """Wait for the logits and draw; results in the order of the works. masks: of such as have a grammar."""
         works, order = launched.works, launched.order
-        rows = {index: row for row, index in enumerate(at for at in order if works[at].samples)}
+        assert masks is None or launched.logits is not None
+        drawn: dict[int, Token | str] = {}
+        known: dict[int, list[Token]] = {}
+        if launched.plain:
+            drawn.update(zip(launched.plain, self._sampler.drawn(len(launched.plain)), strict=True))
+        if launched.logits is not None:
+            tokens, scores = self._read(launched, launched.logits, masks)
+            drawn.update(zip(launched.drawing, tokens, strict=True))
+            if scores:
+                known = dict(zip(order, told(scores, [works[at] for at in order]), strict=True))
+        return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
+
+    def _read(
+        self, launched: Launched, logits: torch.Tensor, masks: Masks | None
+    ) -> tuple[list[Token | str], list[Scores]]:
+        """Draw tokens and score known ones, by as many logits at once as there are."""
+        works = launched.works
         if masks is not None:
+            rows = {index: row for row, index in enumerate(launched.drawing)}
             masks = Masks([rows[index] for index in masks.rows], masks.bits)
         top = 0
         if len(launched.targets):
             top = max(work.submit.sampling.top_n_tokens for work in works if work.scored)
-        drawing = [works[index] for index in rows]
+        drawing = [works[index] for index in launched.drawing]
         tokens: list[Token | str] = []
         scores: list[Scores] = []
-        at, logits = 0, launched.logits
+        at = 0
         while True:
             count = min(max(len(drawing) - at, 0), len(logits))
             part = masks.part(at, at + count) if masks is not None else None
@@ -123,14 +159,9 @@ class Runner:
                 scores.append(score(self._library, logits[count:], targets, top))
             at += len(logits)
             if at >= len(launched.hidden):
-                break
+                return tokens, scores
             # Each part's logits, the widest tensor there is, are gone when the next part's are made.
             logits = self._model.logits(launched.hidden[at : at + SCORED_ROWS])
-        drawn = dict(zip(rows, tokens, strict=True))
-        known: dict[int, list[Token]] = {}
-        if scores:
-            known = dict(zip(order, told(scores, [works[at] for at in order]), strict=True))
-        return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
 
     def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
         """All that one work yields."""

@@ -16,21 +16,51 @@ from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green_bits
 from tgi.kernels.library import Library
 from tgi.kernels.ops import Choice
-from tgi.kernels.sampling import Draws
+from tgi.kernels.program import Program
+from tgi.kernels.sampling import Draws, Head, HeadDraws
 from tgi.runtime import torch_sampler
 
 NOT_A_NUMBER = "the model's output is not a number"
+
+_ROWS = 64
+"""Of a step's rows, at first."""
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 
 
 class Sampler:
-    """Draws tokens for the rows of a step."""
+    """Draws tokens for the rows of a step: of logits or, for requests with plain wishes, of what logits are made of."""
 
-    def __init__(self, library: Library | None) -> None:
-        """Without a library, which needs logits in the CPU's memory, torch does it."""
+    def __init__(self, library: Library | None, head: Head | None = None) -> None:
+        """Without a library, which needs logits in the CPU's memory, torch does it. ``head``: what makes the logits."""
         self._draws = Draws(library) if library is not None else None
+        self._head = head
+        self._head_draws = HeadDraws(library, head, _ROWS) if library is not None and head is not None else None
+
+    def is_plain(self, work: Work) -> bool:
+        """Whether ``plan`` can draw for it; else it takes logits."""
+        if self._head is None or self._head_draws is None:
+            return False
+        return _wishes(work, self._head.panels.outs).plain
+
+    def plan(self, hidden: torch.Tensor, places: Sequence[int], works: Sequence[Work]) -> tuple[Program, int]:
+        """Draw one token per work, by running the program for so many rows.
+
+        hidden: [tokens, hidden size], as it will be then; places: in it, the row that each work's token follows.
+        """
+        draws, rows = self._head_draws, len(works)
+        assert draws is not None and self._head is not None
+        if rows > draws.program.capacity:
+            draws = self._head_draws = HeadDraws(draws.library, self._head, max(rows, 2 * draws.program.capacity))
+        choices = array("Q", [work.scratch["wishes"].address for work in works])
+        draws.prepare(hidden, array("i", places), choices, array("q", [len(work.tokens) for work in works]))
+        return draws.program, rows
+
+    def drawn(self, rows: int) -> list[Token | str]:
+        """What came of the plan."""
+        assert self._head_draws is not None
+        return _tokens(self._head_draws.ids, self._head_draws.logprobs, rows)
 
     def sample(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> Sequence[Token | str]:
         """Draw one token per row. logits: float32 [rows, vocabulary]; works: one a row; masks: of those that have one.
@@ -49,9 +79,7 @@ def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Ma
     choices, positions = array("Q"), array("q")
     most, askers = 0, []
     for row, work in enumerate(works):
-        wishes: _Wishes | None = work.scratch.get("wishes")
-        if wishes is None:
-            wishes = work.scratch["wishes"] = _Wishes(work, vocabulary)
+        wishes = _wishes(work, vocabulary)
         if wishes.change:
             wishes.follow(work, vocabulary)
         if wishes.top_n:
@@ -61,16 +89,20 @@ def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Ma
         choices.append(wishes.address)
         positions.append(len(work.tokens))
     draws.draw(logits, choices, positions, _addresses(masks, rows) if masks is not None else None, most)
-    tokens: list[Token | str] = [
-        Token(id, logprob) if id >= 0 else NOT_A_NUMBER
-        for id, logprob in zip(draws.ids[:rows].tolist(), draws.logprobs[:rows].tolist(), strict=True)
-    ]
+    tokens = _tokens(draws.ids, draws.logprobs, rows)
     for row, count in askers:
         token, at = tokens[row], row * most
         if isinstance(token, Token):
             top = zip(draws.top_ids[at : at + count], draws.top_logprobs[at : at + count], strict=True)
             tokens[row] = Token(token.id, token.logprob, list(top))
     return tokens
+
+
+def _tokens(ids: "array[int]", logprobs: "array[float]", rows: int) -> list[Token | str]:
+    return [
+        Token(id, logprob) if id >= 0 else NOT_A_NUMBER
+        for id, logprob in zip(ids[:rows].tolist(), logprobs[:rows].tolist(), strict=True)
+    ]
 
 
 def _addresses(masks: Masks, rows: int) -> "array[int]":
@@ -82,10 +114,17 @@ def _addresses(masks: Masks, rows: int) -> "array[int]":
     return addresses
 
 
+def _wishes(work: Work, vocabulary: int) -> "_Wishes":
+    wishes: _Wishes | None = work.scratch.get("wishes")
+    if wishes is None:
+        wishes = work.scratch["wishes"] = _Wishes(work, vocabulary)
+    return wishes
+
+
 class _Wishes:
     """A request's wishes as the kernel reads them. Lives in the request's scratch."""
 
-    __slots__ = ("_barred", "_bias", "_biased", "_choice", "_green", "_history", "address", "change", "top_n")
+    __slots__ = ("_barred", "_bias", "_biased", "_choice", "_green", "_history", "address", "change", "plain", "top_n")
 
     def __init__(self, work: Work, vocabulary: int) -> None:
         s = work.submit.sampling
@@ -118,6 +157,10 @@ class _Wishes:
         self.top_n = s.top_n_tokens
         self.change = s.watermark is not None or self._history is not None or bool(self._barred)
         """Whether something depends on the tokens so far."""
+        warped = s.top_k > 0 or s.top_p != 1.0 or s.typical_p != 1.0 or s.min_p != 0.0
+        masked = bool(s.grammar) or s.thinking is not None
+        self.plain = not (self.change or masked or self._biased or self.top_n or (warped and not s.greedy))
+        """Whether nothing is wished but the likeliest token, or one drawn at some temperature."""
 
     def follow(self, work: Work, vocabulary: int) -> None:
         """Bring up to date what depends on the tokens so far."""

@@ -23,5 +23,7 @@ extern const Table NAME(TGI_ISA) = {{
     {ANGLES, nullptr, each<Angles, angles>},
     {TURN, call<Turn, turn>, nullptr},
     {ATTEND, call<Attend, attend>, nullptr},
+    {PICK, nullptr, each<Pick, pick>},
+    {HEAD, call<Head, head>, nullptr},
     {SAMPLE, call<Sample, sample>, nullptr},
 }};

@@ -235,18 +235,22 @@ template <int FORM> static void panels(const Linear& op, int rows, int panel, in
     }
 }
 
+static void panels(const Linear& op, int rows, int first, int end) {
+    switch (op.form) {
+        case FP32: return panels<FP32>(op, rows, first, end);
+        case BF16: return panels<BF16>(op, rows, first, end);
+        case INT8: return panels<INT8>(op, rows, first, end);
+        case INT4: return panels<INT4>(op, rows, first, end);
+    }
+}
+
 static void linear(const Linear& op, int rows, Worker& worker) {
     const int count = (op.outs + 31) / 32 * 2;
     // Small tasks: at the end no thread waits long for the others' last one.
     const int task = 4;
     for (int first; (first = worker.next() * task) < count;) {
         int end = first + task < count ? first + task : count;
-        switch (op.form) {
-            case FP32: panels<FP32>(op, rows, first, end); break;
-            case BF16: panels<BF16>(op, rows, first, end); break;
-            case INT8: panels<INT8>(op, rows, first, end); break;
-            case INT4: panels<INT4>(op, rows, first, end); break;
-        }
+        panels(op, rows, first, end);
     }
 }
 

@@ -4,11 +4,18 @@
 #include <atomic>
 #include <cstdint>
 
-enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, SAMPLE, KINDS };
+enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, PICK, HEAD, SAMPLE, KINDS };
 
 struct Op {
     int32_t kind;
-    int32_t rows;  // -1: as many as the step has
+    int32_t rows;  // -1: as many as its program runs for
+};
+
+// Operations, one after the other.
+struct Program {
+    const Op* const* op;
+    int32_t ops;
+    int32_t rows;  // of operations that leave it open
 };
 
 // How the panels of a matrix hold their numbers. A panel is 16 outputs; see linear.h for its layout.
@@ -88,10 +95,30 @@ struct Choice {
     float temperature, top_p, typical_p, min_p;
 };
 
-// One token for each row of logits.
+struct Pick : Op {
+    const float* x;
+    int64_t x_stride;
+    const int32_t* place;  // [rows]: rows of x
+    float* out;
+    int64_t out_stride;
+    int32_t size;
+};
+
+// The product with the vocabulary's matrix, of which nothing is kept but what tells of each bucket of outputs how likely it is.
+struct Head : Linear {
+    const Choice* const* choices;  // [rows]: greedy, or a draw at some temperature; all else is neutral
+    float* most;                   // [buckets, most_stride]: each row's largest logit in the bucket
+    float* mass;                   // sum of e^(logit - most)
+    float* warm;                   // the same at the row's temperature, if it draws at another than 1
+    int32_t* place;                // if it is greedy: the first token with `most`
+    int64_t most_stride;
+};
+
+// One token for each row of logits, or of a head.
 struct Sample : Op {
     const float* logits;
     int64_t stride;                // numbers from row to row
+    const Head* head;              // instead of logits
     const Choice* const* choices;  // [rows]
     const int64_t* positions;      // [rows]: of the tokens
     const uint8_t* const* masks;   // [rows], or null: bits as in `green` of the tokens that may come; null: all

@@ -48,6 +48,10 @@ static void rms_norm(const float* x, const float* w, float* out, int size, float
     if (i < size) store_some(out + i, load_some(x + i, size - i) * set1(inverse) * load_some(w + i, size - i), size - i);
 }
 
+static void pick(const Pick& op, int row) {
+    memcpy(op.out + row * op.out_stride, op.x + op.place[row] * op.x_stride, op.size * sizeof(float));
+}
+
 static void norm(const Norm& op, int row) {
     rms_norm(op.x + row * op.x_stride, op.weight, op.out + row * op.out_stride, op.size, op.eps);
 }

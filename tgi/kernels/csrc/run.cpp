@@ -120,8 +120,9 @@ int tgi_choose(const char* name) {
 
 // Of the structs that Python writes: operations by kind, then others.
 int64_t tgi_size(int which) {
-    static const int64_t sizes[] = {sizeof(Linear), sizeof(Quantize), sizeof(Norm),   sizeof(Embed),  sizeof(Angles),
-                                    sizeof(Turn),   sizeof(Attend),   sizeof(Sample), sizeof(Choice), sizeof(Step)};
+    static const int64_t sizes[] = {sizeof(Linear), sizeof(Quantize), sizeof(Norm), sizeof(Embed),  sizeof(Angles),
+                                    sizeof(Turn),   sizeof(Attend),   sizeof(Pick), sizeof(Head),   sizeof(Sample),
+                                    sizeof(Choice), sizeof(Step),     sizeof(Program)};
     return which < (int)(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
@@ -132,36 +133,43 @@ void tgi_profile(double* seconds) { profile = seconds; }
 // To be called when a step's segments are written, before its layers run.
 void tgi_plan(Step* step, int threads) { plan(*step, threads); }
 
-// `rows`: of operations that leave it open.
-void tgi_run(const Op* const* ops, int count, int rows, int threads) {
+// The programs one after the other, by one team of threads.
+void tgi_run(const Program* programs, int count, int threads) {
     static std::vector<Counter> counters;  // one caller at a time: the engine's loop
-    if ((int)counters.size() < count) counters = std::vector<Counter>(count);
-    for (int i = 0; i < count; i++) counters[i].next.store(0, std::memory_order_relaxed);
+    int all = 0;
+    for (int p = 0; p < count; p++) all += programs[p].ops;
+    if ((int)counters.size() < all) counters = std::vector<Counter>(all);
+    for (int i = 0; i < all; i++) counters[i].next.store(0, std::memory_order_relaxed);
     Meeting meeting;
 #pragma omp parallel num_threads(threads)
     {
         Worker worker{omp_get_thread_num(), omp_get_num_threads(), nullptr};
         double begin = profile && worker.index == 0 ? now() : 0;
-        for (int i = 0, next; i < count; i = next) {
-            const Op& op = *ops[i];
-            int height = op.rows < 0 ? rows : op.rows;
-            worker.next_ = &counters[i].next;
-            next = i + 1;
-            if (entries[op.kind].whole) {
-                entries[op.kind].whole(op, height, worker);
-            } else {
-                // What follows on the same rows is done with them at once: nobody waits in between.
-                while (next < count && entries[ops[next]->kind].row && ops[next]->rows == op.rows) next++;
-                int task = std::max(height / (worker.count * 8), 1);
-                for (int first; (first = worker.next() * task) < height;)
-                    for (int row = first; row < std::min(first + task, height); row++)
-                        for (int k = i; k < next; k++) entries[ops[k]->kind].row(*ops[k], row);
-            }
-            if (next < count && worker.count > 1) meeting.meet(worker.count);
-            if (profile && worker.index == 0) {
-                double end = now();
-                profile[op.kind] += end - begin;
-                begin = end;
+        Counter* counter = counters.data();
+        for (const Program* program = programs; program < programs + count; program++) {
+            const Op* const* ops = program->op;
+            for (int i = 0, next; i < program->ops; i = next) {
+                const Op& op = *ops[i];
+                int height = op.rows < 0 ? program->rows : op.rows;
+                worker.next_ = &counter++->next;
+                next = i + 1;
+                if (entries[op.kind].whole) {
+                    entries[op.kind].whole(op, height, worker);
+                } else {
+                    // What follows on the same rows is done with them at once: nobody waits in between.
+                    while (next < program->ops && entries[ops[next]->kind].row && ops[next]->rows == op.rows) next++;
+                    int task = std::max(height / (worker.count * 8), 1);
+                    for (int first; (first = worker.next() * task) < height;)
+                        for (int row = first; row < std::min(first + task, height); row++)
+                            for (int k = i; k < next; k++) entries[ops[k]->kind].row(*ops[k], row);
+                }
+                bool last = next == program->ops && program == programs + count - 1;
+                if (!last && worker.count > 1) meeting.meet(worker.count);
+                if (profile && worker.index == 0) {
+                    double end = now();
+                    profile[op.kind] += end - begin;
+                    begin = end;
+                }
             }
         }
     }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "linear.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -24,7 +25,8 @@ template <class T> struct Room {
     T* of(int64_t wanted) {
         if (size < wanted) {
             free(at);
-            at = (T*)malloc((size = wanted) * sizeof(T));
+            size = (wanted + 15) / 16 * 16;
+            at = (T*)aligned_alloc(64, size * sizeof(T));
             if (!at) abort();
         }
         return at;
@@ -41,7 +43,7 @@ struct Desk {
     double histogram[2048];
 
     void fit(int size) {
-        int64_t tokens = size + 32, buckets = size / BUCKET + 1;
+        int64_t tokens = size + 32, buckets = size / BUCKET + 16;
         row = row_.of(tokens), depth = depth_.of(tokens), weight = weight_.of(tokens), key = key_.of(tokens);
         some_key = some_key_.of(tokens), some_weight = some_weight_.of(tokens);
         most = most_.of(buckets), mass = mass_.of(buckets), id = id_.of(tokens);
@@ -65,41 +67,65 @@ INLINE V16 fall(V16 y) {
     return p * as_float(shl<23>(to_int(n) + iset1(127)));
 }
 
-// Each bucket's largest number in `most`; returns the first place of the largest of all.
-static int peak(const float* x, int size, float* most) {
-    int best = 0;
-    float top = -INFINITE;
-    for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
-        int n = size - at < BUCKET ? size - at : BUCKET, i = 0;
-        V16 even = set1(-INFINITE), odd = even;
-        for (; i + 32 <= n; i += 32) {
-            even = vmax(even, load(x + at + i));
-            odd = vmax(odd, load(x + at + i + 16));
-        }
-        for (; i < n; i += 16) even = vmax(even, take(x + at + i, n - i, -INFINITE));
-        most[b] = largest(vmax(even, odd));
-        if (most[b] > top) top = most[b], best = at;
+INLINE int buckets_of(int size) { return (size + BUCKET - 1) / BUCKET; }
+INLINE int within(int bucket, int size) { return size - bucket * BUCKET < BUCKET ? size - bucket * BUCKET : BUCKET; }
+
+// Of a bucket of n numbers: the largest, its first place, and the sum of e^((x - most) / temperature).
+INLINE float most_of(const float* x, int n) {
+    V16 even = set1(-INFINITE), odd = even;
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        even = vmax(even, load(x + i));
+        odd = vmax(odd, load(x + i + 16));
     }
-    for (int i = best; i < size && i < best + BUCKET; i++)
-        if (x[i] == top) return i;
+    for (; i < n; i += 16) even = vmax(even, take(x + i, n - i, -INFINITE));
+    return largest(vmax(even, odd));
+}
+INLINE int place_of(const float* x, int n, float most) {
+    V16 bound = set1(most);
+    for (int i = 0; i < n; i += 16)
+        if (unsigned bits = at_most(bound, take(x + i, n - i, -INFINITE)) & first(n - i)) return i + __builtin_ctz(bits);
+    return 0;
+}
+INLINE float mass_of(const float* x, int n, float most, float temperature) {
+    V16 offset = set1(most > -INFINITE ? most : 0), factor = set1(LOG2E / temperature), even = zero(), odd = zero();
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        even = even + fall((load(x + i) - offset) * factor);
+        odd = odd + fall((load(x + i + 16) - offset) * factor);
+    }
+    for (; i < n; i += 16) even = even + fall((take(x + i, n - i, -INFINITE) - offset) * factor);
+    return sum(even + odd);
+}
+
+// The masses of buckets, each of which is one of its own, become parts of e^0 for `top`, the largest of all. Returns their
+// sum: NaN if a number is NaN or infinite.
+static double settle(const float* most, float* mass, int buckets, float top, float temperature) {
+    V16 offset = set1(top), factor = set1(LOG2E / temperature);
+    for (int b = 0; b < buckets; b += 16) store(mass + b, load(mass + b) * fall((load(most + b) - offset) * factor));
+    double total = 0;
+    for (int b = 0; b < buckets; b++) total += mass[b];
+    return total;
+}
+
+INLINE int highest(const float* most, int buckets) {
+    int best = 0;
+    for (int b = 1; b < buckets; b++)
+        if (most[b] > most[best]) best = b;
     return best;
 }
 
-// Each bucket's sum of e^((x - top) / temperature) in `mass`; returns the sum of all. NaN if a number is NaN or infinite.
-static double masses(const float* x, int size, float top, float temperature, float* mass) {
-    V16 offset = set1(top), factor = set1(LOG2E / temperature);
-    double total = 0;
-    for (int b = 0, at = 0; at < size; b++, at += BUCKET) {
-        int n = size - at < BUCKET ? size - at : BUCKET, i = 0;
-        V16 even = zero(), odd = zero();
-        for (; i + 32 <= n; i += 32) {
-            even = even + fall((load(x + at + i) - offset) * factor);
-            odd = odd + fall((load(x + at + i + 16) - offset) * factor);
-        }
-        for (; i < n; i += 16) even = even + fall((take(x + at + i, n - i, -INFINITE) - offset) * factor);
-        total += mass[b] = sum(even + odd);
-    }
-    return total;
+// Each bucket's largest number in `most`; returns the first place of the largest of all.
+static int peak(const float* x, int size, float* most) {
+    for (int b = 0; b < buckets_of(size); b++) most[b] = most_of(x + b * BUCKET, within(b, size));
+    int best = highest(most, buckets_of(size));
+    return best * BUCKET + place_of(x + best * BUCKET, within(best, size), most[best]);
+}
+
+// Each bucket's sum of e^((x - top) / temperature) in `mass`; returns the sum of all.
+static double masses(const float* x, int size, const float* most, float top, float temperature, float* mass) {
+    for (int b = 0; b < buckets_of(size); b++) mass[b] = mass_of(x + b * BUCKET, within(b, size), most[b], temperature);
+    return settle(most, mass, buckets_of(size), top, temperature);
 }
 
 // List the tokens at most `limit` below `top`, with that as their depth, buckets without any unseen.
@@ -206,7 +232,7 @@ static float reach(const float* key, const float* weight, int n, double target, 
 
 // List the k largest, and ties with the last.
 static int best(const float* x, int size, float top, int k, Desk& d) {
-    int buckets = (size + BUCKET - 1) / BUCKET;
+    int buckets = buckets_of(size);
     float limit = INFINITE;
     if (k < buckets) {  // as many buckets have a token of that depth: it can't be lower
         for (int b = 0; b < buckets; b++) d.key[b] = top - d.most[b];
@@ -249,6 +275,19 @@ struct Race {
         if (speed > record) record = speed, winner = who;
     }
     void again() { record = -1, winner = 0; }
+
+    int between(const float* mass, int buckets) {
+        for (int b = 0; b < buckets; b++) run(mass[b], -1 - b, b);
+        return winner;
+    }
+    // Of the tokens of a bucket, whose n numbers are x.
+    int inside(int bucket, const float* x, int n, float top, float temperature, float* weight) {
+        for (int i = 0; i < n; i += 16)
+            store(weight + i, fall((take(x + i, n - i, -INFINITE) - set1(top)) * set1(LOG2E / temperature)));
+        again();
+        for (int i = 0; i < n; i++) run(weight[i], bucket * BUCKET + i, bucket * BUCKET + i);
+        return winner;
+    }
 };
 
 // A token drawn from a row whose largest is at `peak`. `total`: of the masses, if d.mass has them at temperature 1; or 0.
@@ -257,15 +296,10 @@ static int draw(const Choice& c, int64_t position, const float* x, int size, int
     Race race(c.seed, position);
     bool limited = c.top_k > 0, nucleus = c.top_p != 1.f, typical = c.typical_p != 1.f, least = c.min_p != 0.f;
     if (!limited && (nucleus || !(typical || least)) && (c.temperature != 1.f || total == 0))
-        total = masses(x, size, top, c.temperature, d.mass);
+        total = masses(x, size, d.most, top, c.temperature, d.mass);
     if (!(limited || nucleus || typical || least)) {
-        for (int b = 0; b * BUCKET < size; b++) race.run(d.mass[b], -1 - b, b);
-        int at = race.winner * BUCKET, n = size - at < BUCKET ? size - at : BUCKET;
-        race.again();
-        for (int i = 0; i < n; i += 16)
-            store(d.weight + i, fall((take(x + at + i, n - i, -INFINITE) - set1(top)) * set1(LOG2E / c.temperature)));
-        for (int i = 0; i < n; i++) race.run(d.weight[i], at + i, at + i);
-        return race.winner;
+        int b = race.between(d.mass, buckets_of(size));
+        return race.inside(b, x + b * BUCKET, within(b, size), top, c.temperature, d.weight);
     }
     int n;
     if (limited) {
@@ -354,7 +388,7 @@ static void sample_row(const Sample& op, int row, Desk& d) {
     const float *raw = op.logits + row * op.stride, *x = raw;
     int size = op.vocabulary, id = peak(raw, size, d.most);
     float top = raw[id];
-    double total = masses(raw, size, top, 1, d.mass);
+    double total = masses(raw, size, d.most, top, 1, d.mass);
     if (!(total < INFINITE)) {
         op.ids[row] = -1, op.logprobs[row] = __builtin_nanf("");
         return;
@@ -388,12 +422,84 @@ static void sample_row(const Sample& op, int row, Desk& d) {
     op.logprobs[row] = (float)((double)raw[id] - top - rest);
 }
 
+// Some rows' logits in one bucket.
+static void logits_of(const Linear& head, int row, int rows, int bucket, float* out, int64_t stride) {
+    Linear part = head;
+    const int64_t panel = bucket * (BUCKET / 16), scales = head.group ? panel * (head.in / head.group) * (head.half ? 32 : 64) : 0;
+    part.x = (const char*)head.x + row * head.x_stride * (head.group ? 1 : 4);
+    part.weight = (const char*)head.weight + panel * panel_bytes(head);
+    if (head.group) part.x_scale += row * head.sum_stride, part.x_sum += row * head.sum_stride;
+    if (head.scale) part.scale = (const char*)head.scale + scales;
+    if (head.min) part.min = (const char*)head.min + scales;
+    if (head.bias) part.bias += panel * 16;
+    part.out = out, part.out_stride = stride, part.outs = within(bucket, head.outs);
+    panels(part, rows, 0, (part.outs + 31) / 32 * 2);
+}
+
+static void head(const Head& op, int rows, Worker& worker) {
+    static thread_local Room<float> memory;
+    constexpr int TILE = 48, STRIDE = BUCKET + 16;
+    float* logits = memory.of(TILE * STRIDE);
+    const int tiles = (rows + TILE - 1) / TILE;
+    for (int b; (b = worker.next()) < buckets_of(op.outs);) {
+        const int n = within(b, op.outs);
+        for (int t = 0, row = 0; t < tiles; t++) {
+            const int first = row, end = rows * (t + 1) / tiles;
+            logits_of(op, first, end - first, b, logits, STRIDE);
+            for (; row < end; row++) {
+                const Choice& c = *op.choices[row];
+                const float* x = logits + (row - first) * STRIDE;
+                const int64_t at = b * op.most_stride + row;
+                const float most = op.most[at] = most_of(x, n);
+                op.mass[at] = mass_of(x, n, most, 1);
+                if (c.greedy) op.place[at] = b * BUCKET + place_of(x, n, most);
+                else if (c.temperature != 1) op.warm[at] = mass_of(x, n, most, c.temperature);
+            }
+        }
+    }
+}
+
+// As sample_row, to the same result.
+static void sample_head(const Sample& op, int row, Desk& d) {
+    const Choice& c = *op.choices[row];
+    const Head& head = *op.head;
+    const int buckets = buckets_of(head.outs);
+    auto row_of = [&](auto* to, const auto* from) {
+        for (int b = 0; b < buckets; b++) to[b] = from[b * head.most_stride + row];
+    };
+    row_of(d.most, head.most), row_of(d.mass, head.mass);
+    const int best = highest(d.most, buckets);
+    const float top = d.most[best];
+    const double total = settle(d.most, d.mass, buckets, top, 1);
+    if (!(total < INFINITE)) {
+        op.ids[row] = -1, op.logprobs[row] = __builtin_nanf("");
+        return;
+    }
+    float logit = top;
+    if (c.greedy) {
+        op.ids[row] = head.place[best * head.most_stride + row];
+    } else {
+        if (c.temperature != 1) {
+            row_of(d.mass, head.warm);
+            settle(d.most, d.mass, buckets, top, c.temperature);
+        }
+        Race race(c.seed, op.positions[row]);
+        const int b = race.between(d.mass, buckets);
+        logits_of(head, row, 1, b, d.row, BUCKET);
+        op.ids[row] = race.inside(b, d.row, within(b, head.outs), top, c.temperature, d.weight);
+        logit = d.row[op.ids[row] - b * BUCKET];
+    }
+    op.logprobs[row] = (float)((double)logit - top - log(total));
+}
+
 static void sample(const Sample& op, int rows, Worker& worker) {
     static thread_local Desk memory;
     Desk* desk = &memory;
     asm("" : "+r"(desk));  // the compiler would look up the thread's memory in each loop's every turn
-    desk->fit(op.vocabulary);
-    for (int row; (row = worker.next()) < rows;) sample_row(op, row, *desk);
+    desk->fit(op.head ? op.head->outs : op.vocabulary);
+    for (int row; (row = worker.next()) < rows;)
+        if (op.head) sample_head(op, row, *desk);
+        else sample_row(op, row, *desk);
 }
 
 }  // namespace TGI_ISA
