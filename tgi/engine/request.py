@@ -82,6 +82,8 @@ class Request:
         """
         for token in drawn:
             self._append(token)
+        if self.matcher is None and self.thoughts is None:
+            return
         while self.finish is None and (forced := self._forced()):
             for token in forced:
                 self._append(token)
@@ -135,8 +137,10 @@ class Request:
 
     def _end(self) -> FinishReason | None:
         """Why nothing can follow the tokens there are, if so. An end token in the last place counts as one."""
-        if self.generated > 0 and self.tokens[-1] in self.submit.stop_token_ids:
+        submit, tokens = self.submit, self.tokens
+        generated = len(tokens) - submit.prompt_length
+        if generated > 0 and tokens[-1] in submit.stop_token_ids:
             return "eos_token"
         if self.matcher is not None and self.matcher.is_stopped():
             return "eos_token"
-        return "length" if self.generated >= self.submit.max_new_tokens else None
+        return "length" if generated >= submit.max_new_tokens else None

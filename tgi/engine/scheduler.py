@@ -224,7 +224,9 @@ class Scheduler:
         request.told += len(tokens)
         given = max(begin, len(submit.token_ids))
         fresh = list(tokens[given - begin :])
-        scores = [PromptToken(token.logprob, token.top) for token in tokens[: max(submit.prompt_length - begin, 0)]]
+        scores: list[PromptToken] = []
+        if begin < submit.prompt_length:
+            scores += (PromptToken(token.logprob, token.top) for token in tokens[: submit.prompt_length - begin])
         if not ends and not fresh and not scores:
             return None
         finish = request.finish if ends else None

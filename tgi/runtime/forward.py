@@ -23,7 +23,7 @@ Then = Callable[[torch.Tensor], tuple[Program, int]]
 
 
 class Forward(Protocol):
-    """A step's tokens → hidden states [tokens, hidden], valid until the next call. ``then`` is run behind it."""
+    """A step's tokens → hidden states [at least tokens, hidden], valid until the next call. ``then`` is run behind."""
 
     def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor: ...
 
@@ -36,6 +36,7 @@ class Eager:
         self._cache = cache
         self._device = device
 
+    @torch.inference_mode()
     def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor:
         ids, positions = torch.tensor([batch.token_ids, batch.positions]).to(self._device, non_blocking=True)
         hidden = self._model.forward(ids, positions, self._cache.attend(batch.segments))
@@ -65,7 +66,7 @@ class Recorded:
         self._positions[:count] = batch.positions
         self._cache.attend(batch.segments)
         self._program.run(count, None if then is None else then(self._hidden))
-        return self._hidden[:count]
+        return self._hidden
 
 
 def choose(model: Model, cache: KVCache, tokens: int, device: torch.device) -> Forward:

@@ -21,7 +21,17 @@ from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
 
-_NO_TOKENS = torch.empty(0, dtype=torch.int64)
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Hidden states that become logits, and the first that did."""
+
+    hidden: torch.Tensor
+    """[rows, hidden size]: one row for each token to draw, then one for each known token to score."""
+    targets: torch.Tensor
+    """The known tokens that the latter score."""
+    logits: torch.Tensor
+    """float32 [first rows, vocabulary]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +44,8 @@ class Launched:
     plain: Sequence[int]
     """Indices of the works for which tokens are being drawn already."""
     drawing: Sequence[int]
-    """Of the others that sample, in ``order``."""
-    hidden: torch.Tensor
-    """[rows, hidden size]: one row for each of the latter, then one for each known token to score."""
-    targets: torch.Tensor
-    """The known tokens that the latter score."""
-    logits: torch.Tensor | None
-    """float32 [first rows, vocabulary], if there are rows."""
+    """Of the others that sample, as their rows come."""
+    rows: Rows | None
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
 
@@ -86,7 +91,6 @@ class Runner:
     def vocab_size(self) -> int:
         return self._model.vocab_size
 
-    @torch.inference_mode()
     def launch(self, works: Sequence[Work]) -> Launched:
         """Start the forward of one step."""
         # Decoding requests stand together, longest first, so that attention can batch neighbours of like length.
@@ -101,49 +105,56 @@ class Runner:
         if plain:
             then = partial(self._sampler.plan, places=[*plain.values()], works=[works[at] for at in plain])
         hidden = self._forward(batch, then)
-        embeddings = {}
-        at = 0
-        for index, work in zip(order, ordered, strict=True):
-            if work.submit.pooling is not None and (pooled := pool(work, hidden[at : at + work.length])) is not None:
-                embeddings[index] = pooled
-            at += work.length
-        places = [*drawing.values(), *batch.scored_rows]
-        if not places:
-            return Launched(works, order, [*plain], [], hidden[:0], _NO_TOKENS, None, embeddings)
+        rows = None
+        if drawing or batch.scored_rows:
+            rows = self._rows(hidden, [*drawing.values()], batch)
+        return Launched(works, order, [*plain], [*drawing], rows, self._pooled(order, ordered, hidden))
+
+    @torch.inference_mode()
+    def _rows(self, hidden: torch.Tensor, drawing: list[int], batch: Batch) -> Rows:
+        places = drawing + batch.scored_rows
         # One transfer for both.
         packed = torch.tensor(places + batch.scored_ids).to(self._device, non_blocking=True)
         rows = hidden[packed[: len(places)]]
         # Of a GPU's step all logits are made at once; those of a CPU's should still be in its cache when they are read.
         first = SCORED_ROWS if self._device.type == "cpu" else max(len(drawing), SCORED_ROWS)
-        logits = self._model.logits(rows[:first])
-        return Launched(works, order, [*plain], [*drawing], rows, packed[len(places) :], logits, embeddings)
+        return Rows(rows, packed[len(places) :], self._model.logits(rows[:first]))
 
-    @torch.inference_mode()
+    @staticmethod
+    def _pooled(order: Sequence[int], works: Sequence[Work], hidden: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Embeddings by the works' indices; the works stand in the order of the token axis."""
+        found = {}
+        at = 0
+        for index, work in zip(order, works, strict=True):
+            if work.submit.pooling is not None and (pooled := pool(work, hidden[at : at + work.length])) is not None:
+                found[index] = pooled
+            at += work.length
+        return found
+
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
         """Wait for the logits and draw; results in the order of the works. masks: of such as have a grammar."""
         works, order = launched.works, launched.order
-        assert masks is None or launched.logits is not None
+        assert masks is None or launched.rows is not None
         drawn: dict[int, Token | str] = {}
         known: dict[int, list[Token]] = {}
         if launched.plain:
             drawn.update(zip(launched.plain, self._sampler.drawn(len(launched.plain)), strict=True))
-        if launched.logits is not None:
-            tokens, scores = self._read(launched, launched.logits, masks)
+        if launched.rows is not None:
+            tokens, scores = self._read(launched, launched.rows, masks)
             drawn.update(zip(launched.drawing, tokens, strict=True))
             if scores:
                 known = dict(zip(order, told(scores, [works[at] for at in order]), strict=True))
         return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
 
-    def _read(
-        self, launched: Launched, logits: torch.Tensor, masks: Masks | None
-    ) -> tuple[list[Token | str], list[Scores]]:
-        """Draw tokens and score known ones, by as many logits at once as there are."""
-        works = launched.works
+    @torch.inference_mode()
+    def _read(self, launched: Launched, rows: Rows, masks: Masks | None) -> tuple[list[Token | str], list[Scores]]:
+        """Draw tokens and score known ones, by a few logits at a time."""
+        works, logits = launched.works, rows.logits
         if masks is not None:
-            rows = {index: row for row, index in enumerate(launched.drawing)}
-            masks = Masks([rows[index] for index in masks.rows], masks.bits)
+            places = {index: row for row, index in enumerate(launched.drawing)}
+            masks = Masks([places[index] for index in masks.rows], masks.bits)
         top = 0
-        if len(launched.targets):
+        if len(rows.targets):
             top = max(work.submit.sampling.top_n_tokens for work in works if work.scored)
         drawing = [works[index] for index in launched.drawing]
         tokens: list[Token | str] = []
@@ -155,13 +166,13 @@ class Runner:
             tokens += self._sampler.sample(logits[:count], drawing[at : at + count], part)
             if count < len(logits):
                 first = at + count - len(drawing)
-                targets = launched.targets[first : first + len(logits) - count]
+                targets = rows.targets[first : first + len(logits) - count]
                 scores.append(score(self._library, logits[count:], targets, top))
             at += len(logits)
-            if at >= len(launched.hidden):
+            if at >= len(rows.hidden):
                 return tokens, scores
             # Each part's logits, the widest tensor there is, are gone when the next part's are made.
-            logits = self._model.logits(launched.hidden[at : at + SCORED_ROWS])
+            logits = self._model.logits(rows.hidden[at : at + SCORED_ROWS])
 
     def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
         """All that one work yields."""
