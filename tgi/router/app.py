@@ -188,6 +188,7 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     watch_readers(listener)
     server = _Server(configure(create(build(settings))), lambda: report(Ready()))
     gc.freeze()  # what was built lives as long as the process: the collector need not look at it between two tokens
+    gc.set_threshold(20_000)  # and the messages of one step of many streams are no reason to look at the rest
     server.run([listener])
 
 
