@@ -153,6 +153,7 @@ struct Task {
     const int head, shared, rows, panels, columns, stride;
     float *q, *state, *total, *scores;
     int *first, *past;  // [rows]: a row sees the positions from first up to past
+    const char* ahead[PAGES];  // what the thread is likely to read after this task
 
     Task(const Attend& op, const Item& item, int head, Memory& memory)
         : op(op), item(item), head(head), shared(op.step->heads / op.step->kv_heads), rows(item.tokens * shared),
@@ -164,6 +165,7 @@ struct Task {
         scores = total + room * stride;
         first = (int*)(scores + 16 * BLOCK);
         past = first + room;
+        for (int p = 0; p < PAGES; p++) ahead[p] = op.pages;
         for (int row = 0; row < rows; row++) {
             int position = item.position + row / shared, window = op.step->window;
             first[row] = window && position >= window ? position - window + 1 : 0;
@@ -338,7 +340,8 @@ template <int FORM> static void split(Task& t, int index) {
             int position = block.at + p * PAGE;
             block.keys[p] = t.page(std::min(std::max(position, t.first[0]), past - 1));
             block.values[p] = block.keys[p] + t.op.values;
-            block.next_keys[p] = t.page(std::min(position + BLOCK, past - 1));
+            bool last = block.at + BLOCK >= std::min((index + 1) * SPLIT, past);
+            block.next_keys[p] = last ? t.ahead[p] : t.page(std::min(position + BLOCK, past - 1));
             block.next_values[p] = block.next_keys[p] + t.op.values;
         }
         const float* q = t.q;
@@ -422,6 +425,13 @@ static void attend(const Attend& op, int, Worker& worker) {
     for (int task; (task = worker.next()) < tasks;) {
         // The last items first: they are the longest where a prompt is cut into several.
         Task t(op, op.step->item[op.step->items - 1 - task / heads], task % heads, memory);
+        if (int next = task + worker.count; next < tasks) {
+            const Item& item = op.step->item[op.step->items - 1 - next / heads];
+            for (int p = 0; p < PAGES; p++) {
+                int position = std::min(std::max(item.split, item.first) * SPLIT + p * PAGE, item.position + item.tokens - 1);
+                t.ahead[p] = op.pages + ((int64_t)item.blocks[position / PAGE] * heads + next % heads) * op.page;
+            }
+        }
         switch (op.form) {
             case FP32: attend_item<FP32>(t); break;
             case BF16: attend_item<BF16>(t); break;
