@@ -247,7 +247,7 @@ static void panels(const Linear& op, int rows, int first, int end) {
 static void linear(const Linear& op, int rows, Worker& worker) {
     const int count = (op.outs + 31) / 32 * 2;
     // Small tasks: at the end no thread waits long for the others' last one.
-    const int task = 4;
+    const int task = rows > 6 ? 2 : 4;
     for (int first; (first = worker.next() * task) < count;) {
         int end = first + task < count ? first + task : count;
         panels(op, rows, first, end);
