@@ -1,6 +1,7 @@
 """What the launcher's children have in common: their arguments, their log, and the pipe on which they report."""
 
 import argparse
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import msgspec
 from tgi.core import telemetry
 from tgi.core.config import Settings
 from tgi.core.errors import StartupError
-from tgi.core.messages import Failed, Status
+from tgi.core.messages import Failed, Ready, Status
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,9 @@ Report = Callable[[Status], None]
 
 Serve = Callable[[Settings, int | None, Report], None]
 """(settings, descriptor of the listening socket, report): the child's whole life."""
+
+_GARBAGE = 20_000
+"""New objects before the collector looks for cycles: the messages of one step of many streams are no reason to."""
 
 
 def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
@@ -35,8 +39,15 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     telemetry.setup(target, settings.log_level, settings.json_output, colour=settings.log_colorize)
 
     def report(status: Status) -> None:
+        if isinstance(status, Ready):
+            gc.freeze()
+            gc.set_threshold(_GARBAGE)
+            gc.enable()
         os.write(arguments.status_fd, msgspec.json.encode(status) + b"\n")
 
+    # What is made before it is ready lives as long as the process. To look for cycles in it takes a sixth of the start,
+    # and later it would come between two tokens.
+    gc.disable()
     try:
         serve(settings, arguments.listen_fd, report)
     except StartupError as error:

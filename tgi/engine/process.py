@@ -1,7 +1,6 @@
 """The engine process: loads, opens the mailbox, says ready, steps for ever. Run by the launcher."""
 
 import ctypes
-import gc
 import logging
 import os
 import sys
@@ -35,9 +34,6 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         prefix_caching=settings.prefix_caching,
     )
     mailbox = Mailbox(settings.socket, epoch=time.time_ns())
-    # What was loaded lives as long as the process: the collector need not look at it in the middle of a step.
-    gc.collect()
-    gc.freeze()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # glibc keeps what packing the weights has freed
     log.info(

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import gc
 import hmac
 import logging
 import resource
@@ -187,8 +186,6 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     listener = socket.socket(fileno=listen_fd)
     watch_readers(listener)
     server = _Server(configure(create(build(settings))), lambda: report(Ready()))
-    gc.freeze()  # what was built lives as long as the process: the collector need not look at it between two tokens
-    gc.set_threshold(20_000)  # and the messages of one step of many streams are no reason to look at the rest
     server.run([listener])
 
 
