@@ -53,7 +53,7 @@ class Reader:
         """Log-probabilities of what follows ``position`` in each window: float64 [windows, vocabulary]."""
         works = [
             Work(
-                Submit(row, text, 1, len(text), [], Sampling(), 0.0),
+                Submit(row, text, 1, len(text), [], Sampling(top_n_tokens=1), 0.0),  # greedy alone needs no logits
                 text[: position + 1],
                 position,
                 1,
@@ -65,8 +65,9 @@ class Reader:
             for row, text in enumerate(self._texts)
         ]
         launched = self._runner.launch(works)
-        rows = torch.empty_like(launched.logits)
-        rows[list(launched.order)] = launched.logits
+        assert launched.rows is not None
+        rows = torch.empty_like(launched.rows.logits)
+        rows[list(launched.drawing)] = launched.rows.logits
         return log_softmax(rows.double(), 1)
 
     def prefill(self) -> float:
