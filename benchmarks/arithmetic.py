@@ -1,4 +1,4 @@
-"""What the processor's own instructions can do: multiplications and additions per nanosecond on one core, from registers.
+"""What the processor's own instructions can do: multiply-adds per nanosecond on one core, from registers.
 
     python benchmarks/arithmetic.py
 
