@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "engine.loop": {"core", "engine", "runtime"},
     "engine.process": {"core", "engine", "runtime"},
     "runtime": {"models", "attention", "layers", "quantization", "kernels", "parallel", "core"},
-    "models": {"layers", "attention.base", "quantization", "kernels.library", "parallel", "core"},
+    "models": {"layers", "attention.base", "quantization", "kernels.library", "kernels.sampling", "parallel", "core"},
     "layers": {"quantization", "attention.base", "kernels", "parallel", "core"},
     "quantization": {"kernels", "core"},
     "attention": {"kernels", "core"},
