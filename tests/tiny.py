@@ -74,6 +74,35 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_GEMMA = {
+    "head_dim": 24,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
+_FAMILIES |= {
+    "gemma": {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", **_GEMMA, "hidden_act": "gelu"},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        **_GEMMA,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **_GEMMA,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+        "rope_local_base_freq": 300.0,
+    },
+}
+
 FAMILIES = tuple(_FAMILIES)
 
 _CHAT_TEMPLATE = (
@@ -121,14 +150,19 @@ def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         if bias:
             found[f"{name}.bias"] = random.normal(0, 0.3, rows).astype(np.float32)
 
+    gemma = family.startswith("gemma")
+
     def norm(name: str, size: int) -> None:
-        found[f"{name}.weight"] = random.normal(1, 0.2, size).astype(np.float32)
+        found[f"{name}.weight"] = random.normal(0 if gemma else 1, 0.2, size).astype(np.float32)
 
     linear("model.embed_tokens", vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         norm(f"{name}.input_layernorm", hidden)
         norm(f"{name}.post_attention_layernorm", hidden)
+        if family in ("gemma2", "gemma3_text"):
+            norm(f"{name}.pre_feedforward_layernorm", hidden)
+            norm(f"{name}.post_feedforward_layernorm", hidden)
         if family == "phi3":
             linear(f"{name}.self_attn.qkv_proj", q + 2 * kv, hidden)
             linear(f"{name}.mlp.gate_up_proj", 2 * intermediate, hidden)
@@ -137,7 +171,7 @@ def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
                 linear(f"{name}.self_attn.{part}_proj", rows, hidden, qkv_bias)
             for part in ("gate", "up"):
                 linear(f"{name}.mlp.{part}_proj", intermediate, hidden, mlp_bias)
-        if family == "qwen3":
+        if family in ("qwen3", "gemma3_text"):
             norm(f"{name}.self_attn.q_norm", head_dim)
             norm(f"{name}.self_attn.k_norm", head_dim)
         linear(f"{name}.self_attn.o_proj", hidden, q, o_bias)

@@ -18,7 +18,7 @@ def write_gguf(folder: Path, quantized: str = "F32", pre: str = "gpt-2", **metad
     """
     config = json.loads((folder / "config.json").read_bytes())
     path = folder.with_suffix(".gguf")
-    writer = gguf.GGUFWriter(path, config["model_type"].replace("mistral", "llama"))
+    writer = gguf.GGUFWriter(path, config["model_type"].replace("mistral", "llama").removesuffix("_text"))
     _write_sizes(writer, config)
     _write_tokenizer(writer, json.loads((folder / "tokenizer.json").read_bytes()), pre)
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_bytes())
@@ -50,8 +50,12 @@ def _write_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     if "head_dim" in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config["model_type"] == "phi3":
+    if config["model_type"] in ("phi3", "gemma2", "gemma3_text"):
         writer.add_sliding_window(config.get("sliding_window", 0))
+    if "attn_logit_softcapping" in config:
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    if "final_logit_softcapping" in config:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     if config["model_type"] == "granite":
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
@@ -122,8 +126,11 @@ def _write_tensors(
         part = name.split(".")[-2].removesuffix("_proj")
         permute = part in heads and config["model_type"] in ("llama", "mistral", "granite")
         data = _permute(tensor, heads[part]) if permute else tensor
+        shift = config["model_type"].startswith("gemma") and "norm" in part
+        data = data + np.float32(1) if shift else data
         packed = _pack(data, kind)
         values = gguf.dequantize(packed, kind)
+        values = values - np.float32(1) if shift else values
         stored[name] = _restore(values, heads[part]) if permute else values
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name

@@ -73,13 +73,15 @@ class Request:
     def __len__(self) -> int:
         return len(self.qkv)
 
-    def expected(self, layout: Layout, softcap: float | None) -> torch.Tensor:
+    def expected(self, layout: Layout, softcap: float | None, slopes: torch.Tensor | None = None) -> torch.Tensor:
         shared = layout.heads // layout.kv_heads
         k, v = (rounded(x, layout.form).double().repeat_interleave(shared, dim=1) for x in (self.k, self.v))
         scores = torch.einsum("qhd,khd->hqk", self.q.double(), k) * SCALE
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
         behind = torch.arange(len(self))[:, None] - torch.arange(len(self))
+        if slopes is not None:
+            scores = scores - slopes.double()[:, None, None] * behind
         hidden = (behind < 0) | (behind >= (layout.window or len(self)))
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).float().flatten(1)
 
@@ -92,6 +94,7 @@ def serve(
     *,
     lengths: Sequence[int],
     softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
     begun: float = 1.0,
 ) -> list[torch.Tensor]:
     """All rows of each request, computed in chunks of some of ``lengths`` in steps of several requests each, over
@@ -110,7 +113,7 @@ def serve(
         step.plan([(done[i], ends[i] - done[i], tables[i]) for i in chosen])
         qkv = torch.cat([requests[i].qkv[done[i] : ends[i]] for i in chosen])
         turn(step, pages, qkv)
-        out = attend(step, pages, qkv, scale=SCALE, softcap=softcap)
+        out = attend(step, pages, qkv, scale=SCALE, softcap=softcap, slopes=slopes)
         for i, rows in zip(chosen, out.split([ends[i] - done[i] for i in chosen]), strict=True):
             outs[i].append(rows)
             done[i] = ends[i]
@@ -132,11 +135,12 @@ def test_mixed_steps_equal_the_definition(kernels: Library, form: Form, seed: in
     torch.set_num_threads(chance.choice([1, 2, 3]))
     layout = random_layout(chance, form)
     softcap = chance.choice([None, None, 2.0, 30.0])
+    slopes = chance.choice([None, torch.logspace(-0.1, -2, layout.heads)])
     requests = [Request(chance.choice([1, 17, 90, 280, 600]), layout) for _ in range(3)]
     lengths = chance.choice([(600,), (1, 5, 16, 33, 100)])
-    outs = serve(kernels, layout, requests, chance, lengths=lengths, softcap=softcap, begun=0.8)
+    outs = serve(kernels, layout, requests, chance, lengths=lengths, softcap=softcap, slopes=slopes, begun=0.8)
     for request, out in zip(requests, outs, strict=True):
-        torch.testing.assert_close(out, request.expected(layout, softcap), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out, request.expected(layout, softcap, slopes), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,16 +6,23 @@ import pytest
 import torch
 
 from tests.kernels.conftest import native
+from tgi.core.model_config import Activation
 from tgi.kernels.library import Library
 from tgi.kernels.linear import linear
-from tgi.kernels.ops import Finish
+from tgi.kernels.ops import Act, Finish
 from tgi.kernels.panels import Panels, pack, pack_quantized
-from tgi.kernels.rows import embed, quantize, rms_norm
-from tgi.quantization.base import silu_mul
+from tgi.kernels.rows import embed, layer_norm, quantize, rms_norm
+from tgi.quantization.base import activate
 from tgi.quantization.quantized import Quantized
 
 pytestmark = native
 
+ACTS: dict[Act, Activation] = {
+    Act.SILU: "silu",
+    Act.GELU_TANH: "gelu_tanh",
+    Act.GELU: "gelu",
+    Act.RELU: "relu",
+}
 KINDS = ("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales")
 
 
@@ -115,10 +122,24 @@ def test_what_follows_the_product(kernels: Library, kind: str) -> None:
     out = into.clone()
     linear(kernels, panels, x, bias=bias, out=out, finish=Finish.ADD, alpha=0.25)
     torch.testing.assert_close(out, into + 0.25 * (plain + bias))
-    gated = linear(kernels, panels, x, finish=Finish.GATE)  # its panels of 16 are gate and up by turns
-    blocks = plain.view(13, 3, 2, 16)
-    expected = silu_mul(torch.cat((blocks[:, :, 0].flatten(1), blocks[:, :, 1].flatten(1)), dim=1))
-    torch.testing.assert_close(gated, expected, rtol=1e-5, atol=1e-5)
+    for act, activation in ACTS.items():
+        gated = linear(kernels, panels, x, finish=Finish.GATE, act=act)  # its panels of 16 are gate and up by turns
+        blocks = plain.view(13, 3, 2, 16)
+        gate, up = blocks[:, :, 0].flatten(1), blocks[:, :, 1].flatten(1)
+        torch.testing.assert_close(gated, activate(gate, activation) * up, rtol=1e-5, atol=1e-5)
+        out = linear(kernels, panels, x, bias=bias, act=act)
+        torch.testing.assert_close(out, activate(plain + bias, activation), rtol=1e-5, atol=1e-5)
+    capped = linear(kernels, panels, x, alpha=0.5, cap=3.0)
+    torch.testing.assert_close(capped, 3 * (plain / 6).tanh(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu", "relu"])
+def test_activations_from_end_to_end(kernels: Library, act: Activation) -> None:
+    """As exact far from 0 as near to it, where the product of the tails counts."""
+    x = torch.cat((torch.linspace(-12, 12, 4000), torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30])))[:, None]
+    panels = pack(torch.ones(1, 1))
+    got = linear(kernels, panels, x.contiguous(), act=next(key for key, name in ACTS.items() if name == act))
+    torch.testing.assert_close(got, activate(x.double(), act).float(), rtol=3e-6, atol=3e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,12 +153,23 @@ def test_rows_of_the_matrix(kernels: Library, kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 64, 577])
-def test_the_norm(kernels: Library, size: int) -> None:
+def test_norms(kernels: Library, size: int) -> None:
     torch.manual_seed(size)
-    x, weight = torch.randn(9, size + 5)[:, :size], torch.randn(size)
-    got = rms_norm(kernels, x, weight, 1e-5)
-    torch.testing.assert_close(got, torch.nn.functional.rms_norm(x, (size,), weight, 1e-5), rtol=1e-5, atol=1e-6)
-    assert torch.equal(got[3:4], rms_norm(kernels, x[3:4], weight, 1e-5))
+    x, weight, bias = torch.randn(9, size + 5)[:, :size], torch.randn(size), torch.randn(size)
+    functional = torch.nn.functional
+    for got, expected in (
+        (rms_norm(kernels, x, weight, 1e-5), functional.rms_norm(x, (size,), weight, 1e-5)),
+        (layer_norm(kernels, x + 3, weight, bias, 1e-5), functional.layer_norm(x + 3, (size,), weight, bias, 1e-5)),
+        (layer_norm(kernels, x, weight, None, 1e-5), functional.layer_norm(x, (size,), weight, None, 1e-5)),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(rms_norm(kernels, x, weight, 1e-5)[3:4], rms_norm(kernels, x[3:4], weight, 1e-5))
+    into = torch.randn(9, size)
+    grown = layer_norm(kernels, x, weight, bias, 1e-5, into.clone())
+    torch.testing.assert_close(grown, into + layer_norm(kernels, x, weight, bias, 1e-5))
+    torch.testing.assert_close(
+        rms_norm(kernels, x, weight, 1e-5, into.clone()), into + rms_norm(kernels, x, weight, 1e-5)
+    )
 
 
 def test_infinities_and_what_is_no_number_stay_in_their_row(kernels: Library) -> None:

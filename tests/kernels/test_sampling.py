@@ -222,7 +222,7 @@ def test_a_row_is_the_same_alone_among_others_and_whatever_the_threads(kernels: 
 def test_tokens_drawn_without_logits_are_those_drawn_of_logits(kernels: Library, vocabulary: int, rows: int, kind: str):
     torch.manual_seed(vocabulary)
     panels, _ = panels_of(kind, vocabulary, 96, random.Random(rows))
-    head = Head(panels, 0.5)
+    head = Head(panels, factor=0.5)
     hidden = torch.randn(rows + 5, 128)[:, :96]
     places = torch.randperm(rows + 5)[:rows]
     hidden[places[rows // 2]] *= float("nan") if rows > 2 else 1.0
@@ -243,7 +243,7 @@ def test_tokens_drawn_without_logits_are_those_drawn_of_logits(kernels: Library,
 
 
 def test_only_plain_wishes_need_no_logits(kernels: Library):
-    sampler = Sampler(kernels, Head(pack(torch.randn(1000, 8)), 1.0))
+    sampler = Sampler(kernels, Head(pack(torch.randn(1000, 8))))
     assert sampler.is_plain(work(0, 1000, greedy=True, top_p=0.5, top_k=3))
     assert sampler.is_plain(work(0, 1000, greedy=False, temperature=0.3))
     wishes = [*CHANGES[1:], {"top_n_tokens": 1}, {"grammar": "{}"}, {"thinking": Thinking(3, "<think>", "</think>")}]

@@ -18,6 +18,7 @@ GB = 10**9
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
+    "rms_norm_eps": 1e-5,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 3,

@@ -44,8 +44,18 @@ class FullAttention:
             seen = place[None] <= place[:, None]
             if spec.window is not None:
                 seen &= place[None] > place[:, None] - spec.window
-            heads = (t.transpose(0, 1)[None] for t in (q_, k_, v_))
-            out = scaled_dot_product_attention(*heads, attn_mask=seen, scale=spec.scale, enable_gqa=True)
+            heads = [t.transpose(0, 1)[None] for t in (q_, k_, v_)]
+            if spec.softcap is None and spec.slopes is None:
+                out = scaled_dot_product_attention(*heads, attn_mask=seen, scale=spec.scale, enable_gqa=True)
+            else:
+                k_, v_ = (t.repeat_interleave(spec.heads // spec.kv_heads, 1) for t in heads[1:])
+                scores = heads[0] @ k_.transpose(-1, -2) * spec.scale
+                if spec.softcap is not None:
+                    scores = (scores / spec.softcap).tanh() * spec.softcap
+                if spec.slopes is not None:
+                    behind = place[:, None] - place[None]
+                    scores = scores - torch.tensor(spec.slopes)[:, None, None] * behind
+                out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v_
             outs.append(out[0].transpose(0, 1).reshape(len(q_), -1))
         return torch.cat(outs)
 
@@ -107,15 +117,32 @@ class Engine:
         return [token.id for delta in self.deltas[number] for token in delta.tokens]
 
 
-def reference(folder: Path) -> torch.nn.Module:
+def reference(folder: Path, attention: str = "eager") -> torch.nn.Module:
     """transformers' model of the same folder; every tensor must have found its place."""
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def write_reference(folder: Path, family: str, **config: Any) -> Path:
+    """A model of transformers' own making, with weights that tell apart what a model may mix up."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+        else:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
 
 
 @torch.inference_mode()

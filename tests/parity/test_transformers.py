@@ -76,6 +76,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("phi3", {"sliding_window": 7}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7}),
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+    "gemma2-types": ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+    "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
+    "gemma3-capped": ("gemma3", {"final_logit_softcapping": 2.0}),
+    "gemma3-linear": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "gemma3-ropes": (
+        "gemma3",
+        {
+            "rope_theta": None,
+            "rope_local_base_freq": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+            },
+        },
+    ),
     "qwen2-layer-types": (
         "qwen2",
         {

@@ -23,6 +23,10 @@ def reference(spec: AttnSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     for head in range(spec.heads):
         kv = head // (spec.heads // spec.kv_heads)
         scores = (k[first : position + 1, kv].double() @ q[head].double()) * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * (scores / spec.softcap).tanh()
+        if spec.slopes is not None:
+            scores -= spec.slopes[head] * torch.arange(len(scores) - 1, -1, -1)
         outs.append(scores.softmax(0) @ v[first : position + 1, kv].double())
     return torch.cat(outs).float()
 
@@ -34,7 +38,9 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
     chance = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads = chance.choice([1, 2, 3])
-    spec = AttnSpec(kv_heads * chance.choice([1, 3]), kv_heads, chance.choice([8, 16]), 0.3, window)
+    heads = kv_heads * chance.choice([1, 3])
+    slopes = chance.choice([None, tuple(0.5**head for head in range(heads))])
+    spec = AttnSpec(heads, kv_heads, chance.choice([8, 16]), 0.3, window, chance.choice([None, 1.5]), slopes)
     backend = SdpaAttention(spec, PRECISION, torch.device(device))
     pages = backend.allocate(BLOCKS).fill_(float("nan"))  # left by a request that failed
     free = chance.sample(range(BLOCKS), BLOCKS)
@@ -69,6 +75,6 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
 
 
 def test_no_backend_for_a_spec_is_an_error_with_each_reason():
-    spec = AttnSpec(2, 2, 8, 1.0, softcap=50.0)
-    with pytest.raises(StartupError, match="sdpa: no soft-capping"):
-        choose(spec, PRECISION, torch.device("cpu"), [SdpaAttention])
+    precision = Precision(torch.float32, torch.int8)
+    with pytest.raises(StartupError, match=r"sdpa: no cache in torch\.int8"):
+        choose(AttnSpec(2, 2, 8, 1.0), precision, torch.device("cpu"), [SdpaAttention])

@@ -25,6 +25,9 @@ class AttnSpec:
     """A token sees itself and the ``window - 1`` tokens before it."""
     softcap: float | None = None
     """Scores become ``softcap * tanh(score / softcap)``."""
+    slopes: tuple[float, ...] | None = None
+    """Of each query head: what a score loses with each position between key and query (ALiBi; Press et al., arXiv
+    2108.12409)."""
 
 
 class Norm(Protocol):

@@ -42,6 +42,7 @@ class NativeAttention:
         self._spec = spec
         self._device = device
         self._step = kernel.Step(native, self._layout, 1)
+        self._slopes = None if spec.slopes is None else torch.tensor(spec.slopes)
 
     def allocate(self, blocks: int) -> torch.Tensor:
         return zeros((blocks, self._layout.kv_heads, self._layout.page), torch.uint8, self._device)
@@ -51,13 +52,14 @@ class NativeAttention:
         if tokens > self._step.tokens:
             self._step = kernel.Step(self._library, self._layout, max(tokens, 2 * self._step.tokens))
         self._step.plan((segment.start, segment.length, segment.blocks) for segment in segments)
-        return _Prepared(self._step, self._spec)
+        return _Prepared(self._step, self._spec, self._slopes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     step: kernel.Step
     spec: AttnSpec
+    slopes: torch.Tensor | None
 
     def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
         norm = turn.norm
@@ -69,4 +71,6 @@ class _Prepared:
             norm=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
         )
-        return kernel.attend(self.step, pages, qkv, scale=self.spec.scale, softcap=self.spec.softcap)
+        return kernel.attend(
+            self.step, pages, qkv, scale=self.spec.scale, softcap=self.spec.softcap, slopes=self.slopes
+        )

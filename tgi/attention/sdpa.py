@@ -22,7 +22,7 @@ class SdpaAttention:
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
         if not precision.stored.is_floating_point:
             return f"no cache in {precision.stored}"
-        return None if spec.softcap is None else "no soft-capping of scores"
+        return None
 
     def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None:
         self.spec = spec
@@ -80,8 +80,9 @@ class SdpaAttention:
             blocks += [used[0]] * (width - len(used))
         length = group[0].length
         # Without a window a first chunk is causal by itself, and single tokens of equal context see all of it.
-        causal = self.spec.window is None and length > 1 and group[0].start == 0
-        free = self.spec.window is None and length == 1 and min(contexts) == context
+        alike = self.spec.window is None and self.spec.slopes is None
+        causal = alike and self.spec.softcap is None and length > 1 and group[0].start == 0
+        free = alike and length == 1 and min(contexts) == context
         return _Part(
             at,
             tokens,
@@ -98,16 +99,21 @@ class SdpaAttention:
         return max(segment.start - self.spec.window + 1, 0) // BLOCK_SIZE
 
     def _mask(self, contexts: list[int], length: int) -> torch.Tensor:
-        """Additive mask [batch, 1, length, context]; query i of a row sees keys up to its own place."""
+        """Additive mask [batch, 1 or heads, length, context]; query i of a row sees keys up to its own place. Heads of
+        single tokens are [kv heads, heads of each]."""
         ends = torch.tensor(contexts, device=self._device).view(-1, 1, 1, 1)
         query = ends - length + torch.arange(length, device=self._device).view(1, 1, -1, 1)
         key = torch.arange(max(contexts), device=self._device)
         hidden = key > query
         if self.spec.window is not None:
             hidden |= key <= query - self.spec.window
-        return torch.zeros(hidden.shape, dtype=self._precision.compute, device=self._device).masked_fill_(
-            hidden, float("-inf")
-        )
+        bias = torch.zeros(hidden.shape, device=self._device)
+        if self.spec.slopes is not None:
+            slopes = torch.tensor(self.spec.slopes, device=self._device).view(-1, 1, 1)
+            bias = (key - query).float() * slopes
+            if length == 1:
+                bias = bias.view(len(contexts), self.spec.kv_heads, -1, bias.shape[-1])
+        return bias.masked_fill(hidden, float("-inf")).to(self._precision.compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +156,29 @@ class _Prepared:
         if length == 1:
             # Query heads that share a kv head become its query rows: keys and values are read once.
             q = q.view(part.batch, spec.kv_heads, -1, spec.head_dim)
-            out = scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=spec.scale)
+            out = _attention(q, k, v, part, spec)
         else:
             q = q.view(part.batch, length, spec.heads, spec.head_dim).transpose(1, 2)
             shared = spec.heads // spec.kv_heads
-            if q.device.type != "cpu" and shared > 1:
+            if shared > 1 and (q.device.type != "cpu" or spec.softcap is not None):
                 # No CUDA kernel takes shared heads with a mask, or in float32: torch would write out all the scores.
                 k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-            out = scaled_dot_product_attention(
-                q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=shared > 1
-            ).transpose(1, 2)
+            out = _attention(q, k, v, part, spec, shared=shared > 1).transpose(1, 2)
         return out.reshape(part.tokens, spec.heads * spec.head_dim)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: _Part, spec: AttnSpec, *, shared: bool = False
+) -> torch.Tensor:
+    """[batch, heads, queries, dim], [batch, heads or, ``shared``, fewer, keys, dim] → as q."""
+    if spec.softcap is None:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=shared
+        )
+    scores = (q @ k.transpose(-1, -2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+    if part.mask is not None:
+        scores += part.mask
+    return scores.softmax(-1) @ v
 
 
 def _group(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -5,12 +5,49 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tgi.core.errors import StartupError
 
 Raw = Mapping[str, Any]
 """A parsed config.json."""
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+"""Of a feed-forward block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Qkv:
+    """How a checkpoint holds the projections of attention."""
+
+    names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Of the modules: three, or one for all."""
+    order: Literal["separate", "stacked", "groups"] = "separate"
+    """Of rows. ``stacked``: q above k above v; ``groups``: the query heads of a kv head, then its key and its value."""
+    pairs: int = 0
+    """Dimensions of a head that turn against their neighbour. They are taken so that they lie half as many apart."""
+    transposed: bool = False
+    """Weights are stored as [in, out]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts."""
+
+    block: str
+    """Module of a layer that has router and experts."""
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Of an expert's matrices."""
+    count: int
+    per_token: int
+    intermediate: int
+    normalized: bool
+    """Whether the weights of a token's experts are made to sum up to 1."""
+    shared_intermediate: int = 0
+    """Width of an expert for all tokens; 0: there is none."""
+    layers: tuple[bool, ...]
+    """Which layers have experts; the others have one feed-forward block."""
+
 
 _REQUIRED = object()
 

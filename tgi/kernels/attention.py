@@ -167,11 +167,18 @@ def turn(
 
 
 def attend(
-    step: Step, pages: torch.Tensor, q: torch.Tensor, *, scale: float, softcap: float | None = None
+    step: Step,
+    pages: torch.Tensor,
+    q: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token's softmax(scale · q k) v over what it sees.
 
-    q: float32 [rows, heads · dim, or more, which is not read] → [rows, heads · dim].
+    slopes: float32 [heads], what a score loses with each position between key and query. q: float32 [rows, heads · dim,
+    or more, which is not read] → [rows, heads · dim].
 
     A row's result is bit-equal whatever else the step holds, however the request was cut, whatever the threads.
     """
@@ -184,12 +191,13 @@ def attend(
         **_paged(step, pages),
         q=q.data_ptr(),
         q_stride=q.stride(0),
+        slopes=address(slopes),
         out=out.data_ptr(),
         out_stride=out.stride(0),
         scale=scale,
         softcap=softcap or 0.0,
     )
-    run(step.library, op, step, pages)
+    run(step.library, op, step, pages, slopes)
     return out
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.ops import Finish, Kind, Linear
+from tgi.kernels.ops import Act, Finish, Kind, Linear
 from tgi.kernels.panels import Panels, address
 from tgi.kernels.program import empty, run
 from tgi.kernels.rows import quantize
@@ -17,15 +17,18 @@ def linear(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     finish: Finish = Finish.STORE,
+    act: Act = Act.NONE,
     alpha: float = 1.0,
+    cap: float = 0.0,
 ) -> torch.Tensor:
     """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
 
-    Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
+    act: on the product, or on its gate. cap: if not 0, values become cap · tanh(value / cap). Each row's result is
+    bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
     """
     if out is None:
         out = empty(x.shape[0], panels.outs // 2 if finish is Finish.GATE else panels.outs)
-    op = Linear(Kind.LINEAR, out=out.data_ptr(), out_stride=out.stride(0), finish=finish, alpha=alpha)
+    op = Linear(Kind.LINEAR, out=out.data_ptr(), out_stride=out.stride(0), finish=finish, act=act, alpha=alpha, cap=cap)
     multiply(library, op, panels, x, bias)
     return out
 

@@ -37,6 +37,16 @@ class Finish(IntEnum):
     GATE = 2
 
 
+class Act(IntEnum):
+    """Applied to a product, or to its gate."""
+
+    NONE = 0
+    SILU = 1
+    GELU_TANH = 2
+    GELU = 3
+    RELU = 4
+
+
 class Op(ctypes.Structure):
     """``rows`` of -1: as many as its program runs for."""
 
@@ -69,7 +79,9 @@ class Linear(Op):
         ("half", c_int32),
         ("zero", c_int32),
         ("finish", c_int32),
+        ("act", c_int32),
         ("alpha", c_float),
+        ("cap", c_float),
     ]
 
 
@@ -92,9 +104,12 @@ class Norm(Op):
         ("x", c_void_p),
         ("x_stride", c_int64),
         ("weight", c_void_p),
+        ("bias", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("size", c_int32),
+        ("center", c_int32),
+        ("add", c_int32),
         ("eps", c_float),
     ]
 
@@ -112,6 +127,8 @@ class Embed(Op):
         ("group", c_int32),
         ("half", c_int32),
         ("zero", c_int32),
+        ("first", c_int32),
+        ("add", c_int32),
         ("factor", c_float),
     ]
 
@@ -243,6 +260,7 @@ class Attend(Paged):
     _fields_ = [
         ("q", c_void_p),
         ("q_stride", c_int64),
+        ("slopes", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("scale", c_float),

@@ -8,9 +8,17 @@ from tgi.kernels.panels import Panels, address
 from tgi.kernels.program import empty, run
 
 
-def embed(library: Library, panels: Panels, ids: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """The rows ``ids`` (int64 [rows]) of a matrix, in float32, times ``factor``."""
-    out = empty(len(ids), panels.inner)
+def embed(
+    library: Library,
+    panels: Panels,
+    ids: torch.Tensor,
+    factor: float = 1.0,
+    first: int = 0,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rows ``first + ids`` (int64 [rows]) of a matrix, in float32, times ``factor``; added to ``into`` if that is
+    given."""
+    out = empty(len(ids), panels.inner) if into is None else into
     op = Embed(
         Kind.EMBED,
         len(ids),
@@ -25,28 +33,60 @@ def embed(library: Library, panels: Panels, ids: torch.Tensor, factor: float = 1
         group=panels.group,
         half=panels.half,
         zero=panels.zero,
+        first=first,
+        add=into is not None,
         factor=factor,
     )
     run(library, op, panels)
     return out
 
 
-def rms_norm(library: Library, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """float32 [rows, size], [size] → x / rms(x) · weight."""
+def rms_norm(
+    library: Library, x: torch.Tensor, weight: torch.Tensor, eps: float, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 [rows, size], [size] → x / rms(x) · weight, added to ``into`` if that is given."""
+    return _norm(library, x, weight, None, eps, into, center=False)
+
+
+def layer_norm(
+    library: Library,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 [rows, size], [size] → (x - mean) / deviation · weight + bias, added to ``into`` if that is given."""
+    return _norm(library, x, weight, bias, eps, into, center=True)
+
+
+def _norm(
+    library: Library,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    into: torch.Tensor | None,
+    *,
+    center: bool,
+) -> torch.Tensor:
     rows, size = x.shape
-    out = empty(rows, size)
+    out = empty(rows, size) if into is None else into
     op = Norm(
         Kind.NORM,
         rows,
         x=x.data_ptr(),
         x_stride=x.stride(0),
         weight=weight.data_ptr(),
+        bias=address(bias),
         out=out.data_ptr(),
         out_stride=out.stride(0),
         size=size,
+        center=center,
+        add=into is not None,
         eps=eps,
     )
-    run(library, op, weight)
+    run(library, op, weight, bias)
     return out
 
 

@@ -60,10 +60,14 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What makes logits of hidden states: a matrix, and a factor on the product."""
+    """What makes logits of hidden states: a matrix, and what becomes of the product."""
 
     panels: Panels
-    factor: float
+    bias: torch.Tensor | None = None
+    """[panels · 16]."""
+    factor: float = 1.0
+    cap: float = 0.0
+    """Not 0: logits become cap · tanh(logit / cap)."""
 
 
 class HeadDraws:
@@ -106,6 +110,7 @@ class HeadDraws:
             Kind.HEAD,
             finish=Finish.STORE,
             alpha=head.factor,
+            cap=head.cap,
             choices=choices,
             most=sums[0].data_ptr(),
             mass=sums[1].data_ptr(),
@@ -113,7 +118,7 @@ class HeadDraws:
             place=sums[3].data_ptr(),
             most_stride=capacity,
         )
-        multiply(library, op, panels, x, None)
+        multiply(library, op, panels, x, head.bias)
         draw = Sample(
             Kind.SAMPLE,
             capacity,

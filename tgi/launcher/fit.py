@@ -22,6 +22,7 @@ from tgi.kernels.library import DTYPES, library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
 from tgi.launcher.progress import size
+from tgi.models.registry import check as read_family
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class Plan:
 def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
     raw = read_config(files.folder)
-    shape = ModelShape.read(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
+    shape = read_family(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor).shape
     dtype = choose_dtype(options.dtype, machine, raw)
     quantize = choose_quantize(options, files, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests

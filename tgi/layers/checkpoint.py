@@ -36,6 +36,12 @@ class Piece:
     shape: tuple[int, int]
     rows: Sequence[slice]
     columns: slice
+    transposed: bool = False
+    """Stored as [columns, rows] (transformers' Conv1D)."""
+
+    @property
+    def height(self) -> int:
+        return sum(len(range(*run.indices(self.shape[0]))) for run in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +72,19 @@ class Checkpoint:
     def linear(self, pieces: Sequence[Piece], *, bias: bool, gated: bool = False) -> LinearMethod:
         """A method for the pieces' rows, one below the other. ``gated``: the first half of the rows gates the second,
         and the method will be asked for nothing else than that. ``bias``: added on every rank that has one."""
-        offset = torch.cat([self._bias(piece) for piece in pieces]) if bias else None
+        offset = self.bias(pieces) if bias else None
         if self.library is None:
             return dense(self.table(pieces), offset)
         return self.native(self.library, pieces, offset, gated=gated)
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The pieces as one tensor on the device, copied once."""
-        rows = sum(run.stop - run.start for piece in pieces for run in piece.rows)
+        rows = sum(piece.height for piece in pieces)
         columns = pieces[0].columns.stop - pieces[0].columns.start
         weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         at = 0
         for piece in pieces:
-            stored = self.tensors.take(f"{piece.name}.weight", piece.shape)
+            stored = self._take(piece)
             for run in piece.rows:
                 part = stored[run, piece.columns]
                 weight[at : at + len(part)].copy_(part)
@@ -97,7 +103,7 @@ class Checkpoint:
         """The pieces packed for our own kernel. ``bits`` overrides what ``quantize`` says of rounding."""
         if self.pack.complete:
             for piece in pieces:
-                self.tensors.skip(f"{piece.name}.weight", piece.shape)
+                self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
         panels = self.pack.panels(_name(pieces), lambda: self._panels(pieces, gated, bits))
         if bias is not None:
             bias = _interleave(bias[:, None])[:, 0] if gated else bias
@@ -126,22 +132,36 @@ class Checkpoint:
 
     def _stored(self, piece: Piece) -> list[torch.Tensor | Quantized]:
         """The rows of a piece, as they are stored where that is wanted and can be cut so."""
-        if self.quantize != "stored":
-            whole: torch.Tensor | Quantized = self.tensors.take(f"{piece.name}.weight", piece.shape)
+        if self.quantize != "stored" or piece.transposed:
+            whole: torch.Tensor | Quantized = self._take(piece)
         else:
             whole = self.tensors.take_stored(f"{piece.name}.weight", piece.shape)
         if isinstance(whole, Quantized):
             return [whole.rows(_cut(run)).columns(piece.columns) for run in piece.rows]
         return [whole[run, piece.columns] for run in piece.rows]
 
-    def _bias(self, piece: Piece) -> torch.Tensor:
-        stored = self.tensors.take(f"{piece.name}.bias", (piece.shape[0],))
-        return torch.cat([stored[run] for run in piece.rows]).to(self.device, self.compute)
+    def _take(self, piece: Piece) -> torch.Tensor:
+        stored = self.tensors.take(f"{piece.name}.weight", _stored_shape(piece))
+        return stored.T if piece.transposed else stored
+
+    def bias(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Of the pieces' rows."""
+        parts = []
+        for piece in pieces:
+            stored = self.tensors.take(f"{piece.name}.bias", (piece.shape[0],))
+            parts += [stored[run] for run in piece.rows]
+        return torch.cat(parts).to(self.device, self.compute)
 
 
 def _name(pieces: Sequence[Piece]) -> str:
     """What a pack calls the matrix of the pieces."""
-    return " ".join(f"{p.name}[{r.start}:{r.stop},{p.columns.start}:{p.columns.stop}]" for p in pieces for r in p.rows)
+    return " ".join(
+        f"{p.name}[{r.start}:{r.stop}:{r.step or 1},{p.columns.start}:{p.columns.stop}]" for p in pieces for r in p.rows
+    )
+
+
+def _stored_shape(piece: Piece) -> tuple[int, int]:
+    return (piece.shape[1], piece.shape[0]) if piece.transposed else piece.shape
 
 
 def _cut(run: slice) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,6 +1,6 @@
 """Linear layers by how their matrix is sliced over ranks. The multiplication itself is their ``method``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,6 +31,7 @@ class ColumnLinear:
         *,
         bias: bool,
         gated: bool = False,
+        transposed: bool = False,
     ) -> "ColumnLinear":
         pieces = []
         for name, blocks in parts.items():
@@ -39,8 +40,13 @@ class ColumnLinear:
                 shard = checkpoint.group.shard(block)
                 rows.append(slice(first + shard.start, first + shard.stop))
                 first += block
-            pieces.append(Piece(name, (first, columns), rows, slice(0, columns)))
+            pieces.append(Piece(name, (first, columns), rows, slice(0, columns), transposed))
         return cls(checkpoint.linear(pieces, bias=bias, gated=gated))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, pieces: Sequence[Piece], *, bias: bool) -> "ColumnLinear":
+        """This rank's rows, chosen already."""
+        return cls(checkpoint.linear(pieces, bias=bias))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.method(x)
@@ -59,14 +65,20 @@ class RowLinear:
         self._group = checkpoint.group
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, rows: int, columns: int, *, bias: bool) -> "RowLinear":
+    def load(
+        cls, checkpoint: Checkpoint, name: str, rows: int, columns: int, *, bias: bool, transposed: bool = False
+    ) -> "RowLinear":
         group = checkpoint.group
-        piece = Piece(name, (rows, columns), [slice(0, rows)], group.shard(columns))
+        piece = Piece(name, (rows, columns), [slice(0, rows)], group.shard(columns), transposed)
         return cls(checkpoint.linear([piece], bias=bias and group.rank == 0), checkpoint)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, columns] → [tokens, rows]."""
+        return self._group.all_reduce(self.method(x))
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         """Add ``factor`` times the product to ``into`` [tokens, rows]."""
         if self._group.size == 1:
             self.method.add(into, x, factor)
         else:
-            into.add_(self._group.all_reduce(self.method(x)), alpha=factor)
+            into.add_(self(x), alpha=factor)

@@ -1,15 +1,26 @@
-"""Root-mean-square normalisation."""
+"""Normalisation over the last axis."""
+
+from typing import Protocol
 
 import torch
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
+from tgi.kernels import rows
 from tgi.kernels.library import Library
-from tgi.kernels.rows import rms_norm as native_rms_norm
 from tgi.layers.checkpoint import Checkpoint
 
 
+class Norm(Protocol):
+    """[tokens, size] → [tokens, size]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the norm of ``x`` to ``into``."""
+
+
 class RMSNorm:
-    """x / rms(x) · w over the last axis (Zhang & Sennrich, arXiv 1910.07467)."""
+    """x / rms(x) · w (Zhang & Sennrich, arXiv 1910.07467)."""
 
     __slots__ = ("_eps", "_library", "_weight")
 
@@ -19,10 +30,47 @@ class RMSNorm:
         self._library = library
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, size: int, eps: float) -> "RMSNorm":
-        return cls(checkpoint.vector(f"{name}.weight", size), eps, checkpoint.library)
+    def load(cls, checkpoint: Checkpoint, name: str, size: int, eps: float, offset: float = 0.0) -> "RMSNorm":
+        """``offset``: what the checkpoint leaves away from the weight."""
+        return cls(checkpoint.vector(f"{name}.weight", size) + offset, eps, checkpoint.library)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._library is not None:
-            return native_rms_norm(self._library, x, self._weight, self._eps)
+            return rows.rms_norm(self._library, x, self._weight, self._eps)
         return rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
+        if self._library is not None:
+            rows.rms_norm(self._library, x, self._weight, self._eps, into)
+        else:
+            into.add_(self(x))
+
+
+class LayerNorm:
+    """(x - mean) / deviation · w + b (Ba, Kiros & Hinton, arXiv 1607.06450)."""
+
+    __slots__ = ("_bias", "_eps", "_library", "_weight")
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, library: Library | None = None
+    ) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+        self._library = library
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, name: str, size: int, eps: float, *, bias: bool = True) -> "LayerNorm":
+        offset = checkpoint.vector(f"{name}.bias", size) if bias else None
+        return cls(checkpoint.vector(f"{name}.weight", size), offset, eps, checkpoint.library)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._library is not None:
+            return rows.layer_norm(self._library, x, self._weight, self._bias, self._eps)
+        return layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
+        if self._library is not None:
+            rows.layer_norm(self._library, x, self._weight, self._bias, self._eps, into)
+        else:
+            into.add_(self(x))

@@ -1,4 +1,4 @@
-"""The one decoder of models/dense.py as data, and how each family's config.json becomes it. No torch.
+"""Each dataflow of tgi/models as data, and how a config.json is read into it. No torch.
 
 Reading is strict. Every key is in one of three places: a family's rule reads it; NEUTRAL lists it, since it does not
 change what inference computes; or PLAIN gives the values at which it changes nothing, and any other value is refused by
@@ -7,21 +7,50 @@ name. A key in none of them is unknown to us: it gets one warning.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tgi.core.errors import StartupError
-from tgi.core.model_config import ModelShape, Raw, Rope, architecture, flag, integer, number, read_rope
+from tgi.core.model_config import (
+    Activation,
+    Experts,
+    ModelShape,
+    Qkv,
+    Raw,
+    Rope,
+    architecture,
+    number,
+    read_rope,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseConfig:
-    """A pre-norm decoder with rotary attention and a gated MLP."""
+class DecoderConfig:
+    """What all have."""
 
     shape: ModelShape
     rope: Rope
     eps: float
+    activation: Activation
+    windows: tuple[int | None, ...]
+    """Sliding window per layer."""
+    attention_scale: float
+
+    @property
+    def prefix(self) -> str:
+        """Of all tensors but the head's. Some checkpoints leave it away."""
+        return "model."
+
+    @property
+    def head_name(self) -> str:
+        return "lm_head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig(DecoderConfig):
+    """models/dense.py: a pre-norm decoder with rotary attention and a gated MLP."""
+
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -29,13 +58,78 @@ class DenseConfig:
     """RMSNorm over each head of q and k, before they are rotated."""
     packed: bool = False
     """The checkpoint holds qkv_proj and gate_up_proj instead of five matrices."""
-    windows: tuple[int | None, ...]
-    """Sliding window per layer."""
-    attention_scale: float
+    experts: Experts | None = None
+    norm_offset: float = 0.0
+    """What the checkpoint leaves away from the weights of norms."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     """Divides the logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmaConfig(DecoderConfig):
+    """models/gemma.py: norms before and behind attention and MLP, layers that see all and layers with a window."""
+
+    local_rope: Rope
+    """Of layers with a window."""
+    qk_norm: bool
+    softcap: float | None
+    """Of attention's scores."""
+    logit_cap: float
+    """Of the logits; 0: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """A checkpoint's modules; those of a layer are named from the layer on."""
+
+    embed: str
+    positions: str = ""
+    """Of learned embeddings of positions, if there are any."""
+    embed_norm: str = ""
+    layer: str
+    """With {} for the layer's number."""
+    norm: str
+    attention: str
+    o: str
+    """Within the module of attention."""
+    mlp_norm: str = ""
+    up: str = ""
+    down: str = ""
+    final_norm: str
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptConfig(DecoderConfig):
+    """models/gpt.py: LayerNorms, attention and MLP one behind the other or side by side."""
+
+    names: Names
+    qkv: Qkv
+    parallel: bool = False
+    """Attention and MLP are side by side."""
+    two_norms: bool = True
+    """Attention and MLP have one each."""
+    norm_bias: bool = True
+    gated: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    slopes: tuple[float, ...] | None = None
+    """ALiBi instead of rotary embedding."""
+    first_position: int = 0
+    """Row of the learned embedding that position 0 has."""
+    logit_factor: float = 1.0
+
+    @property
+    def prefix(self) -> str:
+        return self.names.layer.partition(".")[0] + "."
+
+    @property
+    def head_name(self) -> str:
+        return self.names.head
 
 
 def _check_rope(rope: Rope, shape: ModelShape) -> None:
@@ -48,24 +142,24 @@ def _check_rope(rope: Rope, shape: ModelShape) -> None:
             raise StartupError(f"config.json: {name}: expected {size // 2} numbers, got {len(factors)}")
 
 
-def _keys(text: str) -> frozenset[str]:
+def keys_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_BASE = _keys(
+_BASE = keys_of(
     """architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim num_hidden_layers
-    intermediate_size vocab_size max_position_embeddings tie_word_embeddings hidden_act rms_norm_eps rope_scaling
+    intermediate_size vocab_size max_position_embeddings tie_word_embeddings rope_scaling
     rope_parameters rope_theta original_max_position_embeddings"""
 )
 
-NEUTRAL = _keys(
+NEUTRAL = keys_of(
     """torch_dtype dtype transformers_version _name_or_path name_or_path auto_map use_cache initializer_range
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop pretraining_tp
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id forced_bos_token_id
     forced_eos_token_id tokenizer_class prefix task_specific_params problem_type id2label label2id num_labels
     finetuning_task return_dict output_hidden_states output_attentions output_scores return_dict_in_generate
     torchscript use_bfloat16 pruned_heads tf_legacy_loss keys_to_ignore_at_inference tie_encoder_decoder
-    gradient_checkpointing tie_last_hidden_states
+    gradient_checkpointing tie_last_hidden_states cache_implementation
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences exponential_decay_length_penalty suppress_tokens begin_suppress_tokens remove_invalid_values
@@ -96,6 +190,10 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "final_logit_softcapping": (),
     "query_pre_attn_scalar": (),
     "attention_chunk_size": (),
+    "apply_residual_connection_post_layernorm": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "layer_norm_elementwise_affine": (True,),
+    "do_layer_norm_before": (True,),
     "no_rope_layers": (),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
@@ -117,6 +215,17 @@ Rule = Callable[[Raw, ModelShape], dict[str, object]]
 """What a family adds to or changes in the plain decoder."""
 
 
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How one architecture's config.json is read."""
@@ -124,12 +233,32 @@ class Family:
     rule: Rule
     keys: frozenset[str]
     """Keys that ``rule`` reads."""
+    config: type[DecoderConfig] = DenseConfig
+    activation: str = "hidden_act"
+    """The key that has it."""
+    activations: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATIONS)
+    defaults: Raw = field(default_factory=dict)
+    """Of keys that the file leaves away, where they aren't the usual ones."""
+    local_rope: bool = False
+    """``rope_parameters`` may hold an object for each type of layer."""
+    eps: str = "rms_norm_eps"
+    """The key that has it."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Its own names of keys → the usual ones."""
+    sizes: Callable[[dict[str, object]], None] = lambda raw: None
+    """Adds keys that follow from others."""
 
-    def read(self, raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
+    def read(self, raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DecoderConfig:
         """StartupError names the key at fault."""
-        if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise StartupError(f"config.json: hidden_act: {act!r} is not implemented; known: silu")
-        for key in sorted(set(raw) - _BASE - NEUTRAL - self.keys):
+        raw = {**self.defaults, **{self.aliases.get(key, key): value for key, value in raw.items()}}
+        self.sizes(raw)
+        if self.local_rope and isinstance(each := raw.get("rope_parameters"), dict) and "full_attention" in each:
+            raw |= {"rope_parameters": each["full_attention"], "local_rope_parameters": each.get("sliding_attention")}
+        activation = raw.get(self.activation, "silu")
+        if activation not in self.activations:
+            known = ", ".join(self.activations)
+            raise StartupError(f"config.json: {self.activation}: {activation!r} is not implemented; known: {known}")
+        for key in sorted(set(raw) - _BASE - NEUTRAL - self.keys - {self.activation, self.eps}):
             value = raw[key]
             if key not in PLAIN:
                 log.warning("config.json: %s is unknown for %s and has no effect", key, architecture(raw))
@@ -141,76 +270,9 @@ class Family:
         values: dict[str, object] = {
             "shape": shape,
             "rope": rope,
-            "eps": number(raw, "rms_norm_eps"),
+            "eps": number(raw, self.eps),
+            "activation": self.activations[activation],
             "windows": (None,) * shape.layers,
             "attention_scale": shape.head_dim**-0.5,
         }
-        return DenseConfig(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
-
-
-def _llama(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    bias = flag(raw, "attention_bias", False)
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": flag(raw, "mlp_bias", False)}
-
-
-def _window(raw: Raw) -> int | None:
-    """Mistral's and Qwen's configs mean 4096 where they leave the key out, and none where it is null."""
-    window: int | None = integer(raw, "sliding_window", None)
-    return window if "sliding_window" in raw else 4096
-
-
-def _mistral(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    return {"windows": (_window(raw),) * shape.layers}
-
-
-def _qwen2(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    return {"qkv_bias": True, "windows": _layer_windows(raw, shape)}
-
-
-def _qwen3(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    bias = flag(raw, "attention_bias", False)
-    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _layer_windows(raw, shape)}
-
-
-def _layer_windows(raw: Raw, shape: ModelShape) -> tuple[int | None, ...]:
-    """Qwen's rule: ``layer_types`` if given, else a window from layer ``max_window_layers`` on; none at all unless
-    ``use_sliding_window``."""
-    window = _window(raw) if flag(raw, "use_sliding_window", False) else None
-    types = raw.get("layer_types")
-    if types is None:
-        first = raw.get("max_window_layers", 28)
-        if type(first) is not int:
-            raise StartupError(f"config.json: max_window_layers: expected an integer, got {first!r}")
-        return tuple(window if layer >= first else None for layer in range(shape.layers))
-    if not isinstance(types, list) or len(types) != shape.layers:
-        raise StartupError(f"config.json: layer_types: expected a list of {shape.layers} names, got {types!r}")
-    for name in types:
-        if name not in ("full_attention", "sliding_attention"):
-            raise StartupError(f"config.json: layer_types: {name!r} is not implemented")
-    return tuple(window if name == "sliding_attention" else None for name in types)
-
-
-def _phi3(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    return {"packed": True, "windows": (integer(raw, "sliding_window", None),) * shape.layers}
-
-
-def _granite(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    return _llama(raw, shape) | {
-        "attention_scale": number(raw, "attention_multiplier", 1.0),
-        "embedding_multiplier": number(raw, "embedding_multiplier", 1.0),
-        "residual_multiplier": number(raw, "residual_multiplier", 1.0),
-        "logits_scaling": number(raw, "logits_scaling", 1.0),
-    }
-
-
-_BIASES = frozenset({"attention_bias", "mlp_bias"})
-_WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
-
-LLAMA = Family(_llama, _BIASES)
-MISTRAL = Family(_mistral, frozenset({"sliding_window"}))
-QWEN2 = Family(_qwen2, _WINDOWS)
-QWEN3 = Family(_qwen3, _WINDOWS | {"attention_bias"})
-PHI3 = Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"}))
-GRANITE = Family(
-    _granite, _BIASES | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"}
-)
+        return self.config(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields

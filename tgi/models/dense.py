@@ -3,11 +3,12 @@
 import torch
 
 from tgi.attention.base import Attend, AttnSpec
-from tgi.layers.attention import HeadNorm, Turn
+from tgi.core.model_config import Qkv
+from tgi.layers.attention import HeadNorm, SelfAttention
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
-from tgi.layers.linear import ColumnLinear, RowLinear
 from tgi.layers.mlp import GatedMLP
+from tgi.layers.moe import MoE
 from tgi.layers.norm import RMSNorm
 from tgi.layers.rotary import Angles, Rotary
 from tgi.models.config import DenseConfig
@@ -36,7 +37,7 @@ class DenseDecoder:
         self.head = self._head.native
         self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)
         self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]
-        self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps)
+        self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps, config.norm_offset)
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -59,33 +60,35 @@ class DenseLayer:
     def __init__(self, config: DenseConfig, checkpoint: Checkpoint, index: int) -> None:
         shape = config.shape
         name = f"model.layers.{index}"
-        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        if config.packed:
-            qkv: dict[str, tuple[int, ...]] = {f"{attention}.qkv_proj": (q, kv, kv)}
-            gate_up: dict[str, tuple[int, ...]] = {f"{mlp}.gate_up_proj": (shape.intermediate, shape.intermediate)}
-        else:
-            qkv = {f"{attention}.q_proj": (q,), f"{attention}.k_proj": (kv,), f"{attention}.v_proj": (kv,)}
-            gate_up = {f"{mlp}.gate_proj": (shape.intermediate,), f"{mlp}.up_proj": (shape.intermediate,)}
-        self._index = index
-        self._heads, self._kv_heads = shape.heads, shape.kv_heads
+        attention = f"{name}.self_attn"
         self._residual = config.residual_multiplier
-        self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", shape.hidden, config.eps)
-        self._qkv = ColumnLinear.load(checkpoint, qkv, shape.hidden, bias=config.qkv_bias)
-        self._qk_norm = None
-        if config.qk_norm:
-            heads = shape.heads, shape.kv_heads, shape.head_dim
-            self._qk_norm = HeadNorm.load(checkpoint, attention, *heads, config.eps)
-        self._o = RowLinear.load(checkpoint, f"{attention}.o_proj", shape.hidden, q, bias=config.o_bias)
-        self._mlp_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", shape.hidden, config.eps)
-        self._mlp = GatedMLP(
-            ColumnLinear.load(checkpoint, gate_up, shape.hidden, bias=config.mlp_bias, gated=True),
-            RowLinear.load(checkpoint, f"{mlp}.down_proj", shape.hidden, shape.intermediate, bias=config.mlp_bias),
+        norm = shape.hidden, config.eps, config.norm_offset
+        self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", *norm)
+        self._attention = SelfAttention.load(
+            checkpoint,
+            attention,
+            index,
+            shape,
+            Qkv(("qkv_proj",), "stacked") if config.packed else Qkv(),
+            bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            norm=HeadNorm.load(checkpoint, attention, shape, config.eps) if config.qk_norm else None,
         )
+        self._mlp_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", *norm)
+        self._mlp: GatedMLP | MoE
+        if config.experts is not None and config.experts.layers[index]:
+            self._mlp = MoE.load(checkpoint, name, shape, config.experts, config.activation)
+        else:
+            self._mlp = GatedMLP.load(
+                checkpoint,
+                f"{name}.mlp",
+                shape,
+                config.activation,
+                bias=config.mlp_bias,
+                packed=config.packed,
+            )
 
     def __call__(self, x: torch.Tensor, angles: Angles, attend: Attend) -> None:
         """Add this layer's work to ``x`` [tokens, hidden] in place."""
-        turn = Turn(self._heads, self._kv_heads, angles, self._qk_norm)
-        heads = attend(self._index, self._qkv(self._norm(x)), turn)
-        self._o.add(x, heads, self._residual)
+        self._attention.add(x, self._norm(x), angles, attend, self._residual)
         self._mlp.add(x, self._mlp_norm(x), self._residual)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, architecture, read_config
-from tgi.models import config
-from tgi.models.config import DenseConfig, Family
+from tgi.models import families
+from tgi.models.config import DecoderConfig, Family
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +33,35 @@ class Row(NamedTuple):
 
 
 _DENSE = ("tgi.models.dense", "DenseDecoder")
+_GPT = ("tgi.models.gpt", "GptDecoder")
+_GEMMA = ("tgi.models.gemma", "GemmaDecoder")
 
 ARCHITECTURES: dict[str, Row] = {
-    "LlamaForCausalLM": Row(*_DENSE, config.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
-    "MistralForCausalLM": Row(*_DENSE, config.MISTRAL, "Mistral 7B and relatives, sliding window"),
-    "Qwen2ForCausalLM": Row(*_DENSE, config.QWEN2, "Qwen 2 and 2.5, QwQ"),
-    "Qwen3ForCausalLM": Row(*_DENSE, config.QWEN3, "Qwen 3, dense sizes"),
-    "Phi3ForCausalLM": Row(*_DENSE, config.PHI3, "Phi 3, 3.5 and 4"),
-    "GraniteForCausalLM": Row(*_DENSE, config.GRANITE, "Granite 3, dense sizes"),
+    "LlamaForCausalLM": Row(*_DENSE, families.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
+    "MistralForCausalLM": Row(*_DENSE, families.MISTRAL, "Mistral 7B and relatives, sliding window"),
+    "Qwen2ForCausalLM": Row(*_DENSE, families.QWEN2, "Qwen 2 and 2.5, QwQ"),
+    "Qwen3ForCausalLM": Row(*_DENSE, families.QWEN3, "Qwen 3, dense sizes"),
+    "Phi3ForCausalLM": Row(*_DENSE, families.PHI3, "Phi 3, 3.5 and 4"),
+    "GraniteForCausalLM": Row(*_DENSE, families.GRANITE, "Granite 3, dense sizes"),
+    "MixtralForCausalLM": Row(*_DENSE, families.MIXTRAL, "Mixtral"),
+    "Qwen2MoeForCausalLM": Row(*_DENSE, families.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
+    "Qwen3MoeForCausalLM": Row(*_DENSE, families.QWEN3_MOE, "Qwen 3, mixtures of experts"),
+    "GPTNeoXForCausalLM": Row(*_GPT, families.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
+    "GPTJForCausalLM": Row(*_GPT, families.GPTJ, "GPT-J"),
+    "PhiForCausalLM": Row(*_GPT, families.PHI, "Phi 1, 1.5 and 2"),
+    "FalconForCausalLM": Row(*_GPT, families.FALCON, "Falcon 1 and 2, with rotary embedding or ALiBi"),
+    "RWForCausalLM": Row(*_GPT, families.FALCON, "Falcon under its first name"),
+    "GPT2LMHeadModel": Row(*_GPT, families.GPT2, "GPT-2"),
+    "GPTBigCodeForCausalLM": Row(*_GPT, families.BIGCODE, "StarCoder 1, SantaCoder"),
+    "OPTForCausalLM": Row(*_GPT, families.OPT, "OPT and Galactica, but for OPT 350M"),
+    "BloomForCausalLM": Row(*_GPT, families.BLOOM, "BLOOM, BLOOMZ"),
+    "MptForCausalLM": Row(*_GPT, families.MPT, "MPT"),
+    "MPTForCausalLM": Row(*_GPT, families.MPT, "MPT under its first name"),
+    "Starcoder2ForCausalLM": Row(*_GPT, families.STARCODER2, "StarCoder 2"),
+    "CohereForCausalLM": Row(*_GPT, families.COHERE, "Command R, Aya"),
+    "GemmaForCausalLM": Row(*_DENSE, families.GEMMA, "Gemma 1, CodeGemma"),
+    "Gemma2ForCausalLM": Row(*_GEMMA, families.GEMMA2, "Gemma 2"),
+    "Gemma3ForCausalLM": Row(*_GEMMA, families.GEMMA3, "Gemma 3, text alone"),
 }
 
 
@@ -73,7 +94,7 @@ class Model(Protocol):
         """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
 
 
-def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DenseConfig:
+def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DecoderConfig:
     """The model's own config from a config.json; StartupError, naming the key, if anything in it is not implemented."""
     name = architecture(raw)
     if name not in ARCHITECTURES:
@@ -119,10 +140,39 @@ def load_model(
         log.warning("No native kernels, plain torch instead: %s", reason)
     if quantize is not None and native is None:
         raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
-    with torch.inference_mode(), open_weights(files, tied=parsed.shape.tied, progress=progress) as tensors:
+    with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         pack = Pack.open(packed if native else None, [Path(path) for path in files.weights], dtype, quantize)
         checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize, pack)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     pack.save()
     return model
+
+
+def document() -> str:
+    """docs/models.md."""
+    files = {_DENSE: "dense", _GEMMA: "gemma", _GPT: "gpt"}
+    rows = [
+        f"| `{name}` | {row.description} | [{files[row[:2]]}](../tgi/models/{files[row[:2]]}.py) |"
+        for name, row in sorted(ARCHITECTURES.items())
+    ]
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "Made by `python -m tgi.models.registry > docs/models.md`; a test checks that it is up to date.",
+            "",
+            "`architectures` of a model's config.json decides. Each is tested against transformers on random weights:",
+            "all at once, in chunks through the cache, in a batch with others, preempted. A value of the config that",
+            "changes what is computed and isn't implemented stops the start with its name.",
+            "",
+            "| Architecture | Models | Implementation |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(document(), end="")

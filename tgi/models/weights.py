@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
+from tgi.models.config import DecoderConfig
 from tgi.quantization import gguf
 from tgi.quantization.quantized import Quantized
 
@@ -72,20 +73,24 @@ class Weights:
             raise StartupError(f"{self._left[name].path}: tensor {name} is not used by this architecture{others}")
 
 
-_REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Tensors that some exports hold and that follow from the config."""
+_REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+"""Tensors that some exports hold and that follow from the config: frequencies, and masks of what comes later."""
 
 
 @contextmanager
-def open_weights(files: ModelFiles, *, tied: bool, progress: Callable[[int, int], None]) -> Iterator[Weights]:
-    """The weights of a model. ``tied``: the head is the embedding, so that a stored lm_head is a copy of it."""
+def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[int, int], None]) -> Iterator[Weights]:
+    """The weights of a model. Where the head is the embedding, a stored one is a copy of it."""
     paths = [Path(path) for path in files.weights]
     with ExitStack() as stack:
         if paths and paths[0].suffix == ".gguf":
             entries = _gguf(paths, Path(files.folder) / "gguf_index.json")
         else:
             entries = _safetensors(paths, stack)
-        ignored = {name for name in entries if _REDUNDANT.search(name) or (tied and name == "lm_head.weight")}
+        head = f"{config.head_name}.weight"
+        if not any(name.startswith(config.prefix) for name in entries):
+            entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
+        tied = config.shape.tied
+        ignored = {name for name in entries if _REDUNDANT.search(name) or (tied and name == head)}
         yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
 
 
@@ -134,6 +139,8 @@ def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
         shape, end = tuple(row["shape"]), row["offset"] + row["bytes"]
         if end > data.size:
             raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
-        stored = gguf.Stored(data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"))
+        stored = gguf.Stored(
+            data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"), row.get("shift", 0.0)
+        )
         entries[name] = Entry(path, shape, row["bytes"], stored.dequantize, stored.read)
     return entries

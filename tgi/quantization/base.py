@@ -6,11 +6,12 @@ A format says how a checkpoint stores weights, a method is a kernel with its wei
 from typing import Protocol
 
 import torch
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, relu, silu
 
+from tgi.core.model_config import Activation
 from tgi.kernels.library import Library
 from tgi.kernels.linear import linear as native_linear
-from tgi.kernels.ops import Finish
+from tgi.kernels.ops import Act, Finish
 from tgi.kernels.panels import Panels
 from tgi.kernels.rows import embed
 
@@ -24,9 +25,20 @@ class LinearMethod(Protocol):
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         """Add ``factor`` times the product to ``into`` [tokens, out]."""
 
-    def gate(self, x: torch.Tensor) -> torch.Tensor:
-        """silu of the product's first half times its second: [tokens, in] → [tokens, out / 2]. A method made with
-        ``gated`` does this alone."""
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """``activation`` of the product."""
+
+    def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """``activation`` of the product's first half times its second: [tokens, in] → [tokens, out / 2]. A method made
+        with ``gated`` does this alone."""
+
+
+_ACTS: dict[Activation, Act] = {
+    "silu": Act.SILU,
+    "gelu_tanh": Act.GELU_TANH,
+    "gelu": Act.GELU,
+    "relu": Act.RELU,
+}
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
@@ -43,30 +55,38 @@ class NativeLinear:
     Each row's result is bit-equal whatever the other rows are.
     """
 
-    __slots__ = ("_bias", "_library", "panels")
+    __slots__ = ("_library", "bias", "panels")
 
     def __init__(self, library: Library, panels: Panels, bias: torch.Tensor | None) -> None:
         """``bias``: as long as the panels are, or None."""
         self._library = library
         self.panels = panels
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return native_linear(self._library, self.panels, x, bias=self._bias)
+        return native_linear(self._library, self.panels, x, bias=self.bias)
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
-        native_linear(self._library, self.panels, x, bias=self._bias, out=into, finish=Finish.ADD, alpha=factor)
+        native_linear(self._library, self.panels, x, bias=self.bias, out=into, finish=Finish.ADD, alpha=factor)
 
-    def gate(self, x: torch.Tensor) -> torch.Tensor:
-        return native_linear(self._library, self.panels, x, bias=self._bias, finish=Finish.GATE)
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return native_linear(self._library, self.panels, x, bias=self.bias, act=_ACTS[activation])
 
-    def write(self, out: torch.Tensor, x: torch.Tensor, factor: float) -> None:
-        """``factor`` times the product into ``out`` [tokens, out]."""
-        native_linear(self._library, self.panels, x, bias=self._bias, out=out, alpha=factor)
+    def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        act = _ACTS[activation]
+        return native_linear(self._library, self.panels, x, bias=self.bias, finish=Finish.GATE, act=act)
+
+    def write(self, out: torch.Tensor, x: torch.Tensor, factor: float, cap: float) -> None:
+        """``factor`` times the product into ``out`` [tokens, out]; with a ``cap``, cap · tanh(that / cap)."""
+        native_linear(self._library, self.panels, x, bias=self.bias, out=out, alpha=factor, cap=cap)
 
     def rows(self, ids: torch.Tensor, factor: float) -> torch.Tensor:
         """The matrix's own rows, times ``factor``: int64 [tokens] → float32 [tokens, in]."""
         return embed(self._library, self.panels, ids, factor)
+
+    def add_rows(self, into: torch.Tensor, ids: torch.Tensor, first: int) -> None:
+        """Add the matrix's rows ``first + ids`` to ``into`` [tokens, in]."""
+        embed(self._library, self.panels, ids, first=first, into=into)
 
 
 class PlainLinear:
@@ -84,8 +104,15 @@ class PlainLinear:
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         into.add_(self(x), alpha=factor)
 
-    def gate(self, x: torch.Tensor) -> torch.Tensor:
-        return silu_mul(self(x))
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return activate(self(x), activation)
+
+    def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        product = self(x)
+        if activation == "silu":
+            return silu_mul(product)
+        gate, up = product.chunk(2, dim=-1)
+        return activate(gate, activation) * up
 
 
 class PackedLinear(PlainLinear):
@@ -122,3 +149,15 @@ def silu_mul(product: torch.Tensor) -> torch.Tensor:
         return silu(gate) * up
     denominator = gate.neg().exp_().add_(1)
     return torch.div(gate, denominator, out=denominator).mul_(up)
+
+
+def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    match activation:
+        case "silu":
+            return silu(x)
+        case "gelu_tanh":
+            return gelu(x, approximate="tanh")
+        case "gelu":
+            return gelu(x)
+        case "relu":
+            return relu(x)

@@ -20,8 +20,10 @@ class Stored:
     kind: str
     """ggml's name of the type."""
     shape: tuple[int, ...]
-    permuted_heads: int | None
+    permuted_heads: int | None = None
     """See ``_unpermute``."""
+    shift: float = 0.0
+    """To be added, to what is no matrix."""
 
     def dequantize(self) -> torch.Tensor:
         """In floating point; plain numbers as a view of the file."""
@@ -45,7 +47,8 @@ class Stored:
         return parse(blocks).rows(self._ordered)
 
     def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.permuted_heads is None else _unpermute(rows, self.permuted_heads)
+        rows = rows if self.permuted_heads is None else _unpermute(rows, self.permuted_heads)
+        return rows if self.shift == 0 else rows + self.shift
 
 
 def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from tgi.kernels.panels import Panels
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Of the panels' layout and of how numbers are rounded: a new one makes all packs anew."""
 
 _UNUSED_DAYS = 30

@@ -245,16 +245,11 @@ NOINLINE static void weigh(const Task& t, const Block& block, int row, int m, in
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NP; n++) store(out + i * t.stride + n * 16, acc[i][n]);
 }
 
-// softcap · tanh(x / softcap), as exact as x itself is where it is of softcap's size.
-INLINE V16 cap(V16 x, float softcap) {
-    V16 one = set1(1.f), e = vexp(x * set1(-2.f / softcap));
-    e = vmin(e, set1(1e30f));  // where it is infinite
-    return set1(softcap) * (one - e) / (one + e);
-}
-
 // The scores of some rows become their p, and what the rows' sums up to now are to be multiplied by comes into fade[16].
 NOINLINE static void soften(const Task& t, int row, int rows, const Block& block, float* fade) {
     const V16 nothing = set1(-__builtin_inff());
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const V16 steps = load(lanes);
     float* state = t.state + row * t.stride + t.columns;
     std::fill(fade, fade + 16, 0.f);
     for (int m = 0; m < rows; m++) {
@@ -264,7 +259,12 @@ NOINLINE static void soften(const Task& t, int row, int rows, const Block& block
         V16 most = nothing;
         for (int p = 0; p < PAGES; p++) {
             V16 x = load(t.scores + m * BLOCK + p * PAGE);
-            if (t.op.softcap != 0) x = cap(x, t.op.softcap);
+            if (t.op.softcap != 0) x = softcap(x, t.op.softcap);
+            if (t.op.slopes) {
+                const float slope = t.op.slopes[t.head * t.shared + (row + m) % t.shared];
+                const int ahead = block.at + p * PAGE - (t.past[row + m] - 1);
+                x = x + (to_float(iset1(ahead)) + steps) * set1(slope);
+            }
             if (seen != ~(uint64_t)0) x = where((unsigned)(seen >> (PAGE * p) & 0xffff), x, nothing);
             store(t.scores + m * BLOCK + p * PAGE, x);
             most = vmax(most, x);

@@ -19,6 +19,16 @@ struct Ahead {
     void operator()(int64_t panel, int64_t line) const { __builtin_prefetch(from + panel + (line >> slow) * 64); }
 };
 
+static V16 activate(int act, V16 x) {
+    switch (act) {
+        case SILU: return silu(x);
+        case GELU_TANH: return gelu_tanh(x);
+        case GELU: return gelu(x);
+        case RELU: return vmax(x, zero());
+    }
+    return x;
+}
+
 // What follows a product, of `rows` times `panels` (an even number) accumulators: bias, factor, and where it goes.
 __attribute__((noinline)) static void finish(const Linear& op, int row, int panel, V16* acc, int rows, int panels) {
     for (int m = 0; m < rows; m++, acc += panels) {
@@ -26,13 +36,14 @@ __attribute__((noinline)) static void finish(const Linear& op, int row, int pane
         for (int p = 0; p < panels && op.bias; p++) acc[p] = acc[p] + load(op.bias + (panel + p) * 16);
         for (int p = 0; p < panels && op.finish == GATE; p += 2) {
             int first = (panel + p) / 2 * 16, n = op.outs / 2 - first;
-            V16 y = silu(acc[p]) * acc[p + 1];
+            V16 y = activate(op.act, acc[p]) * acc[p + 1];
             if (n >= 16) store(out + first, y);
             else if (n > 0) store_some(out + first, y, n);
         }
         for (int p = 0; p < panels && op.finish != GATE; p++) {
             int first = (panel + p) * 16, n = op.outs - first;
-            V16 y = acc[p] * set1(op.alpha);
+            V16 y = activate(op.act, acc[p] * set1(op.alpha));
+            if (op.cap != 0) y = softcap(y, op.cap);
             if (n >= 16) store(out + first, op.finish == ADD ? load(out + first) + y : y);
             else if (n > 0) store_some(out + first, op.finish == ADD ? load_some(out + first, n) + y : y, n);
         }
@@ -203,7 +214,7 @@ static void group_of(const Linear& op, int rows, int row, int panel, Ahead ahead
     if constexpr (MR > 0) {
         if (rows < MR) return group_of<FORM, MR - 1, GROUP>(op, rows, row, panel, ahead);
         constexpr int fits = Shape<FORM>::panels(MR), NP = fits < GROUP ? fits : GROUP;
-        bool plain = op.finish == STORE && !op.bias && op.alpha == 1.f && (panel + GROUP) * 16 <= op.outs;
+        bool plain = op.finish == STORE && !op.bias && op.alpha == 1.f && !op.act && op.cap == 0 && (panel + GROUP) * 16 <= op.outs;
         V16 kept[MR * GROUP];
         Sums sums = {plain ? op.out + row * op.out_stride + panel * 16 : (float*)kept, plain ? op.out_stride : GROUP * 16};
         UNROLL for (int p = 0; p < GROUP; p += NP) {

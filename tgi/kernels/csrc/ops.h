@@ -22,10 +22,11 @@ struct Program {
 enum Form : int32_t { FP32, BF16, INT8, INT4 };
 // What happens to a product.
 enum Finish : int32_t {
-    STORE,  // out = alpha (y + bias)
+    STORE,  // out = act(alpha (y + bias)), capped
     ADD,    // out += alpha (y + bias)
-    GATE,   // panels alternate between gate and up: out = silu(gate) up, half as wide
+    GATE,   // panels alternate between gate and up: out = act(gate) up, half as wide
 };
+enum Act : int32_t { NONE, SILU, GELU_TANH, GELU, RELU };
 
 struct Linear : Op {
     const void* x;           // FP32, BF16: float32; otherwise int8, quantized in groups
@@ -45,7 +46,9 @@ struct Linear : Op {
     int32_t half;            // whether scales are halves
     int32_t zero;            // what is taken off each stored number
     int32_t finish;
+    int32_t act;
     float alpha;
+    float cap;               // of capped values: cap tanh(y / cap); 0: none
 };
 
 struct Quantize : Op {
@@ -63,9 +66,12 @@ struct Norm : Op {
     const float* x;
     int64_t x_stride;
     const float* weight;
+    const float* bias;    // or null
     float* out;
     int64_t out_stride;
     int32_t size;
+    int32_t center;  // whether the mean is taken off first
+    int32_t add;     // whether out grows by the result
     float eps;
 };
 
@@ -77,6 +83,8 @@ struct Embed : Op {
     float* out;
     int64_t out_stride;
     int32_t form, size, group, half, zero;
+    int32_t first;  // row of the matrix that id 0 stands for
+    int32_t add;    // whether out grows by the result
     float factor;
 };
 
@@ -195,6 +203,7 @@ struct Turn : Paged {
 struct Attend : Paged {
     const float* q;
     int64_t q_stride;
+    const float* slopes;  // [heads]: added to a score for each position that the key comes later, or null
     float* out;
     int64_t out_stride;
     float scale;

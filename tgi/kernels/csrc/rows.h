@@ -38,28 +38,59 @@ static void quantize(const Quantize& op, int row) {
 }
 
 // x / rms(x) * w (Zhang & Sennrich, arXiv 1910.07467).
-static void rms_norm(const float* x, const float* w, float* out, int size, float eps) {
+static void rms_norm(const float* x, const float* w, float* out, int size, float eps, bool add = false) {
     V16 squares = zero();
     int i = 0;
     for (; i + 16 <= size; i += 16) { V16 v = load(x + i); squares = fma(v, v, squares); }
     if (i < size) { V16 v = load_some(x + i, size - i); squares = fma(v, v, squares); }
     float inverse = 1.f / std::sqrt(sum(squares) / (float)size + eps);
-    for (i = 0; i + 16 <= size; i += 16) store(out + i, load(x + i) * set1(inverse) * load(w + i));
-    if (i < size) store_some(out + i, load_some(x + i, size - i) * set1(inverse) * load_some(w + i, size - i), size - i);
+    for (i = 0; i + 16 <= size; i += 16) {
+        V16 y = load(x + i) * set1(inverse) * load(w + i);
+        store(out + i, add ? load(out + i) + y : y);
+    }
+    if (i < size) {
+        V16 y = load_some(x + i, size - i) * set1(inverse) * load_some(w + i, size - i);
+        store_some(out + i, add ? load_some(out + i, size - i) + y : y, size - i);
+    }
 }
 
 static void pick(const Pick& op, int row) {
     memcpy(op.out + row * op.out_stride, op.x + op.place[row] * op.x_stride, op.size * sizeof(float));
 }
 
+// (x - mean) / deviation * w + b (Ba, Kiros & Hinton, arXiv 1607.06450).
+static void layer_norm(const float* x, const float* w, const float* b, float* out, int size, float eps, bool add) {
+    V16 total = zero(), squares = zero();
+    for (int i = 0; i < size; i += 16) total = total + (size - i >= 16 ? load(x + i) : load_some(x + i, size - i));
+    const float mean = sum(total) / (float)size;
+    for (int i = 0; i < size; i += 16) {
+        V16 v = (size - i >= 16 ? load(x + i) : load_some(x + i, size - i, mean)) - set1(mean);
+        squares = fma(v, v, squares);
+    }
+    const float inverse = 1.f / std::sqrt(sum(squares) / (float)size + eps);
+    auto some = [&](const float* from, int i) { return size - i >= 16 ? load(from + i) : load_some(from + i, size - i); };
+    for (int i = 0; i < size; i += 16) {
+        V16 y = (some(x, i) - set1(mean)) * set1(inverse) * some(w, i);
+        if (b) y = y + some(b, i);
+        if (add) y = y + some(out, i);
+        if (size - i >= 16) store(out + i, y);
+        else store_some(out + i, y, size - i);
+    }
+}
+
 static void norm(const Norm& op, int row) {
-    rms_norm(op.x + row * op.x_stride, op.weight, op.out + row * op.out_stride, op.size, op.eps);
+    const float* x = op.x + row * op.x_stride;
+    float* out = op.out + row * op.out_stride;
+    if (op.center) layer_norm(x, op.weight, op.bias, out, op.size, op.eps, op.add);
+    else rms_norm(x, op.weight, out, op.size, op.eps, op.add);
 }
 
 // A row of the matrix that the head also multiplies by, taken out of its panels: one copy of it serves both.
 static void embed(const Embed& op, int row) {
-    int64_t id = op.ids[row], panel = id / 16, lane = id % 16;
-    float* out = op.out + row * op.out_stride;
+    int64_t id = op.ids[row] + op.first, panel = id / 16, lane = id % 16;
+    float fresh[op.add ? op.size : 1];
+    float* into = op.out + row * op.out_stride;
+    float* out = op.add ? fresh : into;
     switch (op.form) {
         case FP32:
             for (int k = 0; k < op.size; k++) out[k] = ((const float*)op.weight)[(panel * op.size + k) * 16 + lane];
@@ -86,6 +117,8 @@ static void embed(const Embed& op, int row) {
     }
     if (op.factor != 1.f)
         for (int k = 0; k < op.size; k++) out[k] *= op.factor;
+    if (op.add)
+        for (int k = 0; k < op.size; k++) into[k] += out[k];
 }
 
 }  // namespace TGI_ISA

@@ -289,6 +289,28 @@ INLINE V16 vexp(V16 x) {
     return where_less(set1(88.72f), x, set1(__builtin_inff()), scaled);
 }
 INLINE V16 silu(V16 x) { return x / (set1(1.f) + vexp(zero() - x)); }
+// x / 2 (1 + tanh(u)), which is x / (1 + e^-2u) (Hendrycks & Gimpel, arXiv 1606.08415).
+INLINE V16 gelu_tanh(V16 x) {
+    V16 u = x * fma(x * x, set1(0.044715f * 0.7978845608f), set1(0.7978845608f));
+    return x / (set1(1.f) + vexp(u * set1(-2.f)));
+}
+// x / 2 (1 + erf(x / √2)), erf by Abramowitz & Stegun 7.1.26, within 1.5e-7.
+INLINE V16 gelu(V16 x) {
+    V16 z = vmax(x, zero() - x) * set1(0.70710678f), t = set1(1.f) / fma(z, set1(0.3275911f), set1(1.f));
+    V16 p = fma(set1(1.061405429f), t, set1(-1.453152027f));
+    p = fma(p, t, set1(1.421413741f));
+    p = fma(p, t, set1(-0.284496736f));
+    p = fma(p, t, set1(0.254829592f));
+    V16 tail = p * t * vexp(zero() - z * z);  // 1 - erf(z)
+    V16 half = x * set1(0.5f);
+    return where_less(x, zero(), half * tail, half * (set1(2.f) - tail));
+}
+// cap · tanh(x / cap), as exact as x itself is where it is of cap's size.
+INLINE V16 softcap(V16 x, float cap) {
+    V16 one = set1(1.f), e = vexp(x * set1(-2.f / cap));
+    e = vmin(e, set1(1e30f));  // where it is infinite
+    return set1(cap) * (one - e) / (one + e);
+}
 
 // acc += the four products of each of 16 quadruples: unsigned bytes of weights, signed bytes of activations (one
 // quadruple for all). LOW says that the weights are below 16.

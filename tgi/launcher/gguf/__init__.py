@@ -13,7 +13,7 @@ from tgi.launcher.gguf.reader import read_gguf
 
 __all__ = ["import_gguf"]
 
-_VERSION = 1
+_VERSION = 2
 """Part of a folder's key: raised when what is written into it changes."""
 
 

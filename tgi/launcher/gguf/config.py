@@ -27,7 +27,15 @@ class _Architecture:
     """q and k rows were reordered for rotary pairs that lie side by side; the engine turns them back."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Tensors of a layer that are named otherwise than the common ones."""
+    norm_shift: float = 0.0
+    """What the file's norms have beyond the checkpoint's; the engine takes it off."""
 
+
+_SANDWICHED = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 _ARCHITECTURES: Mapping[str, _Architecture] = {
     "llama": _Architecture("LlamaForCausalLM", "llama", permuted=True),
@@ -50,8 +58,23 @@ _ARCHITECTURES: Mapping[str, _Architecture] = {
         },
         permuted=True,
     ),
-    # Its norms and names differ; the engine refuses it by its architecture's name before it reads a tensor.
-    "gemma3": _Architecture("Gemma3ForCausalLM", "gemma3_text", window=True),
+    "gemma": _Architecture("GemmaForCausalLM", "gemma", norm_shift=1.0),
+    "gemma2": _Architecture(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
+        window=True,
+        tensors=_SANDWICHED,
+        norm_shift=1.0,
+    ),
+    "gemma3": _Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {"final_logit_softcapping": "final_logit_softcapping"},
+        window=True,
+        tensors=_SANDWICHED,
+        norm_shift=1.0,
+    ),
 }
 
 _SIZES = {
@@ -113,10 +136,16 @@ def convert_config(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
             config[target] = number
     if row.window and (window := section.get("attention.sliding_window", int)):
         config["sliding_window"] = window
+    if row.norm_shift:
+        config["hidden_activation" if row.tensors else "hidden_act"] = "gelu_pytorch_tanh"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if "head_dim" not in config and hidden % heads:
         raise StartupError(f"{name}.attention.head_count: {heads} does not divide {name}.embedding_length {hidden}")
     head_dim = config.setdefault("head_dim", hidden // heads)
+    if row.tensors is _SANDWICHED:
+        # Files don't tell; of the largest models of both generations it is the share of the hidden size.
+        largest = (config["model_type"], config["num_hidden_layers"]) in (("gemma2", 46), ("gemma3_text", 62))
+        config["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
     if section.get("attention.value_length", int) not in (None, head_dim):
         raise StartupError(f"{name}.attention.value_length: not implemented when it differs from the key length")
     if "token_embd.weight" not in file.tensors:
@@ -212,9 +241,13 @@ def _index(file: GgufFile, row: _Architecture, config: Mapping[str, Any]) -> dic
                 target = f"model.layers.{layer}.{layer_names[part]}.{kind}"
             if row.permuted and part in heads:
                 entry["permuted_heads"] = heads[part]
+            if row.norm_shift and part.endswith("norm"):
+                entry["shift"] = -row.norm_shift
         else:
             stem, _, kind = name.rpartition(".")
             if stem in _OUTER:
                 target = f"{_OUTER[stem]}.{kind}"
+            if row.norm_shift and stem == "output_norm":
+                entry["shift"] = -row.norm_shift
         index[target] = entry
     return index

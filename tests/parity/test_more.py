@@ -1,0 +1,125 @@
+"""More families: our logits are those of transformers, which also makes the checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.parity.conftest import Engine, load, logits, reference, reference_logits, tokens, write_reference
+from tgi.core.messages import Sampling, Submit
+from tgi.core.model_config import read_config
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 431,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 100,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT: dict[str, Any] = {"vocab_size": 431, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
+_FALCON = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
+_MOE = _SIZES | {
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "decoder_sparse_step": 1,
+}
+_OPT = _FALCON | {"ffn_dim": 100, "word_embed_proj_dim": 64}
+_BLOOM: dict[str, Any] = {"vocab_size": 431, "hidden_size": 64, "n_layer": 3, "n_head": 4}
+_MPT: dict[str, Any] = {"vocab_size": 431, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 512}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox": ("gpt_neox", _SIZES),
+    "neox-in-turn": ("gpt_neox", _SIZES | {"use_parallel_residual": False, "rotary_pct": 1.0}),
+    "neox-tied": ("gpt_neox", _SIZES | {"tie_word_embeddings": True, "attention_bias": False}),
+    "gptj": ("gptj", _GPT | {"rotary_dim": 8}),
+    "gptj-whole": ("gptj", _GPT | {"rotary_dim": 16, "n_inner": 72}),
+    "phi": ("phi", _SIZES),
+    "phi-grouped": ("phi", _SIZES | {"num_key_value_heads": 2, "partial_rotary_factor": 0.25}),
+    "falcon-7b": ("falcon", _FALCON),
+    "falcon-40b": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-11b": (
+        "falcon",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-rw": (
+        "falcon",
+        _FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 8},
+    ),
+    "falcon-alibi": ("falcon", _FALCON | {"alibi": True, "ffn_hidden_size": 96}),
+    "gpt2": ("gpt2", _GPT),
+    "bigcode": ("gpt_bigcode", _GPT),
+    "bigcode-heads": ("gpt_bigcode", _GPT | {"multi_query": False, "n_inner": 72}),
+    "opt": ("opt", _OPT),
+    "opt-biasless": ("opt", _OPT | {"enable_bias": False, "tie_word_embeddings": False}),
+    "bloom": ("bloom", _BLOOM),
+    "bloom-6": ("bloom", _BLOOM | {"n_head": 6, "hidden_size": 96}),
+    "mpt": ("mpt", _MPT),
+    "mpt-6": ("mpt", _MPT | {"n_heads": 6, "d_model": 96}),
+    "starcoder2": ("starcoder2", _SIZES | {"num_key_value_heads": 2}),
+    "starcoder2-window": ("starcoder2", _SIZES | {"sliding_window": 9, "use_bias": False}),
+    "mixtral": ("mixtral", _SIZES | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 80}),
+    "qwen3-moe": ("qwen3_moe", _MOE | {"norm_topk_prob": True, "head_dim": 24, "mlp_only_layers": [1]}),
+    "cohere": ("cohere", _SIZES | {"num_key_value_heads": 2, "logit_scale": 0.7}),
+    "cohere-untied": ("cohere", _SIZES | {"tie_word_embeddings": False, "attention_bias": True, "logit_scale": 1.5}),
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    family, config = request.param
+    return write_reference(tmp_path, family, **config)
+
+
+def theirs_of(folder: Path) -> torch.nn.Module:
+    """Falcon's by SDPA: transformers' eager attention adds its ALiBi twice."""
+    return reference(folder, "sdpa" if read_config(folder)["model_type"] == "falcon" else "eager")
+
+
+def test_two_sequences_in_one_batch(made: Path) -> None:
+    long, short = tokens(50), tokens(23, seed=1)
+    ours = logits(load(made, max_total_tokens=64), long, short)
+    theirs = reference_logits(theirs_of(made), long, short)
+    assert theirs.std() > 0.3, "logits this flat would hide a mistake"
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_through_the_cache_in_chunks(made: Path) -> None:
+    """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token."""
+    engine = Engine(made, blocks=10, step_tokens=24)
+    submits = [
+        Submit(number, tokens(length, seed=number).tolist(), length, 12, [], Sampling(), 0.0, prompt_logprobs=True)
+        for number, length in enumerate((70, 33))
+    ]
+    engine.run(*submits)
+    assert not engine.faults
+    theirs = theirs_of(made)
+    for submit in submits:
+        deltas = engine.deltas[submit.id]
+        drawn = [token for delta in deltas for token in delta.tokens]
+        ids = submit.token_ids + [token.id for token in drawn]
+        expected = reference_logits(theirs, torch.tensor(ids))[:-1].log_softmax(-1)
+        scores = [*(token.logprob for delta in deltas for token in delta.prompt), *(token.logprob for token in drawn)]
+        chosen = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        assert (torch.tensor(scores) - chosen).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
+def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path, family: str) -> None:
+    """Names lack their beginning; the masks that old exports hold are passed over."""
+    folder = write_reference(tmp_path, *VARIANTS[family][:1], **VARIANTS[family][1])
+    expected = logits(load(folder, max_total_tokens=64), tokens(20))
+    path = folder / "model.safetensors"
+    stored = {name.partition(".")[2]: tensor for name, tensor in load_file(path).items() if name != "lm_head.weight"}
+    if family == "gpt2":
+        stored["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+        stored["h.0.attn.masked_bias"] = torch.tensor(-1e9)
+    save_file(stored, path)
+    assert torch.equal(logits(load(folder, max_total_tokens=64), tokens(20)), expected)

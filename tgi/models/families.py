@@ -1,0 +1,625 @@
+"""How each family's config.json becomes the data of its dataflow. No torch."""
+
+from tgi.core.errors import StartupError
+from tgi.core.model_config import (
+    Experts,
+    ModelShape,
+    Qkv,
+    Raw,
+    architecture,
+    flag,
+    integer,
+    number,
+    read_rope,
+)
+from tgi.models.config import Family, GemmaConfig, GptConfig, Names, keys_of
+
+
+def _llama(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    bias = flag(raw, "attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": flag(raw, "mlp_bias", False)}
+
+
+def _window(raw: Raw) -> int | None:
+    """Mistral's and Qwen's configs mean 4096 where they leave the key out, and none where it is null."""
+    window: int | None = integer(raw, "sliding_window", None)
+    return window if "sliding_window" in raw else 4096
+
+
+def _mistral(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {"windows": (_window(raw),) * shape.layers}
+
+
+def _qwen2(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {"qkv_bias": True, "windows": _layer_windows(raw, shape)}
+
+
+def _qwen3(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    bias = flag(raw, "attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _layer_windows(raw, shape)}
+
+
+def _layer_windows(raw: Raw, shape: ModelShape) -> tuple[int | None, ...]:
+    """Qwen's rule: ``layer_types`` if given, else a window from layer ``max_window_layers`` on; none at all unless
+    ``use_sliding_window``."""
+    window = _window(raw) if flag(raw, "use_sliding_window", False) else None
+    if raw.get("layer_types") is None:
+        first = raw.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise StartupError(f"config.json: max_window_layers: expected an integer, got {first!r}")
+        return tuple(window if layer >= first else None for layer in range(shape.layers))
+    return _typed_windows(raw, shape, window)
+
+
+def _typed_windows(raw: Raw, shape: ModelShape, window: int | None) -> tuple[int | None, ...]:
+    """By ``layer_types``."""
+    types = raw["layer_types"]
+    if not isinstance(types, list) or len(types) != shape.layers:
+        raise StartupError(f"config.json: layer_types: expected a list of {shape.layers} names, got {types!r}")
+    for name in types:
+        if name not in ("full_attention", "sliding_attention"):
+            raise StartupError(f"config.json: layer_types: {name!r} is not implemented")
+    return tuple(window if name == "sliding_attention" else None for name in types)
+
+
+def _phi3(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {"packed": True, "windows": (integer(raw, "sliding_window", None),) * shape.layers}
+
+
+def _granite(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _llama(raw, shape) | {
+        "attention_scale": number(raw, "attention_multiplier", 1.0),
+        "embedding_multiplier": number(raw, "embedding_multiplier", 1.0),
+        "residual_multiplier": number(raw, "residual_multiplier", 1.0),
+        "logits_scaling": number(raw, "logits_scaling", 1.0),
+    }
+
+
+def _gemma(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    if (act := raw.get("hidden_activation")) not in (None, "gelu_pytorch_tanh"):
+        raise StartupError(f"config.json: hidden_activation: {act!r} is not implemented for {architecture(raw)}")
+    return {"norm_offset": 1.0, "embedding_multiplier": shape.hidden**0.5}
+
+
+def _sandwiched(raw: Raw, shape: ModelShape, every: int) -> dict[str, object]:
+    """Gemma 2 and 3. ``every``: of so many layers the last sees all, unless ``layer_types`` says otherwise."""
+    window = integer(raw, "sliding_window", None)
+    if raw.get("layer_types") is None:
+        windows = tuple(window if (layer + 1) % every else None for layer in range(shape.layers))
+    else:
+        windows = _typed_windows(raw, shape, window)
+    return {
+        "windows": windows,
+        "attention_scale": number(raw, "query_pre_attn_scalar") ** -0.5,
+        "logit_cap": number(raw, "final_logit_softcapping", 0.0),
+    }
+
+
+def _gemma2(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    softcap = number(raw, "attn_logit_softcapping", None)
+    return _sandwiched(raw, shape, 2) | {"local_rope": read_rope(raw), "qk_norm": False, "softcap": softcap}
+
+
+def _gemma3(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    """Layers with a window have a theta of their own; they are stretched only where ``rope_parameters`` says so."""
+    local = {
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rope_theta": number(raw, "rope_local_base_freq", 10_000.0),
+        "rope_parameters": raw.get("local_rope_parameters"),
+    }
+    every = integer(raw, "sliding_window_pattern", integer(raw, "_sliding_window_pattern", 6))
+    return _sandwiched(raw, shape, every) | {"local_rope": read_rope(local), "qk_norm": True, "softcap": None}
+
+
+_BIASES = frozenset({"attention_bias", "mlp_bias"})
+_WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+
+LLAMA = Family(_llama, _BIASES)
+MISTRAL = Family(_mistral, frozenset({"sliding_window"}))
+QWEN2 = Family(_qwen2, _WINDOWS)
+QWEN3 = Family(_qwen3, _WINDOWS | {"attention_bias"})
+PHI3 = Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"}))
+GRANITE = Family(
+    _granite, _BIASES | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"}
+)
+_SANDWICHED = keys_of("query_pre_attn_scalar sliding_window layer_types final_logit_softcapping hidden_act")
+_GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+
+# What "gelu" means there is its approximation.
+GEMMA = Family(
+    _gemma,
+    frozenset({"hidden_activation"}),
+    activations={"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+    defaults=_GEMMA_DEFAULTS,
+)
+GEMMA2 = Family(
+    _gemma2,
+    _SANDWICHED | {"attn_logit_softcapping"},
+    GemmaConfig,
+    "hidden_activation",
+    defaults=_GEMMA2_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+)
+GEMMA3 = Family(
+    _gemma3,
+    _SANDWICHED
+    | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern", "local_rope_parameters"},
+    GemmaConfig,
+    "hidden_activation",
+    defaults=_GEMMA2_DEFAULTS | {"rope_theta": 1_000_000.0},
+    local_rope=True,
+)
+
+
+def _neox(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    bias = flag(raw, "attention_bias", True)
+    return {
+        "names": Names(
+            embed="gpt_neox.embed_in",
+            layer="gpt_neox.layers.{}",
+            norm="input_layernorm",
+            attention="attention",
+            o="dense",
+            mlp_norm="post_attention_layernorm",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            final_norm="gpt_neox.final_layer_norm",
+            head="embed_out",
+        ),
+        "qkv": Qkv(("query_key_value",), "groups"),
+        "parallel": flag(raw, "use_parallel_residual", True),
+        "two_norms": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": True,
+    }
+
+
+def _gptj(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {
+        "names": Names(
+            embed="transformer.wte",
+            layer="transformer.h.{}",
+            norm="ln_1",
+            attention="attn",
+            o="out_proj",
+            up="mlp.fc_in",
+            down="mlp.fc_out",
+            final_norm="transformer.ln_f",
+        ),
+        "qkv": Qkv(pairs=integer(raw, "rotary_dim")),
+        "parallel": True,
+        "two_norms": False,
+        "mlp_bias": True,
+        "head_bias": True,
+    }
+
+
+def _phi(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {
+        "names": Names(
+            embed="model.embed_tokens",
+            layer="model.layers.{}",
+            norm="input_layernorm",
+            attention="self_attn",
+            o="dense",
+            up="mlp.fc1",
+            down="mlp.fc2",
+            final_norm="model.final_layernorm",
+        ),
+        "qkv": Qkv(),
+        "parallel": True,
+        "two_norms": False,
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "head_bias": True,
+    }
+
+
+def _falcon(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    new = flag(raw, "new_decoder_architecture", False)
+    parallel = new or flag(raw, "parallel_attn", True)
+    norms = integer(raw, "num_ln_in_parallel_attn", 2 if new else 1)
+    two = not parallel or norms == 2
+    bias = flag(raw, "bias", False)
+    stacked = not new and flag(raw, "multi_query", True)
+    slopes = None
+    if flag(raw, "alibi", False):
+        # Its scores are scaled with the slopes.
+        slopes = tuple(slope * shape.head_dim**-0.5 for slope in alibi_slopes(shape.heads))
+    return {
+        "names": Names(
+            embed="transformer.word_embeddings",
+            layer="transformer.h.{}",
+            norm="ln_attn" if parallel and two else "input_layernorm",
+            attention="self_attention",
+            o="dense",
+            mlp_norm="ln_mlp" if parallel else "post_attention_layernorm",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            final_norm="transformer.ln_f",
+        ),
+        "qkv": Qkv(("query_key_value",), "stacked" if stacked else "groups"),
+        "parallel": parallel,
+        "two_norms": two,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": bias,
+        "slopes": slopes,
+    }
+
+
+def _cohere(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    bias = flag(raw, "attention_bias", False)
+    return {
+        "names": Names(
+            embed="model.embed_tokens",
+            layer="model.layers.{}",
+            norm="input_layernorm",
+            attention="self_attn",
+            o="o_proj",
+            final_norm="model.norm",
+        ),
+        "qkv": Qkv(pairs=shape.head_dim),
+        "parallel": True,
+        "two_norms": False,
+        "norm_bias": False,
+        "gated": True,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "logit_factor": number(raw, "logit_scale", 0.0625),
+    }
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Of each head: 2^-8/n, 2^-16/n, … for n heads if that is a power of two, else those of the largest one below, and
+    of every second head of twice as many (Press et al., arXiv 2108.12409)."""
+    whole = 1 << heads.bit_length() - 1
+    slopes = [2 ** (-8 * (head + 1) / whole) for head in range(whole)]
+    return (*slopes, *(2 ** (-4 * (2 * head + 1) / whole) for head in range(heads - whole)))
+
+
+_GPT_SIZES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+}
+
+
+def _fourfold(raw: dict[str, object]) -> None:
+    if raw.get("intermediate_size") is None:
+        raw["intermediate_size"] = 4 * integer(raw, "hidden_size")
+
+
+def _gptj_sizes(raw: dict[str, object]) -> None:
+    _fourfold(raw)
+    dim = integer(raw, "hidden_size") / integer(raw, "num_attention_heads")
+    raw["partial_rotary_factor"] = integer(raw, "rotary_dim") / dim
+
+
+def _falcon_sizes(raw: dict[str, object]) -> None:
+    _fourfold(raw)
+    if not flag(raw, "new_decoder_architecture", False):
+        _one_kv_head(raw, flag(raw, "multi_query", True))
+
+
+_SUMMARY = keys_of("summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout")
+NEOX = Family(
+    _neox,
+    keys_of("use_parallel_residual attention_bias partial_rotary_factor rotary_pct classifier_dropout hidden_dropout"),
+    GptConfig,
+    eps="layer_norm_eps",
+    defaults={"hidden_act": "gelu", "partial_rotary_factor": 0.25},
+    aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+)
+GPTJ = Family(
+    _gptj,
+    _SUMMARY | keys_of("rotary_dim rotary partial_rotary_factor scale_attn_weights"),
+    GptConfig,
+    activation="activation_function",
+    eps="layer_norm_epsilon",
+    defaults={"activation_function": "gelu_new", "rotary_dim": 64, "layer_norm_epsilon": 1e-5},
+    aliases=_GPT_SIZES,
+    sizes=_gptj_sizes,
+)
+PHI = Family(
+    _phi,
+    keys_of("partial_rotary_factor"),
+    GptConfig,
+    eps="layer_norm_eps",
+    defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+)
+FALCON = Family(
+    _falcon,
+    keys_of("new_decoder_architecture parallel_attn num_ln_in_parallel_attn bias multi_query alibi"),
+    GptConfig,
+    activation="activation",
+    eps="layer_norm_epsilon",
+    defaults={
+        "activation": "gelu",
+        "layer_norm_epsilon": 1e-5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    aliases={
+        "n_embed": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "num_kv_heads": "num_key_value_heads",
+        "n_head_kv": "num_key_value_heads",
+        "ffn_hidden_size": "intermediate_size",
+    },
+    sizes=_falcon_sizes,
+)
+COHERE = Family(
+    _cohere,
+    keys_of("attention_bias logit_scale"),
+    GptConfig,
+    eps="layer_norm_eps",
+    defaults={"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "rope_theta": 10_000.0},
+)
+
+
+def _gpt_names(**other: str) -> Names:
+    """GPT-2's, and those of others who took them over."""
+    names = {
+        "embed": "transformer.wte",
+        "layer": "transformer.h.{}",
+        "norm": "ln_1",
+        "attention": "attn",
+        "o": "c_proj",
+        "mlp_norm": "ln_2",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+        "final_norm": "transformer.ln_f",
+    }
+    return Names(**(names | other))
+
+
+_ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
+
+def _gpt2(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _ALL_BIASES | {
+        "names": _gpt_names(positions="transformer.wpe"),
+        "qkv": Qkv(("c_attn",), "stacked", transposed=True),
+    }
+
+
+def _bigcode(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _ALL_BIASES | {
+        "names": _gpt_names(positions="transformer.wpe"),
+        "qkv": Qkv(("c_attn",), "stacked" if flag(raw, "multi_query", True) else "groups"),
+    }
+
+
+def _opt(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    if integer(raw, "word_embed_proj_dim", shape.hidden) != shape.hidden:
+        raise StartupError("config.json: word_embed_proj_dim: not implemented where it differs from hidden_size")
+    return {
+        "names": Names(
+            embed="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            layer="model.decoder.layers.{}",
+            norm="self_attn_layer_norm",
+            attention="self_attn",
+            o="out_proj",
+            mlp_norm="final_layer_norm",
+            up="fc1",
+            down="fc2",
+            final_norm="model.decoder.final_layer_norm",
+        ),
+        "qkv": Qkv(),
+        "first_position": 2,
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), flag(raw, "enable_bias", True)),
+    }
+
+
+def _bloom(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _ALL_BIASES | {
+        "names": Names(
+            embed="transformer.word_embeddings",
+            embed_norm="transformer.word_embeddings_layernorm",
+            layer="transformer.h.{}",
+            norm="input_layernorm",
+            attention="self_attention",
+            o="dense",
+            mlp_norm="post_attention_layernorm",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            final_norm="transformer.ln_f",
+        ),
+        "qkv": Qkv(("query_key_value",), "groups"),
+        "slopes": alibi_slopes(shape.heads),
+    }
+
+
+def _mpt(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    attention = raw.get("attn_config") or {}
+    plain = {
+        "attn_type": ("multihead_attention",),
+        "clip_qkv": (),
+        "prefix_lm": (False,),
+        "qk_ln": (False,),
+        "alibi": (True,),
+        "alibi_bias_max": (8,),
+    }
+    for key, values in plain.items():
+        if (value := attention.get(key)) is not None and value not in values:
+            raise StartupError(f"config.json: attn_config: {key}: {value!r} is not implemented")
+    return {
+        "names": _gpt_names(
+            layer="transformer.blocks.{}",
+            norm="norm_1",
+            o="out_proj",
+            mlp_norm="norm_2",
+            up="ffn.up_proj",
+            down="ffn.down_proj",
+            final_norm="transformer.norm_f",
+        ),
+        "qkv": Qkv(("Wqkv",), "stacked"),
+        "norm_bias": False,
+        "slopes": alibi_slopes(shape.heads),
+        "attention_scale": number(attention, "softmax_scale", shape.head_dim**-0.5),
+    }
+
+
+def _starcoder2(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return {
+        "names": _gpt_names(
+            embed="model.embed_tokens",
+            layer="model.layers.{}",
+            norm="input_layernorm",
+            attention="self_attn",
+            o="o_proj",
+            mlp_norm="post_attention_layernorm",
+            final_norm="model.norm",
+        ),
+        "qkv": Qkv(),
+        "windows": (integer(raw, "sliding_window", None),) * shape.layers,
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), flag(raw, "use_bias", True)),
+    }
+
+
+def _mpt_sizes(raw: dict[str, object]) -> None:
+    raw["intermediate_size"] = integer(raw, "hidden_size") * integer(raw, "expansion_ratio", 4)
+
+
+_GPT_DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+
+GPT2 = Family(
+    _gpt2,
+    _SUMMARY | keys_of("scale_attn_weights reorder_and_upcast_attn n_ctx"),
+    GptConfig,
+    activation="activation_function",
+    eps="layer_norm_epsilon",
+    defaults=_GPT_DEFAULTS | {"activation_function": "gelu_new"},
+    aliases=_GPT_SIZES,
+    sizes=_fourfold,
+)
+BIGCODE = Family(
+    _bigcode,
+    _SUMMARY
+    | keys_of(
+        """multi_query scale_attn_weights attention_softmax_in_fp32 scale_attention_softmax_in_fp32 n_ctx
+        inference_runner max_batch_size max_sequence_length pad_key_length pre_allocate_kv_cache
+        validate_runner_input"""
+    ),
+    GptConfig,
+    activation="activation_function",
+    eps="layer_norm_epsilon",
+    defaults=_GPT_DEFAULTS | {"activation_function": "gelu_pytorch_tanh"},
+    aliases=_GPT_SIZES,
+    sizes=lambda raw: _one_kv_head(raw, flag(raw, "multi_query", True)),
+)
+OPT = Family(
+    _opt,
+    keys_of("word_embed_proj_dim enable_bias dropout activation_dropout layerdrop init_std _remove_final_layer_norm"),
+    GptConfig,
+    activation="activation_function",
+    eps="layer_norm_eps",
+    defaults={"layer_norm_eps": 1e-5, "tie_word_embeddings": True, "activation_function": "relu"},
+    aliases={"ffn_dim": "intermediate_size"},
+)
+BLOOM = Family(
+    _bloom,
+    keys_of(
+        """seq_length slow_but_exact skip_bias_add skip_bias_add_qkv offset_alibi masked_softmax_fusion
+        bias_dropout_fusion attention_softmax_in_fp32 unk_token_id"""
+    ),
+    GptConfig,
+    activation="activation",
+    eps="layer_norm_epsilon",
+    defaults=_GPT_DEFAULTS | {"activation": "gelu_pytorch_tanh", "max_position_embeddings": 2048},
+    aliases=_GPT_SIZES | {"n_embed": "hidden_size"},
+    sizes=_fourfold,
+)
+MPT = Family(
+    _mpt,
+    keys_of(
+        """attn_config expansion_ratio no_bias norm_type init_config init_device learned_pos_emb embedding_fraction
+        emb_pdrop tokenizer_name verbose fc_type ffn_config"""
+    ),
+    GptConfig,
+    activation="activation",
+    eps="layer_norm_epsilon",
+    defaults=_GPT_DEFAULTS | {"activation": "gelu"},
+    aliases={
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_layers": "num_hidden_layers",
+        "max_seq_len": "max_position_embeddings",
+    },
+    sizes=_mpt_sizes,
+)
+STARCODER2 = Family(
+    _starcoder2,
+    keys_of("use_bias sliding_window embedding_dropout residual_dropout norm_type mlp_type"),
+    GptConfig,
+    eps="norm_epsilon",
+    defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "norm_epsilon": 1e-5},
+)
+
+
+def _one_kv_head(raw: dict[str, object], one: bool) -> None:
+    _fourfold(raw)
+    raw["num_key_value_heads"] = 1 if one else integer(raw, "num_attention_heads")
+
+
+def _mixtral(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    experts = Experts(
+        block="block_sparse_moe",
+        names=("w1", "w3", "w2"),
+        count=integer(raw, "num_local_experts", 8),
+        per_token=integer(raw, "num_experts_per_tok", 2),
+        intermediate=shape.intermediate,
+        normalized=True,
+        layers=(True,) * shape.layers,
+    )
+    return {"windows": (integer(raw, "sliding_window", None),) * shape.layers, "experts": experts}
+
+
+def _qwen_experts(raw: Raw, shape: ModelShape) -> Experts:
+    only = raw.get("mlp_only_layers") or []
+    if not isinstance(only, list) or not all(type(layer) is int for layer in only):
+        raise StartupError(f"config.json: mlp_only_layers: expected a list of numbers, got {only!r}")
+    step = integer(raw, "decoder_sparse_step", 1)
+    return Experts(
+        block="mlp",
+        count=integer(raw, "num_experts"),
+        per_token=integer(raw, "num_experts_per_tok"),
+        intermediate=integer(raw, "moe_intermediate_size"),
+        normalized=flag(raw, "norm_topk_prob", False),
+        shared_intermediate=integer(raw, "shared_expert_intermediate_size", 0),
+        layers=tuple(layer not in only and (layer + 1) % step == 0 for layer in range(shape.layers)),
+    )
+
+
+def _qwen2_moe(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _qwen2(raw, shape) | {"qkv_bias": flag(raw, "qkv_bias", True), "experts": _qwen_experts(raw, shape)}
+
+
+def _qwen3_moe(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    # Here a window is every layer's.
+    window = _window(raw) if flag(raw, "use_sliding_window", False) else None
+    return _qwen3(raw, shape) | {"windows": (window,) * shape.layers, "experts": _qwen_experts(raw, shape)}
+
+
+_EXPERTS = keys_of("num_experts_per_tok output_router_logits router_aux_loss_coef router_jitter_noise")
+_QWEN_EXPERTS = _EXPERTS | keys_of(
+    """num_experts moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers
+    shared_expert_intermediate_size"""
+)
+
+_EXPERTS_ALIAS = {"num_local_experts": "num_experts"}
+
+MIXTRAL = Family(_mixtral, _EXPERTS | {"sliding_window", "num_local_experts"})
+QWEN2_MOE = Family(_qwen2_moe, _WINDOWS | _QWEN_EXPERTS | {"qkv_bias"}, aliases=_EXPERTS_ALIAS)
+QWEN3_MOE = Family(_qwen3_moe, _WINDOWS | _QWEN_EXPERTS | {"attention_bias"}, aliases=_EXPERTS_ALIAS)
