@@ -29,6 +29,7 @@ MADE = {
     "PhiForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 }
 """Those of tests/parity/test_more.py."""

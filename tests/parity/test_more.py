@@ -67,6 +67,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _SIZES | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": ("qwen3_moe", _MOE | {"norm_topk_prob": True, "head_dim": 24, "mlp_only_layers": [1]}),
+    "stablelm": ("stablelm", _SIZES | {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        _SIZES | {"num_key_value_heads": 4, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
     "cohere": ("cohere", _SIZES | {"num_key_value_heads": 2, "logit_scale": 0.7}),
     "cohere-untied": ("cohere", _SIZES | {"tie_word_embeddings": False, "attention_bias": True, "logit_scale": 1.5}),
 }

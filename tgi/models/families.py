@@ -276,6 +276,26 @@ def _cohere(raw: Raw, shape: ModelShape) -> dict[str, object]:
     }
 
 
+def _stablelm(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    parallel = flag(raw, "use_parallel_residual", False)
+    return {
+        "names": Names(
+            embed="model.embed_tokens",
+            layer="model.layers.{}",
+            norm="input_layernorm",
+            attention="self_attn",
+            o="o_proj",
+            mlp_norm="post_attention_layernorm",
+            final_norm="model.norm",
+        ),
+        "qkv": Qkv(),
+        "parallel": parallel,
+        "two_norms": not parallel,
+        "gated": True,
+        "qkv_bias": flag(raw, "use_qkv_bias", False),
+    }
+
+
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Of each head: 2^-8/n, 2^-16/n, … for n heads if that is a power of two, else those of the largest one below, and
     of every second head of twice as many (Press et al., arXiv 2108.12409)."""
@@ -364,6 +384,15 @@ COHERE = Family(
     GptConfig,
     eps="layer_norm_eps",
     defaults={"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "rope_theta": 10_000.0},
+)
+
+
+STABLELM = Family(
+    _stablelm,
+    keys_of("partial_rotary_factor use_parallel_residual use_qkv_bias"),
+    GptConfig,
+    eps="layer_norm_eps",
+    defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
 )
 
 

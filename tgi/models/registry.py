@@ -46,6 +46,7 @@ ARCHITECTURES: dict[str, Row] = {
     "MixtralForCausalLM": Row(*_DENSE, families.MIXTRAL, "Mixtral"),
     "Qwen2MoeForCausalLM": Row(*_DENSE, families.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
     "Qwen3MoeForCausalLM": Row(*_DENSE, families.QWEN3_MOE, "Qwen 3, mixtures of experts"),
+    "StableLmForCausalLM": Row(*_GPT, families.STABLELM, "StableLM 2 and 3B"),
     "GPTNeoXForCausalLM": Row(*_GPT, families.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
     "GPTJForCausalLM": Row(*_GPT, families.GPTJ, "GPT-J"),
     "PhiForCausalLM": Row(*_GPT, families.PHI, "Phi 1, 1.5 and 2"),
@@ -133,6 +134,7 @@ def load_model(
     from tgi.quantization.packed import Pack
 
     row = ARCHITECTURES[parsed.shape.architecture]
+    log.info("%s is served by %s (%s)", parsed.shape.architecture, row.module, row.description)
     model_class = getattr(importlib.import_module(row.module), row.name)
     reach = max_total_tokens or parsed.shape.max_position_embeddings
     native = library() if device.type == "cpu" and dtype in (getattr(torch, name) for name in DTYPES) else None
