@@ -29,6 +29,7 @@ class SdpaAttention:
         self._precision = precision
         self._device = device
         self._workspace = torch.empty(0, dtype=precision.stored, device=device)
+        self._slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device).view(-1, 1, 1)
 
     def allocate(self, blocks: int) -> torch.Tensor:
         return zeros(
@@ -108,9 +109,8 @@ class SdpaAttention:
         if self.spec.window is not None:
             hidden |= key <= query - self.spec.window
         bias = torch.zeros(hidden.shape, device=self._device)
-        if self.spec.slopes is not None:
-            slopes = torch.tensor(self.spec.slopes, device=self._device).view(-1, 1, 1)
-            bias = (key - query).float() * slopes
+        if self._slopes is not None:
+            bias = (key - query).float() * self._slopes
             if length == 1:
                 bias = bias.view(len(contexts), self.spec.kv_heads, -1, bias.shape[-1])
         return bias.masked_fill(hidden, float("-inf")).to(self._precision.compute)

@@ -61,9 +61,8 @@ class MoE:
             tokens, place = (chosen == index).nonzero(as_tuple=True)
             part = self._experts[index](x.index_select(0, tokens))
             out.index_add_(0, tokens, part * weights[tokens, place, None].to(part.dtype))
-        if self._shared is not None:
-            shared = self._shared(x)
-            out += shared if self._shared_gate is None else self._shared_gate(x).sigmoid() * shared
+        if self._shared is not None and self._shared_gate is not None:
+            out += self._shared_gate(x).sigmoid() * self._shared(x)
         return out
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:

@@ -1,22 +1,11 @@
 """Normalisation over the last axis."""
 
-from typing import Protocol
-
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
 from tgi.kernels import rows
 from tgi.kernels.library import Library
 from tgi.layers.checkpoint import Checkpoint
-
-
-class Norm(Protocol):
-    """[tokens, size] → [tokens, size]."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-    def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the norm of ``x`` to ``into``."""
 
 
 class RMSNorm:
@@ -40,6 +29,7 @@ class RMSNorm:
         return rms_norm(x, self._weight.shape, self._weight, self._eps)
 
     def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the norm of ``x`` to ``into``."""
         if self._library is not None:
             rows.rms_norm(self._library, x, self._weight, self._eps, into)
         else:
@@ -68,9 +58,3 @@ class LayerNorm:
         if self._library is not None:
             return rows.layer_norm(self._library, x, self._weight, self._bias, self._eps)
         return layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
-
-    def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
-        if self._library is not None:
-            rows.layer_norm(self._library, x, self._weight, self._bias, self._eps, into)
-        else:
-            into.add_(self(x))

@@ -135,7 +135,7 @@ GEMMA = Family(
     _gemma,
     frozenset({"hidden_activation"}),
     activations={"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-    defaults=_GEMMA_DEFAULTS,
+    defaults=_GEMMA_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh"},
 )
 GEMMA2 = Family(
     _gemma2,
@@ -333,7 +333,7 @@ def _falcon_sizes(raw: dict[str, object]) -> None:
 _SUMMARY = keys_of("summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout")
 NEOX = Family(
     _neox,
-    keys_of("use_parallel_residual attention_bias partial_rotary_factor rotary_pct classifier_dropout hidden_dropout"),
+    keys_of("use_parallel_residual attention_bias partial_rotary_factor classifier_dropout"),
     GptConfig,
     eps="layer_norm_eps",
     defaults={"hidden_act": "gelu", "partial_rotary_factor": 0.25},
@@ -341,7 +341,7 @@ NEOX = Family(
 )
 GPTJ = Family(
     _gptj,
-    _SUMMARY | keys_of("rotary_dim rotary partial_rotary_factor scale_attn_weights"),
+    _SUMMARY | keys_of("rotary_dim partial_rotary_factor"),
     GptConfig,
     activation="activation_function",
     eps="layer_norm_epsilon",
@@ -383,7 +383,7 @@ COHERE = Family(
     keys_of("attention_bias logit_scale"),
     GptConfig,
     eps="layer_norm_eps",
-    defaults={"tie_word_embeddings": True, "layer_norm_eps": 1e-5, "rope_theta": 10_000.0},
+    defaults={"tie_word_embeddings": True, "layer_norm_eps": 1e-5},
 )
 
 
@@ -525,7 +525,7 @@ _GPT_DEFAULTS = {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 GPT2 = Family(
     _gpt2,
-    _SUMMARY | keys_of("scale_attn_weights reorder_and_upcast_attn n_ctx"),
+    _SUMMARY | keys_of("reorder_and_upcast_attn n_ctx"),
     GptConfig,
     activation="activation_function",
     eps="layer_norm_epsilon",
@@ -537,7 +537,7 @@ BIGCODE = Family(
     _bigcode,
     _SUMMARY
     | keys_of(
-        """multi_query scale_attn_weights attention_softmax_in_fp32 scale_attention_softmax_in_fp32 n_ctx
+        """multi_query attention_softmax_in_fp32 scale_attention_softmax_in_fp32 n_ctx
         inference_runner max_batch_size max_sequence_length pad_key_length pre_allocate_kv_cache
         validate_runner_input"""
     ),
@@ -550,7 +550,7 @@ BIGCODE = Family(
 )
 OPT = Family(
     _opt,
-    keys_of("word_embed_proj_dim enable_bias dropout activation_dropout layerdrop init_std _remove_final_layer_norm"),
+    keys_of("word_embed_proj_dim enable_bias dropout activation_dropout layerdrop init_std"),
     GptConfig,
     activation="activation_function",
     eps="layer_norm_eps",
@@ -560,20 +560,20 @@ OPT = Family(
 BLOOM = Family(
     _bloom,
     keys_of(
-        """seq_length slow_but_exact skip_bias_add skip_bias_add_qkv offset_alibi masked_softmax_fusion
-        bias_dropout_fusion attention_softmax_in_fp32 unk_token_id"""
+        """slow_but_exact skip_bias_add skip_bias_add_qkv offset_alibi masked_softmax_fusion
+        bias_dropout_fusion attention_softmax_in_fp32"""
     ),
     GptConfig,
     activation="activation",
     eps="layer_norm_epsilon",
     defaults=_GPT_DEFAULTS | {"activation": "gelu_pytorch_tanh", "max_position_embeddings": 2048},
-    aliases=_GPT_SIZES | {"n_embed": "hidden_size"},
+    aliases=_GPT_SIZES | {"n_embed": "hidden_size", "seq_length": "max_position_embeddings"},
     sizes=_fourfold,
 )
 MPT = Family(
     _mpt,
     keys_of(
-        """attn_config expansion_ratio no_bias norm_type init_config init_device learned_pos_emb embedding_fraction
+        """attn_config expansion_ratio init_config init_device learned_pos_emb embedding_fraction
         emb_pdrop tokenizer_name verbose fc_type ffn_config"""
     ),
     GptConfig,
@@ -590,7 +590,7 @@ MPT = Family(
 )
 STARCODER2 = Family(
     _starcoder2,
-    keys_of("use_bias sliding_window embedding_dropout residual_dropout norm_type mlp_type"),
+    keys_of("use_bias sliding_window embedding_dropout residual_dropout"),
     GptConfig,
     eps="norm_epsilon",
     defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "norm_epsilon": 1e-5},

@@ -136,8 +136,6 @@ def convert_config(file: GgufFile) -> tuple[dict[str, Any], dict[str, Any]]:
             config[target] = number
     if row.window and (window := section.get("attention.sliding_window", int)):
         config["sliding_window"] = window
-    if row.norm_shift:
-        config["hidden_activation" if row.tensors else "hidden_act"] = "gelu_pytorch_tanh"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if "head_dim" not in config and hidden % heads:
         raise StartupError(f"{name}.attention.head_count: {heads} does not divide {name}.embedding_length {hidden}")
