@@ -94,6 +94,39 @@ def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any
         check({**raw, key: value})
 
 
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gptj", {"rotary": False}),
+        ("opt", {"_remove_final_layer_norm": True}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 32}),
+        ("mpt", {"norm_type": "rmsnorm"}),
+        ("mpt", {"no_bias": False}),
+        ("mpt", {"attn_config": {"clip_qkv": 8}}),
+        ("cohere", {"use_qk_norm": True}),
+        ("phi", {"qk_layernorm": True}),
+        ("qwen2_moe", {"mlp_only_layers": "none"}),
+    ],
+)
+def test_more_refused_by_name(family: str, values: dict[str, Any]) -> None:
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128} if family == "mpt" else {}
+    sizes |= {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128} if family.startswith("gpt") else {}
+    sizes = sizes or {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    name = next(name for name in MADE if name.lower().startswith(family.replace("_", "")))
+    raw = {"architectures": [name], "vocab_size": 100, "max_position_embeddings": 128, **sizes, "rotary_dim": 8}
+    raw |= {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5, "num_experts": 4, "num_experts_per_tok": 2}
+    raw |= {"moe_intermediate_size": 32}
+    if family != "qwen2_moe":
+        raw = {key: value for key, value in raw.items() if "experts" not in key}
+    check(raw)
+    (key,) = values
+    with pytest.raises(StartupError, match=key):
+        check({**raw, **values})
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
 def test_a_missing_size(raws: dict[str, Raw], key: str):
     with pytest.raises(StartupError, match=f"{key} is missing"):

@@ -1,5 +1,7 @@
 """How each family's config.json becomes the data of its dataflow. No torch."""
 
+from dataclasses import replace
+
 from tgi.core.errors import StartupError
 from tgi.core.model_config import (
     Experts,
@@ -155,18 +157,47 @@ GEMMA3 = Family(
 )
 
 
+_LLAMA_NAMES = Names(
+    embed="model.embed_tokens",
+    layer="model.layers.{}",
+    norm="input_layernorm",
+    attention="self_attn",
+    o="o_proj",
+    mlp_norm="post_attention_layernorm",
+    final_norm="model.norm",
+)
+_GPT2_NAMES = Names(
+    embed="transformer.wte",
+    layer="transformer.h.{}",
+    norm="ln_1",
+    attention="attn",
+    o="c_proj",
+    mlp_norm="ln_2",
+    up="mlp.c_fc",
+    down="mlp.c_proj",
+    final_norm="transformer.ln_f",
+)
+_BLOOM_NAMES = Names(
+    embed="transformer.word_embeddings",
+    layer="transformer.h.{}",
+    norm="input_layernorm",
+    attention="self_attention",
+    o="dense",
+    mlp_norm="post_attention_layernorm",
+    up="mlp.dense_h_to_4h",
+    down="mlp.dense_4h_to_h",
+    final_norm="transformer.ln_f",
+)
+
+
 def _neox(raw: Raw, shape: ModelShape) -> dict[str, object]:
     bias = flag(raw, "attention_bias", True)
     return {
-        "names": Names(
+        "names": replace(
+            _BLOOM_NAMES,
             embed="gpt_neox.embed_in",
             layer="gpt_neox.layers.{}",
-            norm="input_layernorm",
             attention="attention",
-            o="dense",
-            mlp_norm="post_attention_layernorm",
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
             final_norm="gpt_neox.final_layer_norm",
             head="embed_out",
         ),
@@ -181,16 +212,7 @@ def _neox(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 def _gptj(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {
-        "names": Names(
-            embed="transformer.wte",
-            layer="transformer.h.{}",
-            norm="ln_1",
-            attention="attn",
-            o="out_proj",
-            up="mlp.fc_in",
-            down="mlp.fc_out",
-            final_norm="transformer.ln_f",
-        ),
+        "names": replace(_GPT2_NAMES, o="out_proj", up="mlp.fc_in", down="mlp.fc_out"),
         "qkv": Qkv(pairs=integer(raw, "rotary_dim")),
         "parallel": True,
         "two_norms": False,
@@ -201,16 +223,7 @@ def _gptj(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 def _phi(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {
-        "names": Names(
-            embed="model.embed_tokens",
-            layer="model.layers.{}",
-            norm="input_layernorm",
-            attention="self_attn",
-            o="dense",
-            up="mlp.fc1",
-            down="mlp.fc2",
-            final_norm="model.final_layernorm",
-        ),
+        "names": replace(_LLAMA_NAMES, o="dense", up="mlp.fc1", down="mlp.fc2", final_norm="model.final_layernorm"),
         "qkv": Qkv(),
         "parallel": True,
         "two_norms": False,
@@ -233,16 +246,10 @@ def _falcon(raw: Raw, shape: ModelShape) -> dict[str, object]:
         # Its scores are scaled with the slopes.
         slopes = tuple(slope * shape.head_dim**-0.5 for slope in alibi_slopes(shape.heads))
     return {
-        "names": Names(
-            embed="transformer.word_embeddings",
-            layer="transformer.h.{}",
+        "names": replace(
+            _BLOOM_NAMES,
             norm="ln_attn" if parallel and two else "input_layernorm",
-            attention="self_attention",
-            o="dense",
             mlp_norm="ln_mlp" if parallel else "post_attention_layernorm",
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            final_norm="transformer.ln_f",
         ),
         "qkv": Qkv(("query_key_value",), "stacked" if stacked else "groups"),
         "parallel": parallel,
@@ -257,14 +264,7 @@ def _falcon(raw: Raw, shape: ModelShape) -> dict[str, object]:
 def _cohere(raw: Raw, shape: ModelShape) -> dict[str, object]:
     bias = flag(raw, "attention_bias", False)
     return {
-        "names": Names(
-            embed="model.embed_tokens",
-            layer="model.layers.{}",
-            norm="input_layernorm",
-            attention="self_attn",
-            o="o_proj",
-            final_norm="model.norm",
-        ),
+        "names": _LLAMA_NAMES,
         "qkv": Qkv(pairs=shape.head_dim),
         "parallel": True,
         "two_norms": False,
@@ -279,15 +279,7 @@ def _cohere(raw: Raw, shape: ModelShape) -> dict[str, object]:
 def _stablelm(raw: Raw, shape: ModelShape) -> dict[str, object]:
     parallel = flag(raw, "use_parallel_residual", False)
     return {
-        "names": Names(
-            embed="model.embed_tokens",
-            layer="model.layers.{}",
-            norm="input_layernorm",
-            attention="self_attn",
-            o="o_proj",
-            mlp_norm="post_attention_layernorm",
-            final_norm="model.norm",
-        ),
+        "names": _LLAMA_NAMES,
         "qkv": Qkv(),
         "parallel": parallel,
         "two_norms": not parallel,
@@ -396,35 +388,19 @@ STABLELM = Family(
 )
 
 
-def _gpt_names(**other: str) -> Names:
-    """GPT-2's, and those of others who took them over."""
-    names = {
-        "embed": "transformer.wte",
-        "layer": "transformer.h.{}",
-        "norm": "ln_1",
-        "attention": "attn",
-        "o": "c_proj",
-        "mlp_norm": "ln_2",
-        "up": "mlp.c_fc",
-        "down": "mlp.c_proj",
-        "final_norm": "transformer.ln_f",
-    }
-    return Names(**(names | other))
-
-
 _ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 
 
 def _gpt2(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return _ALL_BIASES | {
-        "names": _gpt_names(positions="transformer.wpe"),
+        "names": replace(_GPT2_NAMES, positions="transformer.wpe"),
         "qkv": Qkv(("c_attn",), "stacked", transposed=True),
     }
 
 
 def _bigcode(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return _ALL_BIASES | {
-        "names": _gpt_names(positions="transformer.wpe"),
+        "names": replace(_GPT2_NAMES, positions="transformer.wpe"),
         "qkv": Qkv(("c_attn",), "stacked" if flag(raw, "multi_query", True) else "groups"),
     }
 
@@ -453,18 +429,7 @@ def _opt(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 def _bloom(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return _ALL_BIASES | {
-        "names": Names(
-            embed="transformer.word_embeddings",
-            embed_norm="transformer.word_embeddings_layernorm",
-            layer="transformer.h.{}",
-            norm="input_layernorm",
-            attention="self_attention",
-            o="dense",
-            mlp_norm="post_attention_layernorm",
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            final_norm="transformer.ln_f",
-        ),
+        "names": replace(_BLOOM_NAMES, embed_norm="transformer.word_embeddings_layernorm"),
         "qkv": Qkv(("query_key_value",), "groups"),
         "slopes": alibi_slopes(shape.heads),
     }
@@ -484,7 +449,8 @@ def _mpt(raw: Raw, shape: ModelShape) -> dict[str, object]:
         if (value := attention.get(key)) is not None and value not in values:
             raise StartupError(f"config.json: attn_config: {key}: {value!r} is not implemented")
     return {
-        "names": _gpt_names(
+        "names": replace(
+            _GPT2_NAMES,
             layer="transformer.blocks.{}",
             norm="norm_1",
             o="out_proj",
@@ -502,15 +468,7 @@ def _mpt(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 def _starcoder2(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {
-        "names": _gpt_names(
-            embed="model.embed_tokens",
-            layer="model.layers.{}",
-            norm="input_layernorm",
-            attention="self_attn",
-            o="o_proj",
-            mlp_norm="post_attention_layernorm",
-            final_norm="model.norm",
-        ),
+        "names": replace(_LLAMA_NAMES, up="mlp.c_fc", down="mlp.c_proj"),
         "qkv": Qkv(),
         "windows": (integer(raw, "sliding_window", None),) * shape.layers,
         **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), flag(raw, "use_bias", True)),
