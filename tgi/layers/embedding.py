@@ -2,6 +2,7 @@
 
 import torch
 
+from tgi.core.model_config import ModelShape
 from tgi.kernels.program import empty
 from tgi.kernels.sampling import Head
 from tgi.layers.checkpoint import Checkpoint, Piece
@@ -59,23 +60,24 @@ class LmHead:
         cls,
         checkpoint: Checkpoint,
         name: str,
-        vocab: int,
-        hidden: int,
+        shape: ModelShape,
+        embedding: VocabEmbedding,
         factor: float = 1.0,
         cap: float = 0.0,
         *,
         bias: bool = False,
     ) -> "LmHead":
-        piece = _piece(checkpoint, name, vocab, hidden)
-        if checkpoint.library is not None:
-            return cls(_native(checkpoint, piece, bias=bias), checkpoint.group, factor, cap)
-        return cls(checkpoint.linear([piece], bias=bias), checkpoint.group, factor, cap)
-
-    @classmethod
-    def tie(cls, embedding: VocabEmbedding, group: Group, factor: float = 1.0, cap: float = 0.0) -> "LmHead":
-        """The embedding's own rows; a method of torch's that packs its weight keeps a copy."""
-        table = embedding.table
-        return cls(table if isinstance(table, NativeLinear) else dense(table, None), group, factor, cap)
+        """The module ``name`` or, where the two are tied, the embedding's own rows; a method of torch's that packs its
+        weight keeps a copy of them."""
+        method: LinearMethod
+        if shape.tied:
+            table = embedding.table
+            method = table if isinstance(table, NativeLinear) else dense(table, None)
+        else:
+            piece = _piece(checkpoint, name, shape.vocab, shape.hidden)
+            native = checkpoint.library is not None
+            method = _native(checkpoint, piece, bias=bias) if native else checkpoint.linear([piece], bias=bias)
+        return cls(method, checkpoint.group, factor, cap)
 
     @property
     def native(self) -> Head | None:

@@ -30,10 +30,7 @@ class DenseDecoder:
             checkpoint, "model.embed_tokens", shape.vocab, shape.hidden, config.embedding_multiplier
         )
         factor = 1 / config.logits_scaling
-        if shape.tied:
-            self._head = LmHead.tie(self._embed, checkpoint.group, factor)
-        else:
-            self._head = LmHead.load(checkpoint, "lm_head", shape.vocab, shape.hidden, factor)
+        self._head = LmHead.load(checkpoint, "lm_head", shape, self._embed, factor)
         self.head = self._head.native
         self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)
         self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]

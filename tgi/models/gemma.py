@@ -30,10 +30,7 @@ class GemmaDecoder:
         self._embed = VocabEmbedding.load(
             checkpoint, "model.embed_tokens", shape.vocab, shape.hidden, shape.hidden**0.5
         )
-        if shape.tied:
-            self._head = LmHead.tie(self._embed, checkpoint.group, cap=config.logit_cap)
-        else:
-            self._head = LmHead.load(checkpoint, "lm_head", shape.vocab, shape.hidden, cap=config.logit_cap)
+        self._head = LmHead.load(checkpoint, "lm_head", shape, self._embed, cap=config.logit_cap)
         self.head = self._head.native
         self._ropes = [
             Rotary(rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)

@@ -38,12 +38,7 @@ class GptDecoder:
         self._embed_norm = None
         if names.embed_norm:
             self._embed_norm = LayerNorm.load(checkpoint, names.embed_norm, *norm, bias=config.norm_bias)
-        if shape.tied:
-            self._head = LmHead.tie(self._embed, checkpoint.group, config.logit_factor)
-        else:
-            self._head = LmHead.load(
-                checkpoint, names.head, shape.vocab, shape.hidden, config.logit_factor, bias=config.head_bias
-            )
+        self._head = LmHead.load(checkpoint, names.head, shape, self._embed, config.logit_factor, bias=config.head_bias)
         self.head = self._head.native
         self._rotary = None
         if config.slopes is None and not names.positions:
