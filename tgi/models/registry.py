@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, architecture, read_config
-from tgi.models import families
 from tgi.models.config import DecoderConfig, Family
+from tgi.models.families import experts, gemma, gpt, llama
 
 if TYPE_CHECKING:
     import torch
@@ -37,32 +37,32 @@ _GPT = ("tgi.models.gpt", "GptDecoder")
 _GEMMA = ("tgi.models.gemma", "GemmaDecoder")
 
 ARCHITECTURES: dict[str, Row] = {
-    "LlamaForCausalLM": Row(*_DENSE, families.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
-    "MistralForCausalLM": Row(*_DENSE, families.MISTRAL, "Mistral 7B and relatives, sliding window"),
-    "Qwen2ForCausalLM": Row(*_DENSE, families.QWEN2, "Qwen 2 and 2.5, QwQ"),
-    "Qwen3ForCausalLM": Row(*_DENSE, families.QWEN3, "Qwen 3, dense sizes"),
-    "Phi3ForCausalLM": Row(*_DENSE, families.PHI3, "Phi 3, 3.5 and 4"),
-    "GraniteForCausalLM": Row(*_DENSE, families.GRANITE, "Granite 3, dense sizes"),
-    "MixtralForCausalLM": Row(*_DENSE, families.MIXTRAL, "Mixtral"),
-    "Qwen2MoeForCausalLM": Row(*_DENSE, families.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
-    "Qwen3MoeForCausalLM": Row(*_DENSE, families.QWEN3_MOE, "Qwen 3, mixtures of experts"),
-    "StableLmForCausalLM": Row(*_GPT, families.STABLELM, "StableLM 2 and 3B"),
-    "GPTNeoXForCausalLM": Row(*_GPT, families.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
-    "GPTJForCausalLM": Row(*_GPT, families.GPTJ, "GPT-J"),
-    "PhiForCausalLM": Row(*_GPT, families.PHI, "Phi 1, 1.5 and 2"),
-    "FalconForCausalLM": Row(*_GPT, families.FALCON, "Falcon 1 and 2, with rotary embedding or ALiBi"),
-    "RWForCausalLM": Row(*_GPT, families.FALCON, "Falcon under its first name"),
-    "GPT2LMHeadModel": Row(*_GPT, families.GPT2, "GPT-2"),
-    "GPTBigCodeForCausalLM": Row(*_GPT, families.BIGCODE, "StarCoder 1, SantaCoder"),
-    "OPTForCausalLM": Row(*_GPT, families.OPT, "OPT and Galactica, but for OPT 350M"),
-    "BloomForCausalLM": Row(*_GPT, families.BLOOM, "BLOOM, BLOOMZ"),
-    "MptForCausalLM": Row(*_GPT, families.MPT, "MPT"),
-    "MPTForCausalLM": Row(*_GPT, families.MPT, "MPT under its first name"),
-    "Starcoder2ForCausalLM": Row(*_GPT, families.STARCODER2, "StarCoder 2"),
-    "CohereForCausalLM": Row(*_GPT, families.COHERE, "Command R, Aya"),
-    "GemmaForCausalLM": Row(*_DENSE, families.GEMMA, "Gemma 1, CodeGemma"),
-    "Gemma2ForCausalLM": Row(*_GEMMA, families.GEMMA2, "Gemma 2"),
-    "Gemma3ForCausalLM": Row(*_GEMMA, families.GEMMA3, "Gemma 3, text alone"),
+    "LlamaForCausalLM": Row(*_DENSE, llama.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
+    "MistralForCausalLM": Row(*_DENSE, llama.MISTRAL, "Mistral 7B and relatives, sliding window"),
+    "Qwen2ForCausalLM": Row(*_DENSE, llama.QWEN2, "Qwen 2 and 2.5, QwQ"),
+    "Qwen3ForCausalLM": Row(*_DENSE, llama.QWEN3, "Qwen 3, dense sizes"),
+    "Phi3ForCausalLM": Row(*_DENSE, llama.PHI3, "Phi 3, 3.5 and 4"),
+    "GraniteForCausalLM": Row(*_DENSE, llama.GRANITE, "Granite 3, dense sizes"),
+    "MixtralForCausalLM": Row(*_DENSE, experts.MIXTRAL, "Mixtral"),
+    "Qwen2MoeForCausalLM": Row(*_DENSE, experts.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
+    "Qwen3MoeForCausalLM": Row(*_DENSE, experts.QWEN3_MOE, "Qwen 3, mixtures of experts"),
+    "StableLmForCausalLM": Row(*_GPT, gpt.STABLELM, "StableLM 2 and 3B"),
+    "GPTNeoXForCausalLM": Row(*_GPT, gpt.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
+    "GPTJForCausalLM": Row(*_GPT, gpt.GPTJ, "GPT-J"),
+    "PhiForCausalLM": Row(*_GPT, gpt.PHI, "Phi 1, 1.5 and 2"),
+    "FalconForCausalLM": Row(*_GPT, gpt.FALCON, "Falcon 1 and 2, with rotary embedding or ALiBi"),
+    "RWForCausalLM": Row(*_GPT, gpt.FALCON, "Falcon under its first name"),
+    "GPT2LMHeadModel": Row(*_GPT, gpt.GPT2, "GPT-2"),
+    "GPTBigCodeForCausalLM": Row(*_GPT, gpt.BIGCODE, "StarCoder 1, SantaCoder"),
+    "OPTForCausalLM": Row(*_GPT, gpt.OPT, "OPT and Galactica, but for OPT 350M"),
+    "BloomForCausalLM": Row(*_GPT, gpt.BLOOM, "BLOOM, BLOOMZ"),
+    "MptForCausalLM": Row(*_GPT, gpt.MPT, "MPT"),
+    "MPTForCausalLM": Row(*_GPT, gpt.MPT, "MPT under its first name"),
+    "Starcoder2ForCausalLM": Row(*_GPT, gpt.STARCODER2, "StarCoder 2"),
+    "CohereForCausalLM": Row(*_GPT, gpt.COHERE, "Command R, Aya"),
+    "GemmaForCausalLM": Row(*_DENSE, gemma.GEMMA, "Gemma 1, CodeGemma"),
+    "Gemma2ForCausalLM": Row(*_GEMMA, gemma.GEMMA2, "Gemma 2"),
+    "Gemma3ForCausalLM": Row(*_GEMMA, gemma.GEMMA3, "Gemma 3, text alone"),
 }
 
 

@@ -1,0 +1,1 @@
+"""How each architecture's config.json becomes the data of its dataflow: one rule each. No torch."""
