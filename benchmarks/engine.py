@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tgi.core.config import BLOCK_SIZE, Limits
+from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Sampling, Submit
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Plan, Scheduler
@@ -64,22 +64,22 @@ class Profile:
         return {kind.name.lower(): self._seconds[kind] for kind in Kind if self._seconds[kind]}
 
 
-def load(model: str, options: Sequence[str], *, requests: int, context: int) -> tuple[Runner, Limits]:
+def load(model: str, options: Sequence[str], *, requests: int, context: int) -> tuple[Runner, Settings]:
     """A runner as the launcher would make it with these options, with room for so many requests of that length."""
     room = requests * -(-context // BLOCK_SIZE) * BLOCK_SIZE
     bounds = f"--max-total-tokens {context} --max-batch-total-tokens {max(room, 512)} --max-batch-size {requests}"
     line = ["--model-id", model, *bounds.split(), "--max-batch-prefill-tokens", "512", *options]
     with tempfile.TemporaryDirectory() as folder:
         settings = engine_settings(flags.check(flags.parse(line)[0]), folder)
-        return Runner.load(settings, lambda done, total: None), settings.limits
+        return Runner.load(settings, lambda done, total: None), settings
 
 
-def run(runner: Runner, limits: Limits, requests: int, prompt: int, new: int) -> tuple[float, list[Step]]:
+def run(runner: Runner, settings: Settings, requests: int, prompt: int, new: int) -> tuple[float, list[Step]]:
     """All requests at once, greedy, to their full length. Tokens per second in all, and the steps that decode all of
     them and nothing else."""
     scheduler = Scheduler(
-        blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
-        step_tokens=limits.max_batch_prefill_tokens,
+        pools=settings.pools,
+        step_tokens=settings.limits.max_batch_prefill_tokens,
         max_running=requests,
     )
     chance = random.Random()
@@ -135,12 +135,12 @@ def main() -> None:
     arguments = parser.parse_args()
     longest = arguments.prompt + arguments.new
     options = arguments.options.split()
-    runner, limits = load(arguments.model_id, options, requests=max(arguments.requests), context=longest)
+    runner, settings = load(arguments.model_id, options, requests=max(arguments.requests), context=longest)
     titles = ["requests", "tokens/s", "step", *STAGES, "kernels"]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for requests in arguments.requests:
-        run(runner, limits, requests, arguments.prompt, 4)  # warms up
-        rate, steps = run(runner, limits, requests, arguments.prompt, arguments.new)
+        run(runner, settings, requests, arguments.prompt, 4)  # warms up
+        rate, steps = run(runner, settings, requests, arguments.prompt, arguments.new)
         step = middle(steps)
         parts = [f"{1e3 * seconds:.3f}" for seconds in (step.whole, *step.stages.values())]
         kernels = ", ".join(f"{kind} {1e3 * seconds:.3f}" for kind, seconds in step.kernels.items() if seconds)

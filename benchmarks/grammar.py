@@ -24,7 +24,7 @@ import numpy
 from llguidance import LLTokenizer, grammar_from
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles, Settings
+from tgi.core.config import BLOCK_SIZE, KVPool, Limits, ModelFiles, Settings
 from tgi.core.grammar import load_tokenizer, start
 from tgi.core.messages import Delta, Sampling, Submit
 from tgi.core.vocabulary import Vocabulary
@@ -199,7 +199,9 @@ def loop(files: ModelFiles, vocabulary: Callable[[], Vocabulary], batches: Seque
         max_batch_size=max(batches),
     )
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner.load(Settings(model=files, limits=limits, run_dir=folder), lambda done, total: None)
+        pools = [KVPool(limits.max_batch_total_tokens // BLOCK_SIZE)]
+        settings = Settings(model=files, limits=limits, pools=pools, run_dir=folder)
+        runner = Runner.load(settings, lambda done, total: None)
     print("\n| requests | forcing | tokens/s | tokens a row and step | step, ms | forward | masks | waiting |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in batches:
@@ -222,7 +224,7 @@ def fill(
     grammar = composed(Wish("llguidance", grammars()[name][0]), forcing=forcing)
     watch = Grammars(vocabulary, runner.vocab_size, lambda: None)
     scheduler = Scheduler(
-        blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
+        pools=[KVPool(limits.max_batch_total_tokens // BLOCK_SIZE)],
         step_tokens=limits.max_batch_prefill_tokens,
         max_running=batch,
     )

@@ -52,15 +52,17 @@ def engine_curves(arguments: argparse.Namespace, precision: str, write: Callable
     """Steps of growing batches of short requests, and of one request that grows."""
     options = TGI[precision].split()
     if "rows" in arguments.only:
-        runner, limits = load(arguments.model, options, requests=max(arguments.rows), context=128)
+        runner, settings = load(arguments.model, options, requests=max(arguments.rows), context=128)
         for rows in arguments.rows:
-            _, steps = run_engine(runner, limits, rows, 16, 16 + rows // 8)  # the first still decode as the last begin
+            _, steps = run_engine(
+                runner, settings, rows, 16, 16 + rows // 8
+            )  # the first still decode as the last begin
             write("rows", precision=precision, rows=rows, **told(middle(steps)))
         del runner
     if "context" in arguments.only:
-        runner, limits = load(arguments.model, options, requests=1, context=max(arguments.contexts))
+        runner, settings = load(arguments.model, options, requests=1, context=max(arguments.contexts))
         for context in arguments.contexts:
-            _, steps = run_engine(runner, limits, 1, context - 16, 16)
+            _, steps = run_engine(runner, settings, 1, context - 16, 16)
             write("context", precision=precision, context=context, **told(middle(steps)))
 
 

@@ -25,7 +25,7 @@ from engine import load
 from records import Data, Journal, Record
 from report import quality_table
 from servers import TGI
-from tgi.core.config import BLOCK_SIZE
+from tgi.core.config import BLOCK_SIZE, Settings
 from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
 from tgi.runtime.runner import Runner
@@ -42,11 +42,13 @@ def windows(tokenizer: Path, length: int) -> list[list[int]]:
 class Reader:
     """Reads windows with one runner. Each has pages of its own."""
 
-    def __init__(self, runner: Runner, texts: Sequence[list[int]]) -> None:
+    def __init__(self, runner: Runner, settings: Settings, texts: Sequence[list[int]]) -> None:
         self._runner = runner
         self._texts = texts
         pages = -(-len(texts[0]) // BLOCK_SIZE)
-        self._blocks = [array("i", range(pages * row, pages * (row + 1))) for row in range(len(texts))]
+        self._blocks = [
+            [array("i", range(pages * row, pages * (row + 1)))] * len(settings.pools) for row in range(len(texts))
+        ]
         self._scratch: list[dict[str, object]] = [{} for _ in texts]
 
     def step(self, position: int) -> torch.Tensor:
@@ -160,7 +162,7 @@ def main() -> None:
     names, readers = [], []
     for name, model, options in variants(arguments):
         names.append(name)
-        readers.append(Reader(load(model, options, requests=len(texts), context=arguments.window + 1)[0], texts))
+        readers.append(Reader(*load(model, options, requests=len(texts), context=arguments.window + 1), texts))
     found = losses(readers[0], readers[1:], texts)
     records: list[Record] = [
         {"kind": "quality", "form": name, "prefill_perplexity": reader.prefill(), **figures(loss, found[0])}

@@ -7,7 +7,7 @@ either as a wrong cache entry at once or as a different text at the end. So are 
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from tgi.core.config import BLOCK_SIZE
+from tgi.core.config import BLOCK_SIZE, KVPool
 from tgi.core.messages import Token
 from tgi.core.plan import Sampled, Work
 
@@ -40,26 +40,34 @@ def text_of(prompt: Sequence[int], new: int, stops: Sequence[int] = ()) -> list[
 class FakeRunner:
     vocab_size = VOCABULARY
 
-    def __init__(self, blocks: int) -> None:
-        self.cells: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK_SIZE)
+    def __init__(self, pools: Sequence[KVPool]) -> None:
+        self.pools = pools
+        self.cells: list[list[tuple[int, ...] | None]] = [[None] * (pool.blocks * BLOCK_SIZE) for pool in pools]
         self.computed = 0
         self.scored = 0
 
     def launch(self, works: Sequence[Work]) -> Sequence[Work]:
+        for at in range(len(self.pools)):
+            self._compute(at, works)
+        self.computed += sum(work.length for work in works)
+        return works
+
+    def _compute(self, at: int, works: Sequence[Work]) -> None:
+        """What one kind of layer does."""
+        cells, window = self.cells[at], self.pools[at].window
         written: set[int] = set()
         for work in works:
             assert work.length > 0
-            assert len(work.blocks) * BLOCK_SIZE >= work.start + work.length
+            assert len(work.blocks[at]) * BLOCK_SIZE >= work.start + work.length
             for position in range(work.start, work.start + work.length):
-                cell = self._cell(work, position)
+                cell = self._cell(work, at, position)
                 assert cell not in written, "two chunks write one cell"
                 written.add(cell)
-                self.cells[cell] = tuple(work.tokens[: position + 1])
-            self.computed += work.length
+                cells[cell] = tuple(work.tokens[: position + 1])
         for work in works:
-            for position in range(work.start + work.length):
-                assert self.cells[self._cell(work, position)] == tuple(work.tokens[: position + 1]), "wrong cache entry"
-        return works
+            first = 0 if window is None else max(work.start - window + 1, 0)
+            for position in range(first, work.start + work.length):
+                assert cells[self._cell(work, at, position)] == tuple(work.tokens[: position + 1]), "wrong cache entry"
 
     def sample(self, launched: Sequence[Work]) -> list[Sampled]:
         return [self.sampled(work, next_token(work.tokens)) for work in launched]
@@ -86,5 +94,5 @@ class FakeRunner:
         return [float(id) for id in (chunk[-1:] if work.submit.pooling == "last" else work.scratch["pooled"])]
 
     @staticmethod
-    def _cell(work: Work, position: int) -> int:
-        return work.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    def _cell(work: Work, at: int, position: int) -> int:
+        return work.blocks[at][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE

@@ -39,7 +39,8 @@ def test_content_survives_release_until_it_is_evicted_least_recently_used_first(
     pool.release(new)
     assert pool.find(digests) == old + new
     assert pool.take(1) == old[1:], "the end of the older prefix goes first"
-    assert pool.find(digests) == old[:1]
+    assert pool.reach(digests) == 1
+    assert pool.find(digests[:1]) == old[:1]
     pool.check_integrity([old[1:]])
 
 
@@ -73,6 +74,22 @@ def test_of_two_equal_blocks_the_first_stays_known():
     pool.publish(two, digest)
     assert pool.find([digest]) == [one]
     pool.check_integrity([[one, two]])
+
+
+def test_behind_a_window_the_end_of_a_prefix_is_enough():
+    pool = BlockPool(5, window=33)
+    digests = hashes(list(range(16 * 5)))
+    assert [pool.first(position) for position in (0, 32, 47, 48, 80)] == [0, 0, 0, 1, 3]
+    blocks = pool.take(5)
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.publish(block, digest)
+    pool.release(blocks[:2])
+    pool.take(2)
+    assert pool.reach(digests[:2]) == 0
+    assert pool.reach(digests[:4]) == 4, "block 2 and 3 are all that the token behind them sees"
+    assert pool.find(digests[2:4]) == blocks[2:4]
+    assert pool.reach([*digests[:4], b"other"]) == 4
+    assert pool.reach(digests[:3]) == 0, "token 48 sees block 1"
 
 
 def test_the_check_finds_a_leak():

@@ -275,7 +275,8 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     """Random grammars, budgets, arrivals, breaking matchers, cancellations, and a cache that is too small."""
     chance = random.Random(seed)
     blocks = chance.choice([8, 12, 20, 64])
-    engine = Shaken(blocks, chance.choice([3, 5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8)
+    options = chance.choice([3, 5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8
+    engine = Shaken(blocks, *options, windows=(None, 24))
     engine.chance, engine.often, engine.grammars = chance, chance.choice([0.0, 0.1]), {}
     submits: dict[int, Submit] = {}
     cancelled: set[int] = set()

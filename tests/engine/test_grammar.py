@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from tests import small_tokenizers
 from tests.engine.fake_runner import FakeRunner
+from tgi.core.config import KVPool
 from tgi.core.grammar import start
 from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, ToRouter
 from tgi.core.plan import Masks, Sampled, Work
@@ -91,9 +92,12 @@ class Engine:
     def __init__(self, folder: Path, blocks: int = 64, tokenizer: str | None = None) -> None:
         (folder / "tokenizer.json").write_text(tokenizer or TOKENIZER.to_str(), encoding="utf-8")
         self.post = Post()
-        self.scheduler = Scheduler(blocks=blocks, step_tokens=64, max_running=16)
+        self.scheduler = Scheduler(pools=[KVPool(blocks)], step_tokens=64, max_running=16)
         self.loop = Loop(
-            cast(Mailbox, self.post), self.scheduler, cast(Any, Runner(blocks)), lambda: Vocabulary.load(folder)
+            cast(Mailbox, self.post),
+            self.scheduler,
+            cast(Any, Runner(self.scheduler.cache.sizes)),
+            lambda: Vocabulary.load(folder),
         )
         self.preempted = 0
 

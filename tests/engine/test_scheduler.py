@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.engine.fake_runner import FakeRunner, logprob, text_of
+from tgi.core.config import KVPool
 from tgi.core.messages import Delta, Fault, Pooling, Sampling, Submit
 from tgi.core.plan import Sampled
 from tgi.engine.request import Request
@@ -43,15 +44,17 @@ class Engine:
         max_running: int = 16,
         prefix_caching: bool = True,
         beside: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ):
+        pools = [KVPool(blocks, window) for window in windows]
         self.scheduler = Scheduler(
-            blocks=blocks,
+            pools=pools,
             step_tokens=step_tokens,
             max_running=max_running,
             beside=beside,
             prefix_caching=prefix_caching,
         )
-        self.runner = FakeRunner(blocks)
+        self.runner = FakeRunner(pools)
         self.step_tokens = step_tokens
         self.deltas: dict[int, list[Delta]] = {}
         self.prompts: dict[int, list[int]] = {}
@@ -103,7 +106,7 @@ class Engine:
     def run(self) -> None:
         for _ in range(10_000):
             if self.scheduler.idle:
-                assert self.scheduler.pool.free == self.scheduler.pool.size
+                assert all(pool.free == pool.size for pool in self.scheduler.cache.pools)
                 return
             self.step()
         raise AssertionError("the scheduler does not come to an end")
@@ -400,7 +403,7 @@ def test_a_leak_is_told_and_mended_when_idle():
     engine.add(submit(1, [1] * 20, 5))
     engine.run()
     assert engine.scheduler.settle() is None
-    engine.scheduler.pool.take(1)
+    engine.scheduler.cache.pools[0].take(1)
     assert "reference counts" in (engine.scheduler.settle() or "")
     engine.add(submit(2, [1] * 20, 5))
     engine.run()
@@ -413,7 +416,8 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
     chance = random.Random(seed)
     blocks = chance.choice([8, 12, 20, 64])
     options = chance.choice([5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8
-    engine = Engine(blocks, *options, beside=chance.choice([None, 1, 4]))
+    windows = chance.choice([(None,), (None, 20), (40, 17)])
+    engine = Engine(blocks, *options, beside=chance.choice([None, 1, 4]), windows=windows)
     stems = [[chance.randrange(50) for _ in range(chance.randrange(50))] for _ in range(3)]
     wanted: dict[int, list[int]] = {}
     submits: dict[int, Submit] = {}

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-from array import array
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +63,7 @@ def work(seed: int, vocabulary: int, position: int = 10, **fields: Any) -> Work:
         fields["logit_bias"] = {id % vocabulary: bias for id, bias in fields["logit_bias"].items()}
     ids = [id * 7 % vocabulary for id in range(position)]
     submit = Submit(0, ids[:4], 4, 100, [1, 3, vocabulary + 5, -1], Sampling(seed=seed, **fields), 0.0)
-    return Work(submit, ids, position - 1, 1, position, True, array("i"), {})
+    return Work(submit, ids, position - 1, 1, position, True, [], {})
 
 
 def again(works: list[Work]) -> list[Work]:
@@ -261,7 +260,7 @@ def test_a_history_told_bit_by_bit_is_the_history(kernels: Library):
     scratch: dict[str, Any] = {}
     for end in (10, 11, 12, 200, 201, 899, 900):
         logits = torch.randn(1, 300)
-        item = Work(submit, ids[:end], end - 1, 1, end, True, array("i"), scratch)
+        item = Work(submit, ids[:end], end - 1, 1, end, True, [], scratch)
         assert list(Sampler(kernels).sample(logits, [item])) == list(Sampler(kernels).sample(logits, again([item])))
         assert check(logits, [item]) == 0
 

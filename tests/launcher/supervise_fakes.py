@@ -34,6 +34,7 @@ def main(engine: str, router: str, grace: str) -> int:
         settings = Settings(
             model=ModelFiles(model_id="m", folder="/", weights=[]),
             limits=LIMITS,
+            pools=[],
             run_dir=run_dir,
             api_key="the-secret",
             graceful_termination_timeout=float(grace),

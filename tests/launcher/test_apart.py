@@ -24,6 +24,7 @@ ENGINE = Settings(
         max_batch_total_tokens=1024,
         max_batch_size=8,
     ),
+    pools=[],
     run_dir="/engine",
     compute_type="1-gpu",
     json_output=True,

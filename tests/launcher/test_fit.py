@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, Limits, ModelFiles
+from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.launcher import fit as fitting
 from tgi.launcher.errors import ArgumentValidation
@@ -75,6 +75,39 @@ def test_open_limits_follow_from_the_model(tmp_path: Path) -> None:
     assert plan.ledger["weights"] == 4 * 205
     assert plan.ledger["logits of 64 rows"] == SCORED_ROWS * 1000 * 40
     assert plan.ledger["KV cache of 262144 tokens"] == 262144 * TOKEN
+
+
+def gemma(folder: Path, window: int) -> ModelFiles:
+    """Three of four layers have a window."""
+    return model(
+        folder,
+        architectures=["Gemma3ForCausalLM"],
+        num_hidden_layers=4,
+        head_dim=16,
+        sliding_window=window,
+        sliding_window_pattern=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=1 << 20,
+    )
+
+
+def test_layers_with_a_window_get_room_for_the_windows_of_all_requests(tmp_path: Path) -> None:
+    files = gemma(tmp_path, 100)
+    plan = fit(Options(max_batch_size=4, max_batch_prefill_tokens=50), files, CPU)
+    check_consistent(plan)
+    tokens = plan.limits.max_batch_total_tokens
+    windows = -(-(4 * (100 + 32) + 50) // BLOCK_SIZE)
+    assert plan.pools == [KVPool(tokens // BLOCK_SIZE), KVPool(windows, 100)]
+    layer = 2 * 2 * 16 * 4
+    assert plan.ledger[f"KV cache of {tokens} tokens"] == layer * (tokens + 3 * windows * BLOCK_SIZE)
+    alike = fit(Options(max_batch_size=4, max_batch_prefill_tokens=50), gemma(tmp_path, 1 << 21), CPU)
+    assert tokens > 2 * alike.limits.max_batch_total_tokens
+    assert alike.pools[0].blocks == alike.pools[1].blocks
+
+
+def test_a_small_cache_has_room_for_short_requests_in_all_layers(tmp_path: Path) -> None:
+    options = Options(max_batch_total_tokens=1024, max_total_tokens=512, max_batch_prefill_tokens=50)
+    assert fit(options, gemma(tmp_path, 100), CPU).pools == [KVPool(64), KVPool(64, 100)]
 
 
 def test_few_running_requests_can_still_ask_for_the_logits_of_their_prompts(tmp_path: Path) -> None:

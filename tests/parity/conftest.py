@@ -1,5 +1,6 @@
 """Our models beside transformers' on the same folder, in float32."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny import write_model
 from tgi.attention.base import AttnSpec, Turn
-from tgi.core.config import ModelFiles
+from tgi.core.config import KVPool, ModelFiles
 from tgi.core.messages import Delta, Fault, Submit
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Scheduler
@@ -77,6 +78,15 @@ def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
     return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths))).clone()
 
 
+def pools(model: Model, blocks: int | Sequence[int]) -> list[KVPool]:
+    """One for each kind of layer, of this size or these."""
+    windows = sorted({spec.window or math.inf for spec in model.specs}, reverse=True)
+    sizes = [blocks] * len(windows) if isinstance(blocks, int) else blocks
+    return [
+        KVPool(size, None if window == math.inf else int(window)) for size, window in zip(sizes, windows, strict=True)
+    ]
+
+
 class Engine:
     """Scheduler, runner and a model; ``run`` gives every request to its end."""
 
@@ -85,15 +95,16 @@ class Engine:
         folder: Path,
         device: str = "cpu",
         *,
-        blocks: int = 64,
+        blocks: int | Sequence[int] = 64,
         step_tokens: int = 512,
         stored: torch.dtype = torch.float32,
         **options: Any,
     ) -> None:
         """``options`` are load_model's."""
         self.model = load(folder, device, **options)
-        self.runner = Runner.of(self.model, blocks, step_tokens, stored, torch.device(device))
-        self.scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
+        own = pools(self.model, blocks)
+        self.runner = Runner.of(self.model, own, step_tokens, stored, torch.device(device))
+        self.scheduler = Scheduler(pools=own, step_tokens=step_tokens, max_running=8)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []
         self.preempted: set[int] = set()

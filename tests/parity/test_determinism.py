@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.conftest import Engine, tokens
+from tests.parity.conftest import Engine, pools, tokens
 from tests.tiny import write_model
 from tgi.core.messages import Sampling, Submit
 from tgi.engine.request import Request
@@ -71,13 +71,13 @@ def test_logits_are_the_same_to_the_bit(tmp_path: Path, family: str, way: str) -
     submits = requests()
     alone: dict[tuple[int, int], torch.Tensor] = {}
     for submit in submits:
-        alone |= trace(engine, Scheduler(blocks=64, step_tokens=512, max_running=8), [submit])
+        alone |= trace(engine, Scheduler(pools=pools(engine.model, 64), step_tokens=512, max_running=8), [submit])
     threads = torch.get_num_threads()
     chance = random.Random(3)
     try:
         for count, step_tokens, blocks in ((1, 512, 64), (2, 37, 64), (3, 16, 64), (2, 60, 14)):
             torch.set_num_threads(count)
-            scheduler = Scheduler(blocks=blocks, step_tokens=step_tokens, max_running=8)
+            scheduler = Scheduler(pools=pools(engine.model, blocks), step_tokens=step_tokens, max_running=8)
             for _ in range(2):  # the second time with what the first left in the cache
                 together = trace(engine, scheduler, chance.sample(submits, len(submits)))
                 assert together.keys() == alone.keys()

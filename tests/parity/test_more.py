@@ -97,22 +97,27 @@ def test_two_sequences_in_one_batch(made: Path) -> None:
 
 
 def test_through_the_cache_in_chunks(made: Path) -> None:
-    """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token."""
+    """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token;
+    then one that goes on where the first ended."""
     engine = Engine(made, blocks=10, step_tokens=24)
     submits = [
         Submit(number, tokens(length, seed=number).tolist(), length, 12, [], Sampling(), 0.0, prompt_logprobs=True)
         for number, length in enumerate((70, 33))
     ]
     engine.run(*submits)
+    told = [*submits[0].token_ids, *engine.text(0), 3]
+    again = Submit(2, told, len(told), 5, [], Sampling(), 0.0)
+    engine.run(again)
     assert not engine.faults
+    assert engine.deltas[2][0].cached == 80
     theirs = theirs_of(made)
-    for submit in submits:
+    for submit in (*submits, again):
         deltas = engine.deltas[submit.id]
         drawn = [token for delta in deltas for token in delta.tokens]
         ids = submit.token_ids + [token.id for token in drawn]
         expected = reference_logits(theirs, torch.tensor(ids))[:-1].log_softmax(-1)
         scores = [*(token.logprob for delta in deltas for token in delta.prompt), *(token.logprob for token in drawn)]
-        chosen = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        chosen = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)[-len(scores) :]
         assert (torch.tensor(scores) - chosen).abs().max() < 1e-4
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import DEVICES, Engine, load, reference, reference_logits, tokens
+from tests.parity.conftest import DEVICES, Engine, load, pools, reference, reference_logits, tokens, write_reference
+from tests.parity.test_more import VARIANTS
 from tests.tiny import FAMILIES, write_model
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Sampling, Submit
@@ -24,17 +25,14 @@ WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS = {family: (family, {}) for family in FAMILIES} | WINDOWS
 
 
-def runner(folder: Path, pages: int, device: str) -> Runner:
-    model = load(folder, device, max_total_tokens=LENGTH)
-    place = torch.device(device)
-    return Runner.of(model, pages, 512, torch.float32, place)
-
-
 class Pair:
     """Two requests in one cache, their pages mixed, each at its own place."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.runner = runner(folder, PAGES, device)
+        model = load(folder, device, max_total_tokens=LENGTH)
+        own = pools(model, PAGES)
+        self.runner = Runner.of(model, own, 512, torch.float32, torch.device(device))
+        self.kinds = len(own)
         self.ids = [tokens(LENGTH, seed).tolist() for seed in (3, 4)]
         pages = torch.randperm(PAGES, generator=torch.Generator().manual_seed(5)).tolist()
         self.pages = [pages[0::2], pages[1::2]]
@@ -51,7 +49,7 @@ class Pair:
         ids = self.ids[request][:end]
         submit = Submit(request, ids, end, 1, [], Sampling(top_n_tokens=1), 0.0)  # which takes logits
         pages = self.pages[request][: -(-end // BLOCK_SIZE)]
-        return Work(submit, ids, start, end - start, end, True, array("i", pages), {})
+        return Work(submit, ids, start, end - start, end, True, [array("i", pages)] * self.kinds, {})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -123,3 +121,27 @@ def test_preemption_changes_no_wish(tmp_path: Path):
         alone = Engine(folder)
         alone.run(submit)
         assert alone.text(submit.id) == crowd.text(submit.id)
+
+
+@pytest.mark.parametrize(("folder", "sizes"), [("gemma3", [16, 4]), ("starcoder2", [3])], ids=["gemma3", "starcoder2"])
+def test_behind_a_window_blocks_are_given_up_and_a_later_turn_finds_the_end(
+    tmp_path: Path, folder: str, sizes: list[int]
+):
+    """A request of 200 tokens where layers with a window have room for 64 or 48; then one that goes on from there."""
+    if folder == "gemma3":
+        write_model(tmp_path, folder)
+    else:
+        family, config = VARIANTS["starcoder2-window"]
+        write_reference(tmp_path, family, **config | {"max_position_embeddings": 512})
+    engine, theirs = Engine(tmp_path, blocks=sizes, step_tokens=20), reference(tmp_path)
+    prompt = tokens(160).tolist()
+    engine.run(Submit(1, prompt, 160, 40, [], Sampling(), 0.0))
+    later = prompt + engine.text(1) + [5, 6, 7]
+    engine.run(Submit(2, later, 203, 20, [], Sampling(), 0.0))
+    assert not engine.faults
+    assert not engine.preempted
+    assert engine.deltas[2][0].cached == 192
+    for number, ids in ((1, prompt), (2, later)):
+        text = engine.text(number)
+        logits = reference_logits(theirs, torch.tensor(ids + text))[len(ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == text

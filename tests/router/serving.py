@@ -46,7 +46,7 @@ def settings(folder: Path, limits: Limits = LIMITS, pipeline_tag: str | None = N
     )
     model = ModelFiles(model_id="a/model", sha="abc", pipeline_tag=pipeline_tag, folder=str(folder), weights=[])
     values: dict[str, Any] = {"run_dir": str(folder), "ledger": {"weights": 1, "cache": 2}} | changes
-    return Settings(model=model, limits=limits, **values)
+    return Settings(model=model, limits=limits, pools=[], **values)
 
 
 class Router:

@@ -1,6 +1,5 @@
 """The sampler under grammars: nothing that a mask forbids comes, and all else stays as it was."""
 
-from array import array
 from typing import Any
 
 import numpy
@@ -17,7 +16,7 @@ VOCABULARY = 1003
 
 def work(sampling: Sampling, prompt: list[int], stops: list[int] | None = None) -> Work:
     submit = Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0)
-    return Work(submit, prompt, len(prompt) - 1, 1, len(prompt), True, array("i", [0]), {})
+    return Work(submit, prompt, len(prompt) - 1, 1, len(prompt), True, [], {})
 
 
 def masks(rows: list[int], *allowed: int, width: int = VOCABULARY) -> Masks:

@@ -1,6 +1,5 @@
 """What known tokens yield, in bounded memory."""
 
-from array import array
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ def work(known: int, start: int, length: int, told: int, top: int = 2, **fields:
     """One that has ``known`` tokens, all of them prompt."""
     ids = [n % VOCABULARY for n in range(known)]
     submit = Submit(0, ids, known, 5, [], Sampling(top_n_tokens=top), 0.0, **fields)
-    return Work(submit, ids, start, length, told, start + length == known, array("i"), {})
+    return Work(submit, ids, start, length, told, start + length == known, [], {})
 
 
 class Tiny:
@@ -103,7 +102,7 @@ def test_a_mean_begins_anew_at_the_first_token_and_is_the_same_however_it_is_cut
     scratch: dict[str, Any] = {}
     for start, length in ((0, 4), (4, 3), (0, 6), (6, 4)):
         part = work(10, start, length, 10, pooling="mean")
-        part = Work(part.submit, part.tokens, start, length, 10, False, array("i"), scratch)
+        part = Work(part.submit, part.tokens, start, length, 10, False, [], scratch)
         vector = pool(part, hidden[start : start + length])
         assert (vector is None) == (start + length < 10)
     assert vector is not None

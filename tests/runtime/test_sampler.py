@@ -2,7 +2,6 @@
 
 import math
 import random
-from array import array
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ def work(
 ) -> Work:
     tokens = prompt + (generated or [])
     submit = Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0)
-    return Work(submit, tokens, len(tokens) - 1, 1, len(tokens), True, array("i", [0]), {})
+    return Work(submit, tokens, len(tokens) - 1, 1, len(tokens), True, [], {})
 
 
 def drawn(sampler: Sampler, logits: torch.Tensor, *works: Work) -> list[Token]:

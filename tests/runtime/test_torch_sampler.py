@@ -1,7 +1,6 @@
 """Torch's sampler, piece by piece, against plain definitions of each rule."""
 
 import random
-from array import array
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ def work(
 ) -> Work:
     tokens = prompt + (generated or [])
     submit = Submit(0, prompt, len(prompt), 100, stops or [], sampling, 0.0)
-    return Work(submit, tokens, len(tokens) - 1, 1, len(tokens), True, array("i", [0]), {})
+    return Work(submit, tokens, len(tokens) - 1, 1, len(tokens), True, [], {})
 
 
 @pytest.fixture
@@ -54,8 +53,8 @@ def test_history_built_step_by_step_equals_history_built_at_once(logits: torch.T
     submit = Submit(0, tokens[:10], 10, 2000, [], sampling, 0.0)
     scratch: dict[str, Any] = {}
     for end in (10, 11, 12, 200, 201, 899, 900):
-        stepped = Work(submit, tokens[:end], end - 1, 1, end, True, array("i", [0]), scratch)
-        fresh = Work(submit, tokens[:end], end - 1, 1, end, True, array("i", [0]), {})
+        stepped = Work(submit, tokens[:end], end - 1, 1, end, True, [], scratch)
+        fresh = Work(submit, tokens[:end], end - 1, 1, end, True, [], {})
         rows = []
         for item in (stepped, fresh):
             row = logits[0].clone()

@@ -28,6 +28,14 @@ SCORED_ROWS = 64
 """Prompt tokens whose log-probabilities are computed at once; the ledger counts their logits."""
 
 
+class KVPool(msgspec.Struct, frozen=True):
+    """The KV cache of the layers in which a token sees equally far."""
+
+    blocks: int
+    window: int | None = None
+    """A token sees itself and the ``window - 1`` tokens before it; None: all."""
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds on what clients may ask and on what the engine may hold; all resolved, none open."""
 
@@ -40,7 +48,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_prefill_tokens: int
     """Tokens that one step may compute, prompts and decodes together."""
     max_batch_total_tokens: int
-    """Tokens of KV cache, a multiple of BLOCK_SIZE."""
+    """Tokens of KV cache, a multiple of BLOCK_SIZE; of the layers in which a token sees farthest."""
     max_batch_size: int
     """Requests that may run at once."""
     max_client_batch_size: int = 4
@@ -78,6 +86,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """"int8", "int4": the weights are rounded so at load; "stored": they stay as the checkpoint has them quantized."""
     kv_cache_dtype: str | None = None
     """"int8"; None: ``dtype``."""
+    pools: list[KVPool]
+    """Of the KV cache; the first is of the layers in which a token sees farthest."""
     packed: str | None = None
     """Folder where packed weights are kept."""
     rope_scaling: str | None = None

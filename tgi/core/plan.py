@@ -24,8 +24,9 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     """Log-probabilities of tokens at positions from here on are wanted, and of none before."""
     samples: bool
     """Whether the chunk's last token gives the next one."""
-    blocks: "array[int]"
-    """Pages of the request in order: signed 32-bit numbers whose memory a kernel may read during the step."""
+    blocks: "Sequence[array[int]]"
+    """For each kind of layer the pages of the request in order: signed 32-bit numbers whose memory a kernel may read
+    during the step. Pages that no token of the chunk sees mean nothing."""
     scratch: dict[str, Any]
     """Belongs to the request and dies with it: what the runtime remembers of it, always possible to rebuild."""
 

@@ -35,8 +35,10 @@ class BlockHasher:
 class BlockPool:
     """Reference counts, hashes and eviction order of ``size`` blocks."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, window: int | None = None) -> None:
+        """``window``: a token sees itself and the ``window - 1`` tokens before it; None: all."""
         self.size = size
+        self.window = window
         self._references = [0] * size
         self._hashes: list[bytes | None] = [None] * size
         self._by_hash: dict[bytes, int] = {}
@@ -47,14 +49,22 @@ class BlockPool:
         """Blocks that nobody holds, with or without content."""
         return len(self._free)
 
+    def first(self, position: int) -> int:
+        """Place of the earliest block that the token at ``position`` sees. Those behind it see no earlier one."""
+        return 0 if self.window is None else max(position - self.window + 1, 0) // BLOCK_SIZE
+
+    def reach(self, hashes: Sequence[bytes]) -> int:
+        """Blocks of the longest prefix of ``hashes`` behind which a request can go on: what is seen there is known."""
+        end = at = len(hashes)
+        while at > self.first(end * BLOCK_SIZE):
+            at -= 1
+            if hashes[at] not in self._by_hash:
+                end = at
+        return end
+
     def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest known prefix of ``hashes``; they are not claimed yet."""
-        found = []
-        for digest in hashes:
-            if (block := self._by_hash.get(digest)) is None:
-                break
-            found.append(block)
-        return found
+        """Known blocks; they are not claimed yet."""
+        return [self._by_hash[digest] for digest in hashes]
 
     def free_without(self, blocks: Sequence[int]) -> int:
         """How many blocks would be free if ``blocks`` were claimed."""

@@ -116,7 +116,7 @@ class Loop:
             forward=forward - planned,
             sample=sampled - forward,
             running=len(self._scheduler.running),
-            batch_tokens=self._scheduler.held_tokens,
+            batch_tokens=self._scheduler.cache.held_tokens,
             admitted=plan.admitted,
             planning=planned - begin,
             preempted=plan.preempted,

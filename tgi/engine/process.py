@@ -27,7 +27,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
     limits = settings.limits
     runner = Runner.load(settings, lambda done, total: report(Loading(done, total)))
     scheduler = Scheduler(
-        blocks=limits.max_batch_total_tokens // BLOCK_SIZE,
+        pools=settings.pools,
         step_tokens=limits.max_batch_prefill_tokens,
         max_running=limits.max_batch_size,
         beside=BESIDE_DECODES.get(settings.device),
@@ -42,7 +42,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         settings.model.model_id,
         settings.dtype,
         settings.device,
-        limits.max_batch_total_tokens // BLOCK_SIZE,
+        settings.pools[0].blocks,
         BLOCK_SIZE,
     )
     report(Ready())

@@ -33,8 +33,10 @@ class Request:
     """(priority, order of arrival): the scheduler serves lower ones first."""
     computed: int = 0
     """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``goal``."""
-    blocks: "array[int]" = field(default_factory=lambda: array("i"))
-    """Its pages in order. Kernels read the memory as it is."""
+    blocks: "list[array[int]]" = field(default_factory=list)
+    """For each kind of layer its pages in order; none while it waits. Kernels read the memory as it is."""
+    firsts: list[int] = field(default_factory=list)
+    """For each kind of layer how many of them it has given up, from the beginning: those mean nothing any more."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of ``tokens``, as far as they were needed."""
     published: int = 0

@@ -5,18 +5,16 @@ chunks, prefix hits, decoding, preemption and resumption are that one rule. Runs
 """
 
 import itertools
-import time
-from array import array
 from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from tgi.core.config import BLOCK_SIZE
+from tgi.core.config import BLOCK_SIZE, KVPool
 from tgi.core.messages import Delta, Fault, PromptToken, Token
 from tgi.core.plan import Sampled, Work
-from tgi.engine.blocks import BlockHasher, BlockPool
+from tgi.engine.cache import BlockCache
 from tgi.engine.request import Request
 
 
@@ -71,7 +69,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        blocks: int,
+        pools: Sequence[KVPool],
         step_tokens: int,
         max_running: int,
         beside: int | None = None,
@@ -80,15 +78,13 @@ class Scheduler:
     ) -> None:
         """``step_tokens``: tokens that one step may compute, all requests together. ``beside``: while requests decode,
         prompts get so many of them, so that those don't wait long; None: all that is left."""
-        assert blocks > 0 and step_tokens > 0 and max_running > 0
+        assert step_tokens > 0 and max_running > 0
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.pool = BlockPool(blocks)
-        self._hasher = BlockHasher(secret)
+        self.cache = BlockCache(pools, step_tokens, prefix_caching=prefix_caching, secret=secret)
         self._step_tokens = step_tokens
         self._beside = beside
         self._max_running = max_running
-        self._prefix_caching = prefix_caching
         self._arrivals = itertools.count()
 
     @property
@@ -100,22 +96,15 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
-    @property
-    def held_tokens(self) -> int:
-        """Tokens of KV cache held by running requests; shared blocks count once."""
-        return (self.pool.size - self.pool.free) * BLOCK_SIZE
-
     def add(self, request: Request) -> Fault | None:
         """Queue a request; a Fault if it could never run."""
         submit = request.submit
-        most = submit.prompt_length + submit.max_new_tokens
-        capacity = self.pool.size * BLOCK_SIZE
         if not 0 < submit.prompt_length <= len(request.tokens) or submit.max_new_tokens < 0:
             return Fault(submit.id, "a request needs a prompt, and can't ask for less than no tokens")
         if submit.pooling is not None and submit.max_new_tokens > 0:
             return Fault(submit.id, "a request is for an embedding or for tokens")
-        if most > capacity:
-            return Fault(submit.id, f"{most} tokens don't fit into the cache of {capacity} tokens")
+        if (reason := self.cache.declines(submit.prompt_length + submit.max_new_tokens)) is not None:
+            return Fault(submit.id, reason)
         if not request.started:  # otherwise it comes back, to its old place
             request.turn = submit.priority, next(self._arrivals)
         insort(self.waiting, request, key=_turn)
@@ -125,7 +114,7 @@ class Scheduler:
         """Forget one request, or all of a router."""
         for request in [r for r in self.requests if r.router == router and request_id in (None, r.submit.id)]:
             (self.running if request in self.running else self.waiting).remove(request)
-            self._release(request)
+            self.cache.release(request)
             request.done = True
 
     def schedule(self) -> Plan:
@@ -143,7 +132,7 @@ class Scheduler:
                 at += 1
                 continue
             length = min(request.goal - request.computed, budget, prompts if behind else budget)
-            if not self._reserve(request, request.computed + length):
+            if not self.cache.reserve(request, request.computed + length):
                 self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
                 continue
@@ -154,7 +143,7 @@ class Scheduler:
             at += 1
         budget = min(budget, prompts)
         while self.waiting and budget and len(self.running) < self._max_running and not plan.preempted:
-            if not self._admit(self.waiting[0]):
+            if not self.cache.admit(self.waiting[0], budget):
                 break
             request = self.waiting.pop(0)
             insort(self.running, request, key=_turn)
@@ -184,7 +173,7 @@ class Scheduler:
                 out.append((request.router, Fault(request.submit.id, error)))
                 continue
             request.computed = chunk.start + chunk.length
-            self._publish(request)
+            self.cache.publish(request)
             ends = not stuck and request.finish is not None and request.computed == request.goal
             if (delta := self._delta(request, tokens, result.embedding, ends)) is not None:
                 plan.forced += len(delta.tokens) - len(drawn)
@@ -193,7 +182,7 @@ class Scheduler:
                 self._end(request)
             elif stuck:
                 self.running.remove(request)
-                self._release(request)
+                self.cache.release(request)
                 plan.stuck.append(request)
         return out
 
@@ -204,13 +193,13 @@ class Scheduler:
         try:
             self.check_integrity()
         except AssertionError as error:
-            self.pool = BlockPool(self.pool.size)
+            self.cache.clear()
             return str(error)
         return None
 
     def check_integrity(self) -> None:
         """Raise AssertionError if blocks leak or are held twice, or if a queue is out of order."""
-        self.pool.check_integrity([request.blocks for request in self.requests])
+        self.cache.check_integrity(self.requests)
         assert all(not r.blocks and r.computed == 0 for r in self.waiting), "a waiting request holds blocks"
         assert len(self.running) <= self._max_running, "more requests run than may"
         for queue in (self.running, self.waiting):
@@ -233,57 +222,15 @@ class Scheduler:
         index = given - submit.prompt_length
         return Delta(submit.id, index, fresh, finish, request.started, request.cached, scores, list(embedding))
 
-    def _admit(self, request: Request) -> bool:
-        """Give a waiting request its cached prefix and the blocks of all its tokens, if there are enough."""
-        found: list[int] = []
-        if self._prefix_caching and request.submit.pooling != "mean":  # which is made of every token's hidden state
-            self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
-            # What is to be told needs the logits before it, and at least one token must be computed.
-            found = self.pool.find(request.hashes[: (min(request.told, request.goal) - 1) // BLOCK_SIZE])
-        need = _blocks_for(len(request.tokens)) - len(found)
-        if need > self.pool.free_without(found):
-            return False
-        self.pool.claim(found)
-        request.blocks = array("i", found + self.pool.take(need))
-        request.published = len(found)
-        request.computed = len(found) * BLOCK_SIZE
-        if not request.started:
-            request.started = time.monotonic()
-            request.cached = min(request.computed, request.submit.prompt_length)
-        return True
-
-    def _reserve(self, request: Request, tokens: int) -> bool:
-        """Make the request's blocks cover ``tokens``; False if the pool is short of blocks."""
-        need = _blocks_for(tokens) - len(request.blocks)
-        if need > self.pool.free:
-            return False
-        if need > 0:
-            request.blocks.extend(self.pool.take(need))
-        return True
-
-    def _publish(self, request: Request) -> None:
-        """Make the blocks that this step has filled findable."""
-        full = request.computed // BLOCK_SIZE
-        if self._prefix_caching and full > request.published:
-            self._hasher.extend(request.hashes, request.tokens, request.submit.cache_salt)
-            for at in range(request.published, full):
-                self.pool.publish(request.blocks[at], request.hashes[at])
-            request.published = full
-
     def _preempt(self, request: Request) -> None:
         """Back into the queue; what it had computed is recomputed, or found again in the prefix cache."""
-        self._release(request)
+        self.cache.release(request)
         insort(self.waiting, request, key=_turn)
 
     def _end(self, request: Request) -> None:
         self.running.remove(request)
-        self._release(request)
+        self.cache.release(request)
         request.done = True
-
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        request.blocks = array("i")
-        request.published = request.computed = 0
 
 
 def _catches_up(request: Request) -> bool:
@@ -293,7 +240,3 @@ def _catches_up(request: Request) -> bool:
 
 def _turn(request: Request) -> tuple[int, int]:
     return request.turn
-
-
-def _blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK_SIZE)

@@ -9,13 +9,14 @@ import logging
 import math
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, Limits, ModelFiles
+from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape, read_config
 from tgi.kernels.library import DTYPES, library
@@ -171,6 +172,7 @@ class Plan:
     """What the engine may do and hold."""
 
     limits: Limits
+    pools: list[KVPool]
     dtype: str
     quantize: str | None
     memory: int
@@ -187,7 +189,8 @@ class Plan:
 def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
     raw = read_config(files.folder)
-    shape = read_family(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor).shape
+    config = read_family(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
+    shape = config.shape
     dtype = choose_dtype(options.dtype, machine, raw)
     quantize = choose_quantize(options, files, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests
@@ -212,9 +215,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     }
 
     # A request of n tokens needs room in the cache and in attention's buffers.
-    page = BLOCK_SIZE * bill.gathered(shape.layers)
+    cache = _Cache.of(config.windows, bill, batch_size, prefill)
     context = bill.context(prefill)
-    longest = (budget - sum(ledger.values())) // (page + BLOCK_SIZE * context) * BLOCK_SIZE
+    longest = cache.tokens(budget - sum(ledger.values()), context)
     if longest <= 0:
         raise ArgumentValidation(
             f"{files.model_id} doesn't fit: {_sum(ledger)} make {size(sum(ledger.values()))}, but {machine.name} has "
@@ -223,9 +226,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         )
     total = _total_tokens(options, files, shape, longest)
     ledger["attention"] += total * context
-    room = (budget - sum(ledger.values())) // page * BLOCK_SIZE
+    room = cache.tokens(budget - sum(ledger.values()))
     capacity = _cache_tokens(options, total, room, machine.device)
-    ledger[f"KV cache of {capacity} tokens"] = capacity // BLOCK_SIZE * page
+    ledger[f"KV cache of {capacity} tokens"] = cache.bytes(capacity)
 
     inputs = total - 1 if options.max_input_tokens is None else options.max_input_tokens
     if options.max_batch_prefill_tokens is None:
@@ -253,7 +256,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         validation_workers=options.validation_workers,
         payload_limit=options.payload_limit,
     )
-    return Plan(limits, dtype, quantize, budget, ledger)
+    return Plan(limits, cache.pools(capacity), dtype, quantize, budget, ledger)
 
 
 def _budget(machine: Machine, fraction: float) -> int:
@@ -300,6 +303,58 @@ class _Bill:
         return self.gathered(1) + heads * self.compute + chunk * (self.compute + 2)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The layers in which a token sees equally far."""
+
+    window: int | None
+    width: int
+    """Bytes of a token in the cache."""
+    most: float
+    """Tokens of which there are never more, in whole blocks."""
+
+    def tokens(self, capacity: int) -> int:
+        return int(min(capacity, self.most))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """The KV cache: behind a window blocks are given up, so those layers need room for each request's window only."""
+
+    kinds: list[_Kind]
+    """The first sees farthest."""
+
+    @classmethod
+    def of(cls, windows: Sequence[int | None], bill: _Bill, requests: int, step: int) -> "_Cache":
+        """``windows``: of the layers. ``step``: tokens that all ``requests`` may compute at once."""
+        layers = Counter(windows)
+        kinds: list[_Kind] = []
+        for window in sorted(layers, key=lambda window: math.inf if window is None else window, reverse=True):
+            most = math.inf
+            if kinds and window is not None:
+                # A window begins and ends within a block.
+                most = _blocks(requests * (window + 2 * BLOCK_SIZE) + step) * BLOCK_SIZE
+            kinds.append(_Kind(window, bill.gathered(layers[window]), most))
+        return cls(kinds)
+
+    def pools(self, capacity: int) -> list[KVPool]:
+        """For ``capacity`` tokens in the layers that see farthest."""
+        return [KVPool(_blocks(kind.tokens(capacity)), kind.window) for kind in self.kinds]
+
+    def bytes(self, capacity: int) -> int:
+        return sum(kind.tokens(capacity) * kind.width for kind in self.kinds)
+
+    def tokens(self, room: float, beside: int = 0) -> int:
+        """The capacity, in whole blocks, that ``room`` bytes are enough for, if a token takes ``beside`` besides."""
+        growing = sorted(self.kinds, key=lambda kind: kind.most)
+        while True:
+            capacity = room / (sum(kind.width for kind in growing) + beside)
+            if growing[0].most >= capacity:
+                return int(capacity // BLOCK_SIZE) * BLOCK_SIZE
+            full = growing.pop(0)
+            room -= full.most * full.width
+
+
 def _total_tokens(options: Options, files: ModelFiles, shape: ModelShape, longest: int) -> int:
     """``max_total_tokens``. ``longest``: tokens of a request that the memory has room for."""
     total = options.max_total_tokens
@@ -332,6 +387,10 @@ def _cache_tokens(options: Options, total: int, room: int, device: str) -> int:
     if device == "cpu":
         room = max(int(room * _CPU_CACHE_SHARE), longest)
     return min(room, options.max_concurrent_requests * longest) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
 
 
 def _sum(ledger: Mapping[str, int]) -> str:

@@ -55,6 +55,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
     return Settings(
         model=files,
         limits=plan.limits,
+        pools=plan.pools,
         run_dir=run_dir,
         device=machine.device,
         dtype=plan.dtype,

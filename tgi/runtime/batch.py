@@ -15,7 +15,8 @@ class Batch:
     """[T]."""
     positions: list[int]
     """[T]."""
-    segments: list[Segment]
+    segments: list[list[Segment]]
+    """For each kind of layer."""
 
     last_rows: list[int]
     """Places in T of the last token of each chunk that samples, in the works' order."""
@@ -28,7 +29,7 @@ class Batch:
     def build(cls, works: Sequence[Work]) -> "Batch":
         ids: list[int] = []
         positions: list[int] = []
-        segments: list[Segment] = []
+        segments: list[list[Segment]] = [[] for _ in works[0].blocks]
         last: list[int] = []
         rows: list[int] = []
         scored: list[int] = []
@@ -41,7 +42,8 @@ class Batch:
             else:
                 ids += tokens[start:end]
                 positions += range(start, end)
-            segments.append(Segment(start, length, work.blocks))
+            for kind, blocks in zip(segments, work.blocks, strict=True):
+                kind.append(Segment(start, length, blocks))
             if work.samples:
                 last.append(len(ids) - 1)
             if work.told < len(tokens) and (known := work.scored):

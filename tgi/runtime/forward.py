@@ -56,7 +56,8 @@ class Recorded:
         self._ids, self._positions = ids.numpy(), positions.numpy()
         self._program = Program(library, tokens)
         # The largest step there may be, so that attention's own memory stays where it is from now on.
-        attend = cache.attend([Segment(0, tokens, array("i", bytes(4 * -(-tokens // BLOCK_SIZE))))])
+        largest = Segment(0, tokens, array("i", bytes(4 * -(-tokens // BLOCK_SIZE))))
+        attend = cache.attend([[largest]] * cache.pools)
         self._hidden = self._program.record(lambda: model.forward(ids, positions, attend))
 
     def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor:

@@ -7,27 +7,42 @@ import torch
 from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Precision, Segment, Turn, choose
 from tgi.attention.native import NativeAttention
 from tgi.attention.sdpa import SdpaAttention
+from tgi.core.config import KVPool
 
 BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, SdpaAttention)
 """In order of preference."""
 
 
 class KVCache:
-    """``blocks`` pages of BLOCK_SIZE tokens in every layer; block ids mean the same in all layers."""
+    """Pages of BLOCK_SIZE tokens in every layer; a block's id means the same in all layers of a pool."""
 
-    def __init__(self, specs: Sequence[AttnSpec], blocks: int, precision: Precision, device: torch.device) -> None:
-        """Raises StartupError if no backend serves a layer."""
+    def __init__(
+        self, specs: Sequence[AttnSpec], pools: Sequence[KVPool], precision: Precision, device: torch.device
+    ) -> None:
+        """``pools``: the first sees farthest. Raises StartupError if no backend serves a layer."""
+        self.pools = len(pools)
         self._specs = list(specs)
+        self._pools = {spec: _pool(spec, pools) for spec in dict.fromkeys(specs)}
         self._backends = {
             spec: choose(spec, precision, device, BACKENDS)(spec, precision, device) for spec in dict.fromkeys(specs)
         }
-        self._pages = [self._backends[spec].allocate(blocks) for spec in specs]
+        self._pages = [self._backends[spec].allocate(pools[self._pools[spec]].blocks) for spec in specs]
 
-    def attend(self, segments: Sequence[Segment]) -> Attend:
-        """The attention of one step, as the model's forward sees it."""
-        prepared = {spec: backend.prepare(segments) for spec, backend in self._backends.items()}
+    def attend(self, segments: Sequence[Sequence[Segment]]) -> Attend:
+        """The attention of one step, as the model's forward sees it; for each pool the segments with its blocks."""
+        prepared = {spec: backend.prepare(segments[self._pools[spec]]) for spec, backend in self._backends.items()}
 
         def run(layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
             return prepared[self._specs[layer]].run(self._pages[layer], qkv, turn)
 
         return run
+
+
+def _pool(spec: AttnSpec, pools: Sequence[KVPool]) -> int:
+    """The last, so the one with the narrowest window, that keeps what the layer sees."""
+    fitting = [
+        at
+        for at, pool in enumerate(pools)
+        if pool.window is None or (spec.window is not None and spec.window <= pool.window)
+    ]
+    return fitting[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tgi.attention.base import Precision
-from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, Settings
+from tgi.core.config import SCORED_ROWS, KVPool, Settings
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
@@ -77,14 +77,15 @@ class Runner:
             progress=progress,
         )
         limits = settings.limits
-        blocks = limits.max_batch_total_tokens // BLOCK_SIZE
         stored: torch.dtype = getattr(torch, settings.kv_cache_dtype or settings.dtype)
-        return cls.of(model, blocks, limits.max_batch_prefill_tokens, stored, device)
+        return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device)
 
     @classmethod
-    def of(cls, model: Model, blocks: int, tokens: int, stored: torch.dtype, device: torch.device) -> "Runner":
-        """With a cache of ``blocks`` pages whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
-        cache = KVCache(model.specs, blocks, Precision(model.compute, stored), device)
+    def of(
+        cls, model: Model, pools: Sequence[KVPool], tokens: int, stored: torch.dtype, device: torch.device
+    ) -> "Runner":
+        """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
+        cache = KVCache(model.specs, pools, Precision(model.compute, stored), device)
         return cls(model, choose(model, cache, tokens, device), device)
 
     @property
