@@ -31,20 +31,48 @@ class Qkv:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which experts a token goes to and what weight each has, given the router's product for every expert."""
+
+    per_token: int
+    score: Literal["softmax", "sigmoid", "sparse_mixer"] = "softmax"
+    """What scores are made of products. ``sparse_mixer`` chooses one expert after the other: its score is its share
+    among those left whose products are close to it (Liu et al., arXiv 2409.12136)."""
+    jitter: float = 0.0
+    """Of the sparse mixer: half the relative distance within which products are close."""
+    bias: str = ""
+    """Tensor of the block that is added to scores where experts are chosen, not where they are weighted."""
+    groups: int = 1
+    """Runs of experts: a token's are all in the best ``groups_per_token`` of them."""
+    groups_per_token: int = 1
+    group_best: int = 1
+    """A group is as good as the sum of so many of its best scores."""
+    norm: float = 0.0
+    """Weights are divided by their p-norm, for this p; 0: they are the scores."""
+    norm_least: float = 1e-20
+    """What they are divided by at least."""
+    factor: float = 1.0
+    """On all weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """A mixture of experts."""
 
     block: str
     """Module of a layer that has router and experts."""
+    router: str = "gate"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Of an expert's matrices."""
     count: int
-    per_token: int
     intermediate: int
-    normalized: bool
-    """Whether the weights of a token's experts are made to sum up to 1."""
+    routing: Routing
     shared_intermediate: int = 0
     """Width of an expert for all tokens; 0: there is none."""
+    shared: str = "shared_experts"
+    """Its module."""
+    shared_gate: str = ""
+    """Module whose product's sigmoid is its weight; empty: 1."""
     layers: tuple[bool, ...]
     """Which layers have experts; the others have one feed-forward block."""
 

@@ -1,7 +1,7 @@
 """Decoders like Llama's whose feed-forward blocks are mixtures of experts."""
 
 from tgi.core.errors import StartupError
-from tgi.core.model_config import Experts, ModelShape, Raw, flag, integer
+from tgi.core.model_config import Experts, ModelShape, Raw, Routing, flag, integer
 from tgi.models.config import Family, keys_of
 from tgi.models.families.llama import WINDOWS, qwen2, qwen3, stated_window
 
@@ -11,9 +11,8 @@ def _mixtral(raw: Raw, shape: ModelShape) -> dict[str, object]:
         block="block_sparse_moe",
         names=("w1", "w3", "w2"),
         count=integer(raw, "num_local_experts", 8),
-        per_token=integer(raw, "num_experts_per_tok", 2),
         intermediate=shape.intermediate,
-        normalized=True,
+        routing=Routing(per_token=integer(raw, "num_experts_per_tok", 2), norm=1.0),
         layers=(True,) * shape.layers,
     )
     return {"windows": (integer(raw, "sliding_window", None),) * shape.layers, "experts": experts}
@@ -27,10 +26,13 @@ def _qwen_experts(raw: Raw, shape: ModelShape) -> Experts:
     return Experts(
         block="mlp",
         count=integer(raw, "num_experts"),
-        per_token=integer(raw, "num_experts_per_tok"),
         intermediate=integer(raw, "moe_intermediate_size"),
-        normalized=flag(raw, "norm_topk_prob", False),
+        routing=Routing(
+            per_token=integer(raw, "num_experts_per_tok"), norm=1.0 if flag(raw, "norm_topk_prob", False) else 0.0
+        ),
         shared_intermediate=integer(raw, "shared_expert_intermediate_size", 0),
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
         layers=tuple(layer not in only and (layer + 1) % step == 0 for layer in range(shape.layers)),
     )
 
