@@ -18,6 +18,10 @@ class Kind(IntEnum):
     PICK = 7
     HEAD = 8
     SAMPLE = 9
+    ROUTE = 10
+    ARRANGE = 11
+    EXPERTS = 12
+    MIX = 13
 
 
 class Form(IntEnum):
@@ -47,8 +51,16 @@ class Act(IntEnum):
     RELU = 4
 
 
+class Score(IntEnum):
+    """What a router's products become."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    SPARSE_MIXER = 2
+
+
 class Op(ctypes.Structure):
-    """``rows`` of -1: as many as its program runs for."""
+    """``rows`` of -n: n times as many as its program runs for."""
 
     _fields_ = [("kind", c_int32), ("rows", c_int32)]
 
@@ -268,8 +280,58 @@ class Attend(Paged):
     ]
 
 
+class Route(Op):
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("bias", c_void_p),
+        ("chosen", c_void_p),
+        ("weight", c_void_p),
+        ("experts", c_int32),
+        ("per_token", c_int32),
+        ("score", c_int32),
+        ("groups", c_int32),
+        ("groups_per_token", c_int32),
+        ("group_best", c_int32),
+        ("jitter", c_float),
+        ("norm", c_float),
+        ("norm_least", c_float),
+        ("factor", c_float),
+    ]
+
+
+class Arrange(Op):
+    _fields_ = [
+        ("chosen", c_void_p),
+        ("first", c_void_p),
+        ("place", c_void_p),
+        ("row", c_void_p),
+        ("experts", c_int32),
+        ("per_token", c_int32),
+    ]
+
+
+class Experts(Linear):
+    _fields_ = [("first", c_void_p), ("experts", c_int32)]
+
+
+class Mix(Op):
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("place", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("size", c_int32),
+        ("per_token", c_int32),
+        ("factor", c_float),
+    ]
+
+
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     *(Linear, Quantize, Norm, Embed, Angles, Turn, Attend, Pick, Head, Sample),
+    *(Route, Arrange, Experts, Mix),
     *(Choice, Step, Program),
 )
 """In the order of the library's own list: operations by Kind, then others."""

@@ -1,6 +1,7 @@
 """Matrices packed for the linear kernel. csrc/linear.h describes how panels lie in memory."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +13,10 @@ OUTPUTS = 32
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """A matrix [outs, inner]. Quantized: (stored - zero) · scale + min, with one scale for each ``group`` columns."""
+    """One matrix [outs, inner], or several one behind the other.
+
+    Quantized: (stored - zero) · scale + min, with one scale for each ``group`` columns.
+    """
 
     form: Form
     outs: int
@@ -23,10 +27,12 @@ class Panels:
     scale: torch.Tensor | None = None
     """[panels, groups, 16] float32 or float16."""
     min: torch.Tensor | None = None
+    count: int = 1
+    """Of matrices."""
 
     @property
     def rows(self) -> int:
-        """Outputs with those that fill up."""
+        """Outputs of a matrix with those that fill up."""
         return -(-self.outs // OUTPUTS) * OUTPUTS
 
     @property
@@ -35,8 +41,8 @@ class Panels:
         return self.scale is not None and self.scale.dtype == torch.float16
 
     def unpack(self) -> torch.Tensor:
-        """The matrix in float32: the reference of all that is computed with it."""
-        panels = self.rows // 16
+        """The matrices in float32, one below the other: the reference of all that is computed with them."""
+        panels = self.count * self.rows // 16
         if self.form is Form.FP32:
             full = self.weight.view(panels, self.inner, 16).transpose(1, 2)
         elif self.form is Form.BF16:
@@ -50,7 +56,7 @@ class Panels:
             full = full * self.scale.float().transpose(1, 2).repeat_interleave(self.group, 2)
             if self.min is not None:
                 full = full + self.min.float().transpose(1, 2).repeat_interleave(self.group, 2)
-        return full.reshape(-1, self.inner)[: self.outs].float()
+        return full.reshape(self.count, self.rows, self.inner)[:, : self.outs].reshape(-1, self.inner).float()
 
 
 def pack(matrix: torch.Tensor) -> Panels:
@@ -82,6 +88,21 @@ def pack_quantized(
         zero,
         _grouped(scale),
         None if min is None else _grouped(min),
+    )
+
+
+def join(matrices: Sequence[Panels]) -> Panels:
+    """Matrices of one size and form, one behind the other."""
+    first = matrices[0]
+    assert len({(p.form, p.outs, p.inner, p.group, p.zero) for p in matrices}) == 1
+    scales = [p.scale for p in matrices if p.scale is not None]
+    mins = [p.min for p in matrices if p.min is not None]
+    return replace(
+        first,
+        weight=torch.cat([p.weight for p in matrices]),
+        scale=torch.cat(scales) if scales else None,
+        min=torch.cat(mins) if mins else None,
+        count=len(matrices),
     )
 
 

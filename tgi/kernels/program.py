@@ -64,7 +64,8 @@ class Program:
         self._library.run(self._call, 1 if then is None else 2, torch.get_num_threads())
 
     def append(self, op: Op, lasting: tuple[object, ...]) -> None:
-        op.rows = -1
+        assert op.rows % self.capacity == 0
+        op.rows = -(op.rows // self.capacity)
         self._ops.append(op)
         self._lasting.append(lasting)
 
@@ -131,6 +132,13 @@ def empty(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Te
     line = 64 // dtype.itemsize
     padded = (-(-width // line) | 1) * line
     if _recording is not None:
-        assert rows == _recording.capacity
+        assert rows % _recording.capacity == 0
         return _recording.lend(rows * padded * dtype.itemsize).view(dtype).view(rows, padded)[:, :width]
     return torch.empty(rows, padded, dtype=dtype)[:, :width]
+
+
+def vector(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised memory for ``size`` numbers side by side."""
+    if _recording is not None:
+        return _recording.lend(size * dtype.itemsize).view(dtype)
+    return torch.empty(size, dtype=dtype)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.panels import Panels, pack, pack_quantized
+from tgi.kernels.panels import Panels, join, pack, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
 from tgi.quantization.packed import Pack
@@ -109,6 +110,14 @@ class Checkpoint:
             bias = _interleave(bias[:, None])[:, 0] if gated else bias
             bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
         return NativeLinear(library, panels, bias)
+
+    def stacked(self, library: Library, matrices: Sequence[Sequence[Piece]], *, gated: bool = False) -> Panels:
+        """Matrices of one size, each made of some pieces, packed one behind the other."""
+        if self.pack.complete:
+            for piece in chain.from_iterable(matrices):
+                self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
+        name = f"{len(matrices)} from {_name(matrices[0])}"
+        return self.pack.panels(name, lambda: join([self._panels(pieces, gated, None) for pieces in matrices]))
 
     def _panels(self, pieces: Sequence[Piece], gated: bool, bits: int | None) -> Panels:
         parts = [part for piece in pieces for part in self._stored(piece)]

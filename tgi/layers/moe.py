@@ -1,17 +1,45 @@
 """A mixture of experts in the place of a feed-forward block (Shazeer et al., arXiv 1701.06538)."""
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
 from tgi.core.model_config import Activation, Experts, ModelShape, Routing
-from tgi.layers.checkpoint import Checkpoint
+from tgi.kernels import experts as native
+from tgi.kernels.library import Library
+from tgi.kernels.ops import Finish, Score
+from tgi.kernels.panels import Panels
+from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.layers.linear import ColumnLinear
 from tgi.layers.mlp import GatedMLP
+from tgi.parallel import Group
+from tgi.quantization.base import ACTS
+
+
+class Method(Protocol):
+    """Experts, and how a step's tokens go through them."""
+
+    def route(
+        self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, experts], [experts] → weights float32, experts: each [tokens, experts per token]."""
+
+    def add(
+        self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
+    ) -> None:
+        """Add ``factor`` times what the experts make of x, weighted, to ``into``; both [tokens, hidden]."""
+
+    def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
+        """Add ``factor`` times x [tokens, hidden] times weights [tokens, 1] to ``into``."""
+
+
+_GATED = Routing(per_token=1, score="sigmoid")
+"""Of a shared expert with a gate: among one, it is always chosen, and weighted."""
 
 
 class MoE:
-    """Each token goes through the few experts that its router likes best, and through those that all share."""
+    """Each token goes through the few experts that its router likes best, and through one that all share."""
 
     __slots__ = ("_bias", "_experts", "_router", "_routing", "_shared", "_shared_gate")
 
@@ -20,9 +48,9 @@ class MoE:
         routing: Routing,
         router: ColumnLinear,
         bias: torch.Tensor | None,
-        experts: list[GatedMLP],
-        shared: GatedMLP | None = None,
-        shared_gate: ColumnLinear | None = None,
+        experts: Method,
+        shared: GatedMLP | None,
+        shared_gate: ColumnLinear | None,
     ) -> None:
         self._routing = routing
         self._router = router
@@ -36,30 +64,153 @@ class MoE:
         cls, checkpoint: Checkpoint, name: str, shape: ModelShape, config: Experts, activation: Activation
     ) -> "MoE":
         """The block of the layer ``name``, its modules being named as ``config`` says."""
-        block = f"{name}.{config.block}"
+        block, routing = f"{name}.{config.block}", config.routing
         # Which experts a token goes to is decided by small differences.
         exact = replace(checkpoint, dtype=torch.float32, quantize=None)
         router = ColumnLinear.load(exact, {f"{block}.{config.router}": (config.count,)}, shape.hidden, bias=False)
-        bias = None
-        if config.routing.bias:
-            bias = exact.vector(f"{block}.{config.routing.bias}", config.count)
-        inner = replace(shape, intermediate=config.intermediate)
-        experts = [
-            GatedMLP.load(checkpoint, f"{block}.experts.{index}", inner, activation, names=config.names)
-            for index in range(config.count)
-        ]
+        bias = exact.vector(f"{block}.{routing.bias}", config.count) if routing.bias else None
+        experts: Method
+        if checkpoint.library is None:
+            experts = SeparateExperts.load(checkpoint, f"{block}.experts", shape, config, activation)
+        else:
+            experts = GroupedExperts.load(checkpoint, checkpoint.library, f"{block}.experts", shape, config, activation)
         shared = gate = None
         if config.shared_intermediate:
             inner = replace(shape, intermediate=config.shared_intermediate)
             shared = GatedMLP.load(checkpoint, f"{block}.{config.shared}", inner, activation)
             if config.shared_gate:
                 gate = ColumnLinear.load(exact, {f"{block}.{config.shared_gate}": (1,)}, shape.hidden, bias=False)
-        return cls(config.routing, router, bias, experts, shared, gate)
+        return cls(routing, router, bias, experts, shared, gate)
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         """Add ``factor`` times the block's result to ``into``; both [tokens, hidden]."""
-        weights, chosen = route(self._router(x.float()), self._routing, self._bias)
-        per_token = chosen.shape[1]
+        exact = x if x.dtype == torch.float32 else x.float()
+        weights, chosen = self._experts.route(self._router(exact), self._routing, self._bias)
+        self._experts.add(into, x, weights, chosen, factor)
+        if self._shared is None:
+            return
+        if self._shared_gate is None:
+            self._shared.add(into, x, factor)
+        else:
+            weights, _ = self._experts.route(self._shared_gate(exact), _GATED)
+            self._experts.add_weighted(into, self._shared(x), weights, factor)
+
+
+class GroupedExperts:
+    """All experts as two products by the native kernels, each of the rows that go to it.
+
+    A token's result is bit-equal whatever the other tokens are: its experts are summed in its own order of them.
+    """
+
+    __slots__ = ("_activation", "_down", "_gate_up", "_group", "_library")
+
+    def __init__(self, library: Library, group: Group, gate_up: Panels, down: Panels, activation: Activation) -> None:
+        """``gate_up``: its panels come from gate and up by turns."""
+        self._library = library
+        self._group = group
+        self._gate_up = gate_up
+        self._down = down
+        self._activation = ACTS[activation]
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        library: Library,
+        name: str,
+        shape: ModelShape,
+        config: Experts,
+        activation: Activation,
+    ) -> "GroupedExperts":
+        """Experts are the modules ``name``.0, ``name``.1, …"""
+        gate, up, down = config.names
+        hidden, inner = shape.hidden, config.intermediate
+        own, whole = checkpoint.group.shard(inner), slice(0, hidden)
+        modules = [f"{name}.{index}" for index in range(config.count)]
+        gate_ups = [
+            [Piece(f"{module}.{part}", (inner, hidden), [own], whole) for part in (gate, up)] for module in modules
+        ]
+        downs = [[Piece(f"{module}.{down}", (hidden, inner), [whole], own)] for module in modules]
+        return cls(
+            library,
+            checkpoint.group,
+            checkpoint.stacked(library, gate_ups, gated=True),
+            checkpoint.stacked(library, downs),
+            activation,
+        )
+
+    def route(
+        self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return native.route(
+            self._library,
+            products,
+            bias,
+            per_token=routing.per_token,
+            score=Score[routing.score.upper()],
+            jitter=routing.jitter,
+            groups=routing.groups,
+            groups_per_token=routing.groups_per_token,
+            group_best=routing.group_best,
+            norm=routing.norm,
+            norm_least=routing.norm_least,
+            factor=routing.factor,
+        )
+
+    def add(
+        self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
+    ) -> None:
+        library, act = self._library, self._activation
+        pairs = native.arrange(library, chosen, self._gate_up.count)
+        rows = native.pick(library, x, pairs.row)
+        inner = native.linear(library, self._gate_up, rows, pairs.first, finish=Finish.GATE, act=act)
+        del rows  # a recorded program lends its memory again
+        outs = self._group.all_reduce(native.linear(library, self._down, inner, pairs.first))
+        native.mix(library, into, outs, weights, pairs.place, factor)
+
+    def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
+        native.mix(self._library, into, x, weights, None, factor)
+
+
+class SeparateExperts:
+    """Torch's own linears, one expert after the other: any device, any dtype; the reference for the other."""
+
+    __slots__ = ("_experts",)
+
+    def __init__(self, experts: list[GatedMLP]) -> None:
+        self._experts = experts
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, name: str, shape: ModelShape, config: Experts, activation: Activation
+    ) -> "SeparateExperts":
+        """Experts are the modules ``name``.0, ``name``.1, …"""
+        inner = replace(shape, intermediate=config.intermediate)
+        modules = [f"{name}.{index}" for index in range(config.count)]
+        return cls([GatedMLP.load(checkpoint, module, inner, activation, names=config.names) for module in modules])
+
+    def route(
+        self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if routing.score == "sparse_mixer":
+            return _sparse_mixer(products, routing)
+        scores = products.sigmoid() if routing.score == "sigmoid" else products.softmax(-1)
+        liked = scores if bias is None else scores + bias
+        if routing.groups > 1:
+            grouped = liked.view(len(liked), routing.groups, -1)
+            best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
+            others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+            liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
+        chosen = liked.topk(routing.per_token).indices
+        weights = scores.gather(-1, chosen)
+        if routing.norm:
+            weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
+        return weights * routing.factor, chosen
+
+    def add(
+        self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
+    ) -> None:
+        tokens, per_token = chosen.shape
         # Pairs of a token and an expert, those of an expert side by side.
         pairs = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self._experts)).tolist()
@@ -67,34 +218,11 @@ class MoE:
         parts = [expert(part) for expert, part in zip(self._experts, rows, strict=True) if len(part)]
         outs = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
         outs[pairs] = torch.cat(parts)
-        outs *= weights.flatten()[:, None].to(outs.dtype)
-        into.add_(outs.view(len(x), per_token, -1).sum(1), alpha=factor)
-        if self._shared is None:
-            return
-        if self._shared_gate is None:
-            self._shared.add(into, x, factor)
-        else:
-            gate = self._shared_gate(x.float()).sigmoid().to(x.dtype)
-            into.add_(gate * self._shared(x), alpha=factor)
+        outs *= weights.view(-1, 1).to(x.dtype)
+        into.add_(outs.view(tokens, per_token, -1).sum(1), alpha=factor)
 
-
-def route(scores: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[tokens, experts], [experts] → weights float32, experts int64: each [tokens, experts per token]."""
-    scores = scores.float()
-    if routing.score == "sparse_mixer":
-        return _sparse_mixer(scores, routing)
-    scores = scores.sigmoid() if routing.score == "sigmoid" else scores.softmax(-1)
-    liked = scores if bias is None else scores + bias
-    if routing.groups > 1:
-        grouped = liked.view(len(liked), routing.groups, -1)
-        best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
-        others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
-        liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
-    chosen = liked.topk(routing.per_token).indices
-    weights = scores.gather(-1, chosen)
-    if routing.norm:
-        weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
-    return weights * routing.factor, chosen
+    def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
+        into.add_(weights.to(x.dtype) * x, alpha=factor)
 
 
 def _sparse_mixer(products: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ class LinearMethod(Protocol):
         with ``gated`` does this alone."""
 
 
-_ACTS: dict[Activation, Act] = {
+ACTS: dict[Activation, Act] = {
     "silu": Act.SILU,
     "gelu_tanh": Act.GELU_TANH,
     "gelu": Act.GELU,
@@ -70,10 +70,10 @@ class NativeLinear:
         native_linear(self._library, self.panels, x, bias=self.bias, out=into, finish=Finish.ADD, alpha=factor)
 
     def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        return native_linear(self._library, self.panels, x, bias=self.bias, act=_ACTS[activation])
+        return native_linear(self._library, self.panels, x, bias=self.bias, act=ACTS[activation])
 
     def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        act = _ACTS[activation]
+        act = ACTS[activation]
         return native_linear(self._library, self.panels, x, bias=self.bias, finish=Finish.GATE, act=act)
 
     def write(self, out: torch.Tensor, x: torch.Tensor, factor: float, cap: float) -> None:

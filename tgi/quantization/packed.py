@@ -25,12 +25,13 @@ from tgi.kernels.panels import Panels
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """Of the panels' layout and of how numbers are rounded: a new one makes all packs anew."""
 
 _UNUSED_DAYS = 30
 _WORTH = 8 << 20
 """Bytes; less is packed anew as fast as it is found."""
+_SIZES = ("outs", "inner", "group", "zero", "count")
 _PARTS = ("weight", "scale", "min")
 
 
@@ -77,8 +78,9 @@ class Pack:
                 return made
         assert self._folder is not None
         row = self._index[name]
-        parts = {part: self._map(row[part]) for part in _PARTS if part in row}
-        return Panels(Form(row["form"]), row["outs"], row["inner"], group=row["group"], zero=row["zero"], **parts)
+        fields: dict[str, Any] = {key: row[key] for key in _SIZES}
+        fields |= {part: self._map(row[part]) for part in _PARTS if part in row}
+        return Panels(Form(row["form"]), **fields)
 
     def save(self) -> None:
         """All panels are made: keep them for the next start."""
@@ -125,13 +127,7 @@ class Pack:
 
     def _write(self, panels: Panels) -> dict[str, Any]:
         assert self._file is not None
-        row: dict[str, Any] = {
-            "form": int(panels.form),
-            "outs": panels.outs,
-            "inner": panels.inner,
-            "group": panels.group,
-            "zero": panels.zero,
-        }
+        row: dict[str, Any] = {"form": int(panels.form)} | {key: getattr(panels, key) for key in _SIZES}
         for part in _PARTS:
             tensor: torch.Tensor | None = getattr(panels, part)
             if tensor is not None:

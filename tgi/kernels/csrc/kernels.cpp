@@ -1,5 +1,6 @@
 // All operations for one instruction set; build.py compiles this file once for each, naming it TGI_ISA.
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "rows.h"
 #include "sampling.h"
@@ -26,4 +27,8 @@ extern const Table NAME(TGI_ISA) = {{
     {PICK, nullptr, each<Pick, pick>},
     {HEAD, call<Head, head>, nullptr},
     {SAMPLE, call<Sample, sample>, nullptr},
+    {ROUTE, nullptr, each<Route, route>},
+    {ARRANGE, call<Arrange, arrange>, nullptr},
+    {EXPERTS, call<Experts, experts>, nullptr},
+    {MIX, nullptr, each<Mix, mix>},
 }};

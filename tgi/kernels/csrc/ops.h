@@ -4,11 +4,11 @@
 #include <atomic>
 #include <cstdint>
 
-enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, PICK, HEAD, SAMPLE, KINDS };
+enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, PICK, HEAD, SAMPLE, ROUTE, ARRANGE, EXPERTS, MIX, KINDS };
 
 struct Op {
     int32_t kind;
-    int32_t rows;  // -1: as many as its program runs for
+    int32_t rows;  // -n: n times as many as its program runs for
 };
 
 // Operations, one after the other.
@@ -208,6 +208,48 @@ struct Attend : Paged {
     int64_t out_stride;
     float scale;
     float softcap;  // 0: none
+};
+
+enum Score : int32_t { SOFTMAX, SIGMOID, SPARSE_MIXER };
+
+// Which experts each row goes to, and with what weights, as tgi/core/model_config.py describes them (Routing).
+struct Route : Op {
+    const float* x;     // [rows, experts]: the router's product
+    int64_t x_stride;
+    const float* bias;  // [experts] or null
+    int32_t* chosen;    // [rows, per_token], the best first
+    float* weight;      // [rows, per_token]
+    int32_t experts, per_token;
+    int32_t score;
+    int32_t groups, groups_per_token, group_best;
+    float jitter, norm, norm_least, factor;
+};
+
+// Puts pairs of a row and an expert in the order of experts, those of an expert in the order of rows.
+struct Arrange : Op {
+    const int32_t* chosen;  // [rows, per_token]
+    int32_t* first;         // [experts + 1]: where each expert's begin
+    int32_t* place;         // [rows, per_token]: where each pair is
+    int32_t* row;           // [rows * per_token]: which row the pair at a place has
+    int32_t experts, per_token;
+};
+
+// The rows of each expert, which lie side by side, times its matrix; matrices of one size lie one behind the other.
+struct Experts : Linear {
+    const int32_t* first;  // [experts + 1]: of the rows of each
+    int32_t experts;
+};
+
+// out[row] += factor * the sum of weight[row][i] * x[place[row][i]], in this order.
+struct Mix : Op {
+    const float* x;
+    int64_t x_stride;
+    const int32_t* place;  // [rows, per_token]; null: row
+    const float* weight;   // [rows, per_token]
+    float* out;
+    int64_t out_stride;
+    int32_t size, per_token;
+    float factor;
 };
 
 // One thread's share of an operation: threads take tasks by number until there are none.

@@ -120,9 +120,10 @@ int tgi_choose(const char* name) {
 
 // Of the structs that Python writes: operations by kind, then others.
 int64_t tgi_size(int which) {
-    static const int64_t sizes[] = {sizeof(Linear), sizeof(Quantize), sizeof(Norm), sizeof(Embed),  sizeof(Angles),
-                                    sizeof(Turn),   sizeof(Attend),   sizeof(Pick), sizeof(Head),   sizeof(Sample),
-                                    sizeof(Choice), sizeof(Step),     sizeof(Program)};
+    static const int64_t sizes[] = {sizeof(Linear),  sizeof(Quantize), sizeof(Norm),    sizeof(Embed), sizeof(Angles),
+                                    sizeof(Turn),    sizeof(Attend),   sizeof(Pick),    sizeof(Head),  sizeof(Sample),
+                                    sizeof(Route),   sizeof(Arrange),  sizeof(Experts), sizeof(Mix),   sizeof(Choice),
+                                    sizeof(Step),    sizeof(Program)};
     return which < (int)(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
@@ -150,7 +151,7 @@ void tgi_run(const Program* programs, int count, int threads) {
             const Op* const* ops = program->op;
             for (int i = 0, next; i < program->ops; i = next) {
                 const Op& op = *ops[i];
-                int height = op.rows < 0 ? program->rows : op.rows;
+                int height = op.rows < 0 ? -op.rows * program->rows : op.rows;
                 worker.next_ = &counter++->next;
                 next = i + 1;
                 if (entries[op.kind].whole) {
