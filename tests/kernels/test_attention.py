@@ -54,7 +54,7 @@ def unpacked(pages: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.T
     pack = 4 // dtype.itemsize
     k = keys.view(dtype).view(blocks, kv, dim // pack, PAGE, pack).permute(0, 3, 1, 2, 4).reshape(blocks, PAGE, kv, dim)
     panels = values.view(dtype).view(blocks, kv, -1, PAGE // pack, 16, pack)
-    v = panels.permute(0, 3, 5, 1, 2, 4).reshape(blocks, PAGE, kv, -1)[..., :dim]
+    v = panels.permute(0, 3, 5, 1, 2, 4).reshape(blocks, PAGE, kv, -1)[..., : layout.size]
     if scales:
         return tuple(
             part.float() * scale.transpose(1, 2)[..., None] for part, scale in zip((k, v), scales, strict=True)
@@ -66,9 +66,8 @@ class Request:
     """Random queries, keys and values: views of one projection, [tokens, its heads, dim]."""
 
     def __init__(self, tokens: int, layout: Layout) -> None:
-        self.qkv = torch.randn(tokens, (layout.heads + 2 * layout.kv_heads) * layout.dim)
-        heads = self.qkv.view(tokens, -1, layout.dim)
-        self.q, self.k, self.v = heads.split((layout.heads, layout.kv_heads, layout.kv_heads), dim=1)
+        self.qkv = torch.randn(tokens, layout.width)
+        self.q, self.k, self.v = Turn(layout.heads, layout.kv_heads, None, None, layout.latent)(self.qkv)
 
     def __len__(self) -> int:
         return len(self.qkv)
@@ -124,7 +123,8 @@ def random_layout(chance: random.Random, form: Form) -> Layout:
     kv = chance.choice([1, 2, 3])
     heads = kv * chance.choice([1, 2, 3, 4, 5, 7, 8, 13])
     window = chance.choice([None, None, 1, 5, 16, 100, 300])
-    return Layout(heads, kv, chance.choice([4, 8, 16, 20, 64, 80, 96, 128]), form, window)
+    dim = chance.choice([4, 8, 16, 20, 64, 80, 96, 128])
+    return Layout(heads, kv, dim, form, window, chance.choice([0, 0, dim - dim // 8 * 4]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,6 +141,14 @@ def test_mixed_steps_equal_the_definition(kernels: Library, form: Form, seed: in
     outs = serve(kernels, layout, requests, chance, lengths=lengths, softcap=softcap, slopes=slopes, begun=0.8)
     for request, out in zip(requests, outs, strict=True):
         torch.testing.assert_close(out, request.expected(layout, softcap, slopes), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_deepseeks_latent_keys(kernels: Library, form: Form) -> None:
+    layout = Layout(16, 1, 576, form, latent=512)
+    request = Request(70, layout)
+    (out,) = serve(kernels, layout, [request], random.Random(0), lengths=(1, 33))
+    torch.testing.assert_close(out, request.expected(layout, None), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,17 +211,19 @@ def test_prefix_hits_read_the_pages_of_others(kernels: Library) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("latent", [0, 12])
 @pytest.mark.parametrize("dim, partial", [(64, 1.0), (80, 1.0), (24, 0.5), (16, 1.0), (20, 0.2), (128, 0.25)])
-def test_turning_norms_rotates_and_stores(kernels: Library, form: Form, dim: int, partial: float) -> None:
+def test_turning_norms_rotates_and_stores(kernels: Library, form: Form, latent: int, dim: int, partial: float) -> None:
     torch.manual_seed(dim)
-    layout = Layout(6, 3, dim, form)
+    layout = Layout(6, 3, dim, form, latent=latent if partial < 1 else 0)
     rows = 21
     rope = Rope("default", 10000.0, partial)
     positions = torch.randint(0, 5000, (rows,))
     cos, sin = Rotary(rope, dim, 100, torch.device("cpu")).angles(positions)
     norm = HeadNorm(torch.randn(9, dim), 1e-5) if dim % 3 else None
-    qkv = torch.randn(rows, 12 * dim + 7)[:, : 12 * dim]
-    q, k, v = Turn(6, 3, (cos, sin), norm)(qkv)
+    norm = None if layout.latent else norm
+    qkv = torch.randn(rows, 12 * dim + 7)[:, : layout.width]
+    q, k, v = Turn(6, 3, (cos, sin), norm, layout.latent)(qkv)
     pages = torch.zeros(7, 3, layout.page, dtype=torch.uint8)
     step = Step(kernels, layout, rows)
     step.plan([(14, 20, [6, 0, 3]), (0, 1, [2])])
@@ -274,7 +284,7 @@ def test_recorded_steps_equal_those_run_one_by_one(kernels: Library) -> None:
         (64, torch.float32, torch.float16, "cpu", "no cache in torch.float16"),
         (64, torch.bfloat16, torch.bfloat16, "cpu", "no arithmetic in torch.bfloat16"),
         (6, torch.float32, torch.float32, "cpu", "no heads of 6 dimensions"),
-        (516, torch.float32, torch.float32, "cpu", "no heads of 516 dimensions"),
+        (644, torch.float32, torch.float32, "cpu", "no heads of 644 dimensions"),
         (64, torch.float32, torch.float32, "cuda", "not made for cuda"),
     ],
 )

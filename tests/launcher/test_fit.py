@@ -105,6 +105,15 @@ def test_layers_with_a_window_get_room_for_the_windows_of_all_requests(tmp_path:
     assert alike.pools[0].blocks == alike.pools[1].blocks
 
 
+def test_of_latent_attention_a_token_takes_one_short_vector(tmp_path: Path) -> None:
+    sizes = {"kv_lora_rank": 40, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": None}
+    files = model(tmp_path, architectures=["DeepseekV2ForCausalLM"], **sizes, first_k_dense_replace=3)
+    options = Options(max_batch_total_tokens=2048)
+    assert fit(options, files, GPU).ledger["KV cache of 2048 tokens"] == 2048 * 3 * 48 * 2
+    # Where the native kernels run, values stand once more beside the keys.
+    assert fit(options, files, NATIVE).ledger["KV cache of 2048 tokens"] == 2048 * 3 * (48 + 40) * 2
+
+
 def test_a_small_cache_has_room_for_short_requests_in_all_layers(tmp_path: Path) -> None:
     options = Options(max_batch_total_tokens=1024, max_total_tokens=512, max_batch_prefill_tokens=50)
     assert fit(options, gemma(tmp_path, 100), CPU).pools == [KVPool(64), KVPool(64, 100)]

@@ -18,6 +18,8 @@ from tgi.models.registry import ARCHITECTURES, check, document
 MADE = {
     "BloomForCausalLM",
     "CohereForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
     "FalconForCausalLM",
     "GPT2LMHeadModel",
     "GPTBigCodeForCausalLM",
@@ -109,6 +111,12 @@ def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any
         ("cohere", {"use_qk_norm": True}),
         ("phi", {"qk_layernorm": True}),
         ("qwen2_moe", {"mlp_only_layers": "none"}),
+        ("deepseek_v2", {"norm_topk_prob": True}),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}),
+        ("deepseek_v3", {"topk_method": "greedy"}),
+        ("deepseek_v3", {"n_group": 3}),
+        ("deepseek_v3", {"first_k_dense_replace": -1}),
     ],
 )
 def test_more_refused_by_name(family: str, values: dict[str, Any]) -> None:
@@ -118,8 +126,10 @@ def test_more_refused_by_name(family: str, values: dict[str, Any]) -> None:
     name = next(name for name in MADE if name.lower().startswith(family.replace("_", "")))
     raw = {"architectures": [name], "vocab_size": 100, "max_position_embeddings": 128, **sizes, "rotary_dim": 8}
     raw |= {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5, "num_experts": 4, "num_experts_per_tok": 2}
-    raw |= {"moe_intermediate_size": 32}
-    if family != "qwen2_moe":
+    raw |= {"moe_intermediate_size": 32, "n_routed_experts": 16}
+    if family == "deepseek_v3":
+        del raw["num_experts"]
+    elif not family.startswith(("qwen2_moe", "deepseek")):
         raw = {key: value for key, value in raw.items() if "experts" not in key}
     check(raw)
     (key,) = values

@@ -1,5 +1,6 @@
 """More families: our logits are those of transformers, which also makes the checkpoints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.parity.conftest import Engine, load, logits, reference, reference_logits, tokens, write_reference
+from tgi.attention.sdpa import SdpaAttention
+from tgi.core.errors import StartupError
 from tgi.core.messages import Sampling, Submit
 from tgi.core.model_config import read_config
 
@@ -30,6 +33,19 @@ _MOE = _SIZES | {
     "moe_intermediate_size": 48,
     "decoder_sparse_step": 1,
 }
+_LATENT = _SIZES | {
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+_YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.5}
 _OPT = _FALCON | {"ffn_dim": 100, "word_embed_proj_dim": 64}
 _BLOOM: dict[str, Any] = {"vocab_size": 431, "hidden_size": 64, "n_layer": 3, "n_head": 4}
 _MPT: dict[str, Any] = {"vocab_size": 431, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 512}
@@ -67,6 +83,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _SIZES | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": ("qwen3_moe", _MOE | {"norm_topk_prob": True, "head_dim": 24, "mlp_only_layers": [1]}),
+    "deepseek-v2": ("deepseek_v2", _LATENT),
+    "deepseek-v2-grouped": (
+        "deepseek_v2",
+        _LATENT
+        | {"q_lora_rank": 40, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | {"routed_scaling_factor": 2.0, "rope_parameters": _YARN | {"rope_type": "yarn", "rope_theta": 1000.0}},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _LATENT | {"q_lora_rank": 40, "n_group": 4, "topk_group": 2, "attention_bias": True, "num_mtp_layers": 0},
+    ),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        _LATENT
+        | {"rope_interleave": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+        | {"tie_word_embeddings": True, "num_mtp_layers": 0},
+    ),
     "stablelm": ("stablelm", _SIZES | {"num_key_value_heads": 2, "use_qkv_bias": True}),
     "stablelm-parallel": (
         "stablelm",
@@ -83,11 +116,20 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_reference(tmp_path, family, **config)
 
 
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own kernels where they can do it, or torch alone, as on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
+        monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (SdpaAttention,))
+
+
 def theirs_of(folder: Path) -> torch.nn.Module:
     """Falcon's by SDPA: transformers' eager attention adds its ALiBi twice."""
     return reference(folder, "sdpa" if read_config(folder)["model_type"] == "falcon" else "eager")
 
 
+@pytest.mark.usefixtures("kernels")
 def test_two_sequences_in_one_batch(made: Path) -> None:
     long, short = tokens(50), tokens(23, seed=1)
     ours = logits(load(made, max_total_tokens=64), long, short)
@@ -96,6 +138,7 @@ def test_two_sequences_in_one_batch(made: Path) -> None:
     assert (ours - theirs).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("kernels")
 def test_through_the_cache_in_chunks(made: Path) -> None:
     """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token;
     then one that goes on where the first ended."""
@@ -132,4 +175,16 @@ def test_a_checkpoint_of_the_model_without_its_head(tmp_path: Path, family: str)
         stored["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
         stored["h.0.attn.masked_bias"] = torch.tensor(-1e9)
     save_file(stored, path)
+    assert torch.equal(logits(load(folder, max_total_tokens=64), tokens(20)), expected)
+
+
+def test_layers_for_multi_token_prediction_are_passed_over(tmp_path: Path) -> None:
+    folder = write_reference(tmp_path, *VARIANTS["deepseek-v3"][:1], **VARIANTS["deepseek-v3"][1])
+    expected = logits(load(folder, max_total_tokens=64), tokens(20))
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.3.eh_proj.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(StartupError, match=r"model.layers.3.eh_proj.weight is not used"):
+        load(folder, max_total_tokens=64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     assert torch.equal(logits(load(folder, max_total_tokens=64), tokens(20)), expected)

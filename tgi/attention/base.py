@@ -28,6 +28,12 @@ class AttnSpec:
     slopes: tuple[float, ...] | None = None
     """Of each query head: what a score loses with each position between key and query (ALiBi; Press et al., arXiv
     2108.12409)."""
+    latent: int = 0
+    """If not 0, so many dimensions at the end of a key are its value (DeepSeek-AI, arXiv 2405.04434)."""
+
+    @property
+    def value_dim(self) -> int:
+        return self.latent or self.head_dim
 
 
 class Norm(Protocol):
@@ -52,7 +58,7 @@ class Turn(Protocol):
     def norm(self) -> Norm | None: ...
 
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[tokens, (heads + 2 kv_heads) · head_dim] → q [tokens, heads, head_dim]; k, v, the kv heads likewise."""
+        """As in Attend → q [tokens, heads, head_dim]; k likewise, and v [tokens, kv_heads, value_dim]."""
 
 
 class Attend(Protocol):
@@ -61,7 +67,8 @@ class Attend(Protocol):
     def __call__(self, layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
         """Store k, v of the step's tokens and attend.
 
-        qkv: the projection [tokens, (heads + 2 kv_heads) · head_dim]. Returns [tokens, heads · head_dim].
+        qkv: the projection [tokens, (heads + 2 kv_heads) · head_dim], without values where keys are latent. Returns
+        [tokens, heads · value_dim].
         """
 
 

@@ -38,7 +38,8 @@ class NativeAttention:
         native = library()
         assert native is not None
         self._library = native
-        self._layout = kernel.Layout(spec.heads, spec.kv_heads, spec.head_dim, _FORMS[precision.stored], spec.window)
+        form = _FORMS[precision.stored]
+        self._layout = kernel.Layout(spec.heads, spec.kv_heads, spec.head_dim, form, spec.window, spec.latent)
         self._spec = spec
         self._device = device
         self._step = kernel.Step(native, self._layout, 1)

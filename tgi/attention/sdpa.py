@@ -14,7 +14,8 @@ from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS
 
 
 class SdpaAttention:
-    """Pages lie as [block, slot, k or v, kv head, dim]: one token's keys and values are one run of memory."""
+    """Pages lie as [block, slot, k or v, kv head, dim]: one token's keys and values are one run of memory. Latent keys
+    hold the values, and there is nothing else."""
 
     name = "sdpa"
 
@@ -32,9 +33,9 @@ class SdpaAttention:
         self._slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device).view(-1, 1, 1)
 
     def allocate(self, blocks: int) -> torch.Tensor:
-        return zeros(
-            (blocks, BLOCK_SIZE, 2, self.spec.kv_heads, self.spec.head_dim), self._precision.stored, self._device
-        )
+        spec = self.spec
+        kinds = 1 if spec.latent else 2
+        return zeros((blocks, BLOCK_SIZE, kinds, spec.kv_heads, spec.head_dim), self._precision.stored, self._device)
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
         slots: list[int] = []
@@ -56,7 +57,7 @@ class SdpaAttention:
         return _Prepared(self, parts, torch.tensor(slots, device=self._device), begun_blocks)
 
     def gather(self, pages: torch.Tensor, part: "_Part") -> torch.Tensor:
-        """The part's keys and values, [batch, context, 2, kv heads, dim].
+        """The part's keys and values, [batch, context, 2 or 1, kv heads, dim].
 
         Into one buffer that all layers reuse: fresh memory for each would cost more in page faults than the copy.
         """
@@ -144,14 +145,16 @@ class _Prepared:
             pages.index_fill_(0, self.begun, 0)
         flat = pages.view(-1, *pages.shape[2:])
         flat[:, 0].index_copy_(0, self.slots, k.to(pages.dtype))
-        flat[:, 1].index_copy_(0, self.slots, v.to(pages.dtype))
+        if not self.backend.spec.latent:
+            flat[:, 1].index_copy_(0, self.slots, v.to(pages.dtype))
         outs = [self._attend(pages, part, q[part.at : part.at + part.tokens]) for part in self.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _attend(self, pages: torch.Tensor, part: _Part, q: torch.Tensor) -> torch.Tensor:
         spec = self.backend.spec
         kv = self.backend.gather(pages, part)
-        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        # torch's fast kernels want values as wide as keys: latent ones are whole keys until the sums are there.
+        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, -1].transpose(1, 2)
         length = part.tokens // part.batch
         if length == 1:
             # Query heads that share a kv head become its query rows: keys and values are read once.
@@ -164,7 +167,7 @@ class _Prepared:
                 # No CUDA kernel takes shared heads with a mask, or in float32: torch would write out all the scores.
                 k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
             out = _attention(q, k, v, part, spec, shared=shared > 1).transpose(1, 2)
-        return out.reshape(part.tokens, spec.heads * spec.head_dim)
+        return out[..., -spec.value_dim :].reshape(part.tokens, spec.heads * spec.value_dim)
 
 
 def _attention(

@@ -56,6 +56,26 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Attention whose keys and values are made of one short vector a token (DeepSeek-AI, arXiv 2405.04434)."""
+
+    rank: int
+    """Of this vector."""
+    q_rank: int | None
+    """Of what queries are made of; None: of the hidden state itself."""
+    still: int
+    """Dimensions of a query that don't turn."""
+    turning: int
+    """Dimensions that do; those of the key are the same for all heads."""
+    value: int
+    """Of a head's value."""
+    interleaved: bool
+    """Whether a dimension turns against its neighbour."""
+    bias: bool
+    """Of the projections from and to the hidden state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
     """A mixture of experts."""
 
@@ -94,13 +114,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return raw
 
 
-def integer(raw: Raw, key: str, default: Any = _REQUIRED) -> Any:
-    """A positive integer; a missing or null key takes ``default``."""
+def integer(raw: Raw, key: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
+    """An integer of at least 0 or 1; a missing or null key takes ``default``."""
     value = raw.get(key)
     if value is None:
         return _default(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StartupError(f"config.json: {key}: expected a positive integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least else "an integer of at least 0"
+        raise StartupError(f"config.json: {key}: expected {kind}, got {value!r}")
     return value
 
 
@@ -263,6 +284,8 @@ class ModelShape:
     max_position_embeddings: int
     """Tokens that a request may total: what the config states, stretched where rope scaling is meant to stretch it."""
     tied: bool
+    latent: int = 0
+    """If not 0, so many dimensions at the end of a key are its value."""
 
     @classmethod
     def read(cls, raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> "ModelShape":

@@ -16,7 +16,7 @@ from tgi.kernels.program import empty, run
 
 PAGE = 16
 """Tokens."""
-LARGEST_DIM = 512
+LARGEST_DIM = 640
 
 _SEGMENT = struct.Struct("@Pii")
 """csrc/ops.h, as are the bytes of an item."""
@@ -34,11 +34,23 @@ class Layout:
     heads: int
     kv_heads: int
     dim: int
-    """Of a head: a multiple of 4, at most LARGEST_DIM."""
+    """Of a query and a key: a multiple of 4, at most LARGEST_DIM."""
     form: Form
     """FP32, BF16 or INT8 with a scale for each token and head."""
     window: int | None = None
     """A token sees itself and the ``window - 1`` tokens before it."""
+    latent: int = 0
+    """If not 0, so many dimensions at the end of a key are its value."""
+
+    @property
+    def size(self) -> int:
+        """Of a value."""
+        return self.latent or self.dim
+
+    @property
+    def width(self) -> int:
+        """Of a token's queries, keys and values."""
+        return (self.heads + (1 if self.latent else 2) * self.kv_heads) * self.dim
 
     @property
     def values(self) -> int:
@@ -48,7 +60,7 @@ class Layout:
     @property
     def page(self) -> int:
         """Bytes of a page."""
-        return self.values + -(-self.dim // 16) * 16 * PAGE * self._size + self._scales
+        return self.values + -(-self.size // 16) * 16 * PAGE * self._size + self._scales
 
     @property
     def _size(self) -> int:
@@ -71,7 +83,7 @@ class Step:
         self._segments = bytearray(_SEGMENT.size * tokens)
         items = torch.empty(_ITEM_BYTES * (tokens + _APART), dtype=torch.uint8)
         slots = torch.empty(tokens, dtype=torch.int32)
-        stride = -(-layout.dim // 64) * 64 + 32
+        stride = -(-layout.size // 64) * 64 + 32
         partials = _PARTIAL_BYTES // 4 // stride
         partial = torch.empty(partials * stride)
         done = torch.zeros(_APART * layout.kv_heads, dtype=torch.int32)
@@ -140,12 +152,12 @@ def turn(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Norm and rotate the heads of q and k in ``qkv`` [rows, (heads + 2 kv heads) · dim] float32, in place; store k, v.
+    """Norm and rotate the heads of q and k in ``qkv`` float32 [rows, layout.width], in place; store k and v.
 
     norm: float32 [heads + kv heads, dim], for RMSNorm. angles: cos and sin; dimension i turns against i + half.
     """
     layout = step.layout
-    assert qkv.dtype == torch.float32 and qkv.shape[1] == (layout.heads + 2 * layout.kv_heads) * layout.dim
+    assert qkv.dtype == torch.float32 and qkv.shape[1] == layout.width
     assert qkv.stride(1) == 1 and pages.shape[1:] == (layout.kv_heads, layout.page) and pages.is_contiguous()
     assert norm is None or (norm.is_contiguous() and norm.shape == (layout.heads + layout.kv_heads, layout.dim))
     cos, sin = (None, None) if angles is None else angles
@@ -178,13 +190,13 @@ def attend(
     """Each token's softmax(scale · q k) v over what it sees.
 
     slopes: float32 [heads], what a score loses with each position between key and query. q: float32 [rows, heads · dim,
-    or more, which is not read] → [rows, heads · dim].
+    or more, which is not read] → [rows, heads · size].
 
     A row's result is bit-equal whatever else the step holds, however the request was cut, whatever the threads.
     """
     layout = step.layout
     assert q.dtype == torch.float32 and q.shape[1] >= layout.heads * layout.dim and q.stride(1) == 1
-    out = empty(q.shape[0], layout.heads * layout.dim)
+    out = empty(q.shape[0], layout.heads * layout.size)
     op = Attend(
         Kind.ATTEND,
         q.shape[0],
@@ -211,4 +223,6 @@ def _paged(step: Step, pages: torch.Tensor) -> dict[str, int]:
         "values": layout.values,
         "form": layout.form,
         "dim": layout.dim,
+        "size": layout.size,
+        "latent": layout.latent > 0,
     }

@@ -252,6 +252,8 @@ class Paged(Op):
         ("values", c_int64),
         ("form", c_int32),
         ("dim", c_int32),
+        ("size", c_int32),
+        ("latent", c_int32),
     ]
 
 

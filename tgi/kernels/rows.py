@@ -3,7 +3,7 @@
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.ops import Embed, Kind, Norm, Quantize
+from tgi.kernels.ops import Embed, Kind, Norm, Pick, Quantize
 from tgi.kernels.panels import Panels, address
 from tgi.kernels.program import empty, run
 
@@ -42,10 +42,16 @@ def embed(
 
 
 def rms_norm(
-    library: Library, x: torch.Tensor, weight: torch.Tensor, eps: float, into: torch.Tensor | None = None
+    library: Library,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    into: torch.Tensor | None = None,
+    *,
+    inplace: bool = False,
 ) -> torch.Tensor:
-    """float32 [rows, size], [size] → x / rms(x) · weight, added to ``into`` if that is given."""
-    return _norm(library, x, weight, None, eps, into, center=False)
+    """float32 [rows, size], [size] → x / rms(x) · weight, added to ``into`` if that is given, or in the place of x."""
+    return _norm(library, x, weight, None, eps, into, center=False, inplace=inplace)
 
 
 def layer_norm(
@@ -69,9 +75,10 @@ def _norm(
     into: torch.Tensor | None,
     *,
     center: bool,
+    inplace: bool = False,
 ) -> torch.Tensor:
     rows, size = x.shape
-    out = empty(rows, size) if into is None else into
+    out = x if inplace else empty(rows, size) if into is None else into
     op = Norm(
         Kind.NORM,
         rows,
@@ -88,6 +95,21 @@ def _norm(
     )
     run(library, op, weight, bias)
     return out
+
+
+def copy(library: Library, x: torch.Tensor, out: torch.Tensor) -> None:
+    """float32 [rows, size] into ``out``, which has its shape."""
+    rows, size = x.shape
+    op = Pick(
+        Kind.PICK,
+        rows,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        size=size,
+    )
+    run(library, op)
 
 
 def quantize(library: Library, x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

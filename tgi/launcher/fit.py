@@ -203,7 +203,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")
     # A cache of int8 has a scale for each token and head.
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
-    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype], cached)
+    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype], cached, native)
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
@@ -275,6 +275,8 @@ class _Bill:
     width: int
     compute: int
     cached: float
+    native: bool
+    """Our own kernels keep the values of latent keys once more, as they read them."""
 
     def weights(self, files: ModelFiles, quantize: str | None, *, copies: bool) -> int:
         """``copies``: a tied head is a packed copy of the embedding."""
@@ -294,7 +296,9 @@ class _Bill:
 
     def gathered(self, tokens: int) -> int:
         """Keys and values of one layer."""
-        return int(tokens * 2 * self.shape.kv_heads * self.shape.head_dim * self.cached)
+        shape = self.shape
+        values = shape.latent * self.native if shape.latent else shape.head_dim
+        return int(tokens * shape.kv_heads * (shape.head_dim + values) * self.cached)
 
     def context(self, chunk: int) -> int:
         """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once

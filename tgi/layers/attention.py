@@ -47,11 +47,14 @@ class Turn:
     kv_heads: int
     angles: Angles | None
     norm: HeadNorm | None
+    latent: int = 0
+    """As in AttnSpec."""
 
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[tokens, (heads + 2 kv heads) · head dim] → q [tokens, heads, head dim]; k, v, the kv heads likewise."""
-        packed = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, -1)
-        turning, v = packed[:, : -self.kv_heads], packed[:, -self.kv_heads :]
+        """As in attention.base."""
+        turned = self.heads + self.kv_heads
+        packed = qkv.view(qkv.shape[0], turned if self.latent else turned + self.kv_heads, -1)
+        turning, v = packed[:, :turned], packed[:, -self.kv_heads :, -self.latent :]
         if self.norm is not None:
             turning = self.norm(turning)
         if self.angles is not None:

@@ -28,6 +28,29 @@ class Tensors(Protocol):
         """The same, and quantized if it is stored so."""
 
 
+class Shared:
+    """Tensors of which each may be read several times."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._read: dict[str, torch.Tensor | Quantized | None] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self._read:
+            self._read[name] = self._tensors.take(name, shape)
+        tensor = self._read[name]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._read:
+            self._tensors.skip(name, shape)
+            self._read[name] = None
+
+    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+        return self.take(name, shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Rows of one of the checkpoint's matrices."""

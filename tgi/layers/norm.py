@@ -35,6 +35,13 @@ class RMSNorm:
         else:
             into.add_(self(x))
 
+    def replace(self, x: torch.Tensor) -> None:
+        """Put the norm of ``x``, which may be some columns of a tensor, in its place."""
+        if self._library is not None:
+            rows.rms_norm(self._library, x, self._weight, self._eps, inplace=True)
+        else:
+            x.copy_(self(x))
+
 
 class LayerNorm:
     """(x - mean) / deviation · w + b (Ba, Kiros & Hinton, arXiv 1607.06450)."""

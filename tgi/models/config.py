@@ -13,6 +13,7 @@ from tgi.core.errors import StartupError
 from tgi.core.model_config import (
     Activation,
     Experts,
+    Latent,
     ModelShape,
     Qkv,
     Raw,
@@ -36,6 +37,13 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     """Sliding window per layer."""
     attention_scale: float
+    spare_layers: int = 0
+    """Behind the last, for other purposes than the next token: multi-token prediction."""
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """How the names of tensors begin that aren't used."""
+        return tuple(f"{self.prefix}layers.{self.shape.layers + layer}." for layer in range(self.spare_layers))
 
     @property
     def prefix(self) -> str:
@@ -59,6 +67,7 @@ class DenseConfig(DecoderConfig):
     packed: bool = False
     """The checkpoint holds qkv_proj and gate_up_proj instead of five matrices."""
     experts: Experts | None = None
+    latent: Latent | None = None
     norm_offset: float = 0.0
     """What the checkpoint leaves away from the weights of norms."""
     embedding_multiplier: float = 1.0
@@ -201,6 +210,7 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "norm_type": ("layer_norm", "layernorm", "low_precision_layernorm"),
     "mlp_type": ("default",),
     "no_rope_layers": (),
+    "norm_topk_prob": (False,),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
     "is_decoder": (False, True),

@@ -7,6 +7,7 @@ from tgi.core.model_config import Qkv
 from tgi.layers.attention import HeadNorm, SelfAttention
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
+from tgi.layers.latent import LatentAttention
 from tgi.layers.mlp import GatedMLP
 from tgi.layers.moe import MoE
 from tgi.layers.norm import RMSNorm
@@ -23,7 +24,7 @@ class DenseDecoder:
         self.compute = checkpoint.compute
         self.library = checkpoint.library
         self.specs = [
-            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, config.attention_scale, window)
+            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, config.attention_scale, window, latent=shape.latent)
             for window in config.windows
         ]
         self._embed = VocabEmbedding.load(
@@ -32,7 +33,8 @@ class DenseDecoder:
         factor = 1 / config.logits_scaling
         self._head = LmHead.load(checkpoint, "lm_head", shape, self._embed, factor)
         self.head = self._head.native
-        self._rotary = Rotary(config.rope, shape.head_dim, reach, checkpoint.device, checkpoint.library)
+        turning = shape.head_dim - shape.latent
+        self._rotary = Rotary(config.rope, turning, reach, checkpoint.device, checkpoint.library)
         self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]
         self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps, config.norm_offset)
 
@@ -61,16 +63,20 @@ class DenseLayer:
         self._residual = config.residual_multiplier
         norm = shape.hidden, config.eps, config.norm_offset
         self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", *norm)
-        self._attention = SelfAttention.load(
-            checkpoint,
-            attention,
-            index,
-            shape,
-            Qkv(("qkv_proj",), "stacked") if config.packed else Qkv(),
-            bias=config.qkv_bias,
-            o_bias=config.o_bias,
-            norm=HeadNorm.load(checkpoint, attention, shape, config.eps) if config.qk_norm else None,
-        )
+        self._attention: SelfAttention | LatentAttention
+        if config.latent is not None:
+            self._attention = LatentAttention(checkpoint, attention, index, shape, config.latent)
+        else:
+            self._attention = SelfAttention.load(
+                checkpoint,
+                attention,
+                index,
+                shape,
+                Qkv(("qkv_proj",), "stacked") if config.packed else Qkv(),
+                bias=config.qkv_bias,
+                o_bias=config.o_bias,
+                norm=HeadNorm.load(checkpoint, attention, shape, config.eps) if config.qk_norm else None,
+            )
         self._mlp_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", *norm)
         self._mlp: GatedMLP | MoE
         if config.experts is not None and config.experts.layers[index]:

@@ -10,7 +10,7 @@ from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, architecture, read_config
 from tgi.models.config import DecoderConfig, Family
-from tgi.models.families import experts, gemma, gpt, llama
+from tgi.models.families import deepseek, experts, gemma, gpt, llama
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ ARCHITECTURES: dict[str, Row] = {
     "MixtralForCausalLM": Row(*_DENSE, experts.MIXTRAL, "Mixtral"),
     "Qwen2MoeForCausalLM": Row(*_DENSE, experts.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
     "Qwen3MoeForCausalLM": Row(*_DENSE, experts.QWEN3_MOE, "Qwen 3, mixtures of experts"),
+    "DeepseekV2ForCausalLM": Row(*_DENSE, deepseek.DEEPSEEK_V2, "DeepSeek 2 and 2.5, Coder 2"),
+    "DeepseekV3ForCausalLM": Row(*_DENSE, deepseek.DEEPSEEK_V3, "DeepSeek 3 and R1, Kimi K2"),
     "StableLmForCausalLM": Row(*_GPT, gpt.STABLELM, "StableLM 2 and 3B"),
     "GPTNeoXForCausalLM": Row(*_GPT, gpt.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
     "GPTJForCausalLM": Row(*_GPT, gpt.GPTJ, "GPT-J"),

@@ -90,7 +90,11 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         if not any(name.startswith(config.prefix) for name in entries):
             entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
         tied = config.shape.tied
-        ignored = {name for name in entries if _REDUNDANT.search(name) or (tied and name == head)}
+        ignored = {
+            name
+            for name in entries
+            if _REDUNDANT.search(name) or (tied and name == head) or name.startswith(config.spare)
+        }
         yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
 
 

@@ -19,7 +19,7 @@
 
 namespace TGI_ISA {
 
-constexpr int DIM = 512;             // the largest head
+constexpr int DIM = 640;             // the largest head
 constexpr int BLOCK = 64;            // positions
 constexpr int PAGES = BLOCK / PAGE;  // of a block
 
@@ -77,14 +77,14 @@ template <int FORM> static float convert(const float* x, int dim, void* out) {
 template <int FORM> static void keep(const Turn& op, const float* x, bool value, char* page, int place) {
     constexpr int pack = PACK<FORM>;
     alignas(64) uint32_t words[DIM];
-    float scale = convert<FORM>(x, op.dim, words);
+    float scale = convert<FORM>(x, value ? op.size : op.dim, words);
     if (!value) {
         for (int i = 0; i < op.dim / pack; i++) ((uint32_t*)page)[i * 16 + place] = words[i];
     } else {
         using Number = std::conditional_t<FORM == FP32, uint32_t, std::conditional_t<FORM == BF16, uint16_t, uint8_t>>;
         const Number* from = (const Number*)words;
         Number* to = (Number*)(page + op.values) + place / pack * 16 * pack + place % pack;
-        for (int panel = 0; panel < op.dim; panel += 16, from += 16, to += 256)
+        for (int panel = 0; panel < op.size; panel += 16, from += 16, to += 256)
             UNROLL for (int i = 0; i < 16; i++) to[i * pack] = from[i];
     }
     if (FORM == INT8) ((float*)(page + (value ? op.page : op.values)))[place - 16] = scale;
@@ -104,12 +104,14 @@ static void turn(const Turn& op, int rows, Worker& worker) {
             }
             int slot = op.step->slot[row];
             for (int head = 0; head < 2 * kv; head++) {
+                const bool value = head >= kv;
                 const float* x = qkv + (heads + head) * op.dim;
+                if (value && op.latent) x -= (kv - 1) * op.dim + op.size;
                 char* page = op.pages + ((int64_t)(slot / PAGE) * kv + head % kv) * op.page;
                 switch (op.form) {
-                    case FP32: keep<FP32>(op, x, head >= kv, page, slot % PAGE); break;
-                    case BF16: keep<BF16>(op, x, head >= kv, page, slot % PAGE); break;
-                    case INT8: keep<INT8>(op, x, head >= kv, page, slot % PAGE); break;
+                    case FP32: keep<FP32>(op, x, value, page, slot % PAGE); break;
+                    case BF16: keep<BF16>(op, x, value, page, slot % PAGE); break;
+                    case INT8: keep<INT8>(op, x, value, page, slot % PAGE); break;
                 }
             }
         }
@@ -157,7 +159,7 @@ struct Task {
 
     Task(const Attend& op, const Item& item, int head, Memory& memory)
         : op(op), item(item), head(head), shared(op.step->heads / op.step->kv_heads), rows(item.tokens * shared),
-          panels((op.dim + 15) / 16), columns((panels + 3) / 4 * 64), stride(columns + 32) {
+          panels((op.size + 15) / 16), columns((panels + 3) / 4 * 64), stride(columns + 32) {
         const int room = (rows + 15) / 16 * 16 + 16;  // a tile may reach beyond the rows
         q = memory.of(room * (op.dim + 2 * stride + 2) + 16 * BLOCK);
         state = q + room * op.dim;
@@ -380,11 +382,11 @@ static void merge(Task& t, const float* state, int split) {
 
 static void finish(const Task& t, const float* state) {
     for (int row = 0; row < t.rows; row++, state += t.stride) {
-        float* out = t.op.out + (t.item.row + row / t.shared) * t.op.out_stride + (t.head * t.shared + row % t.shared) * t.op.dim;
+        float* out = t.op.out + (t.item.row + row / t.shared) * t.op.out_stride + (t.head * t.shared + row % t.shared) * t.op.size;
         V16 share = set1(1.f / sum(load(state + t.columns)));
-        for (int i = 0; i < t.op.dim; i += 16) {
+        for (int i = 0; i < t.op.size; i += 16) {
             V16 y = load(state + i) * share;
-            if (t.op.dim - i >= 16) store(out + i, y); else store_some(out + i, y, t.op.dim - i);
+            if (t.op.size - i >= 16) store(out + i, y); else store_some(out + i, y, t.op.size - i);
         }
     }
 }

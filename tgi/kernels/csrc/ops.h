@@ -106,7 +106,7 @@ struct Choice {
 struct Pick : Op {
     const float* x;
     int64_t x_stride;
-    const int32_t* place;  // [rows]: rows of x
+    const int32_t* place;  // [rows]: rows of x; null: its own
     float* out;
     int64_t out_stride;
     int32_t size;
@@ -186,7 +186,9 @@ struct Paged : Op {
     int64_t page;    // bytes of a page of one head
     int64_t values;  // where they begin in it
     int32_t form;    // FP32, BF16 or INT8
-    int32_t dim;     // of a head
+    int32_t dim;     // of a query and a key
+    int32_t size;    // of a value
+    int32_t latent;  // whether a value is the end of its key
 };
 
 struct Turn : Paged {

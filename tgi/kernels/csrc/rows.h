@@ -55,7 +55,7 @@ static void rms_norm(const float* x, const float* w, float* out, int size, float
 }
 
 static void pick(const Pick& op, int row) {
-    memcpy(op.out + row * op.out_stride, op.x + op.place[row] * op.x_stride, op.size * sizeof(float));
+    memcpy(op.out + row * op.out_stride, op.x + (op.place ? op.place[row] : row) * op.x_stride, op.size * sizeof(float));
 }
 
 // (x - mean) / deviation * w + b (Ba, Kiros & Hinton, arXiv 1607.06450).
