@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tests.small_tokenizers import KINDS, serialized, write
 from tgi.core.errors import StartupError
 from tgi.core.vocabulary import BYTE_ALPHABET
+from tgi.router.galactica import MARKER
+from tgi.router.stream import Detokenizer
 from tgi.router.tokenizer import SHORT, Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -284,3 +286,40 @@ def test_agrees_with_transformers(tmp_path: Path, kind: str) -> None:
                 ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False
             )
     shutil.rmtree(folder)
+
+
+def test_galactica_reads_sequences_character_by_character(tmp_path: Path) -> None:
+    backend = KINDS["byte_level"]()
+    pre = tokenizers.pre_tokenizers
+    backend.pre_tokenizer = pre.Sequence([pre.Split(MARKER, "removed"), backend.pre_tokenizer])
+    backend.add_special_tokens(["[START_AMINO]", "[END_AMINO]"])
+    write(tmp_path, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "the cat [START_AMINO]the é[END_AMINO] the cat[START_AMINO][END_AMINO][START_DNA]cat[END_AMINO]"
+    plain = backend.encode("the", add_special_tokens=False).ids
+    spans = tokenizer.spans(text, add_special_tokens=False)
+    assert [span[0] for span in spans] == tokenizer.encode(text, add_special_tokens=False)
+    first = [piece for _, piece, _, _ in spans[: [span[1] for span in spans].index("[END_AMINO]") + 1]]
+    assert first[first.index("[START_AMINO]") + 1 : -1] == ["t", "h", "e", " ", "é", "é"]
+    assert spans[0][0] == plain[0]
+    raw = text.encode()
+    assert all(raw[start:stop].decode() == piece for _, piece, start, stop in spans)
+    assert tokenizer.decode([span[0] for span in spans], skip_special_tokens=False) == text
+    assert tokenizer.shown_ids == tokenizer.special_ids - {tokenizer.added["<s>"], tokenizer.added["</s>"]}
+    detokenizer = Detokenizer(tokenizer, [5], skip_special_tokens=True)
+    ids = [tokenizer.added["[START_AMINO]"], tokenizer.added["</s>"], *plain]
+    assert "".join(map(detokenizer.push, ids)) == "[START_AMINO]the"
+
+
+def test_santacoder_s_marks_are_single_tokens_and_shown(tmp_path: Path) -> None:
+    backend = KINDS["byte_level"]()
+    backend.add_tokens(["<fim-prefix>", "<fim-suffix>"])
+    write(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("<fim-prefix>the<fim-suffix>", add_special_tokens=False)
+    assert {ids[0], ids[-1]} == tokenizer.shown_ids <= tokenizer.special_ids
+    detokenizer = Detokenizer(tokenizer, [], skip_special_tokens=True)
+    assert "".join(map(detokenizer.push, ids)) == "<fim-prefix>the<fim-suffix>"
+    assert "<fim-middle>" not in tokenizer.added, "the model has no such token"

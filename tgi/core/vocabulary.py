@@ -22,6 +22,10 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece spells a single byte that no token covers."""
 
 
+FILL_IN = "<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"
+"""SantaCoder's tokens for filling in the middle, which none of its files calls special."""
+
+
 def _byte_alphabet() -> dict[str, int]:
     """Character → byte of byte-level BPE (Radford et al. 2019): printable Latin-1 stands for itself, the other bytes
     for the characters from U+0100 on, in order."""
@@ -52,7 +56,8 @@ class Vocabulary:
         backend.no_padding()
         # A token that only the config calls special must not be decoded as text. One that the vocabulary lacks is left
         # out: adding it would make an id that the model has no embedding for.
-        backend.add_special_tokens([text for text in special_tokens.values() if backend.token_to_id(text) is not None])
+        named = *special_tokens.values(), *FILL_IN
+        backend.add_special_tokens([text for text in named if backend.token_to_id(text) is not None])
         added = backend.get_added_tokens_decoder()
 
         self.backend = backend

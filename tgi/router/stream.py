@@ -80,7 +80,7 @@ class Detokenizer:
     ) -> None:
         """``shown``: special tokens that aren't skipped. ``spelled``: by a grammar, to which every space counts."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - tokenizer.shown_ids - shown if skip_special_tokens else frozenset()
         self._utf8 = IncrementalDecoder(errors="replace")
         # A generation continues its prompt's text, so a leading space stays. Special tokens are no text, whether they
         # are shown or not: both views of one generation have the same spaces.

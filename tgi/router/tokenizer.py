@@ -12,7 +12,8 @@ import msgspec
 import tokenizers
 
 from tgi.core.errors import StartupError
-from tgi.core.vocabulary import CONFIG, Vocabulary, read_json
+from tgi.core.vocabulary import CONFIG, FILL_IN, Vocabulary, read_json
+from tgi.router import galactica
 from tgi.router.rendering import ROLES
 
 SHORT = 4096
@@ -28,6 +29,9 @@ class Tokenizer:
 
     special_ids: frozenset[int]
     """Tokens that steer the model and are no text."""
+    shown_ids: frozenset[int]
+    """Special tokens that are part of what the model says: Galactica's marks around what it cites or computes, and
+    SantaCoder's for filling in the middle."""
     added: dict[str, int]
     """Text → id of the tokens that stand beside the vocabulary proper: marks, special ones and others."""
     eos_ids: frozenset[int]
@@ -49,6 +53,11 @@ class Tokenizer:
         self._texts: dict[int, str | None] = {}
         self.added = vocabulary.added
         self.special_ids = vocabulary.special_ids
+        self.shown_ids = frozenset(vocabulary.added[text] for text in FILL_IN if text in vocabulary.added)
+        self._sequences = galactica.MARKER in str(vocabulary.backend.pre_tokenizer)
+        if self._sequences:
+            named_ids = {vocabulary.added.get(text) for text in vocabulary.special_tokens.values()}
+            self.shown_ids |= vocabulary.special_ids - named_ids
         self.vocab_size = vocabulary.size
         named = vocabulary.special_tokens
         self.special_tokens = {role: named[role] for role in ROLES if role in named}
@@ -69,6 +78,8 @@ class Tokenizer:
         return cls(Vocabulary.load(folder, tokenizer_config_path), files)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._sequences:
+            text = galactica.Marked(text).text
         return self._encode(text, self._backend.encode_batch_fast, add_special_tokens).ids
 
     def spans(self, text: str, *, add_special_tokens: bool) -> list[tuple[int, str, int, int]]:
@@ -76,12 +87,15 @@ class Tokenizer:
 
         Special tokens that were added cover nothing; tokens that share a character cover all of it.
         """
-        encoding = self._encode(text, self._backend.encode_batch, add_special_tokens)
+        marked = galactica.Marked(text) if self._sequences else None
+        encoding = self._encode(text if marked is None else marked.text, self._backend.encode_batch, add_special_tokens)
+        offsets = encoding.offsets
+        if marked is not None:
+            offsets = [(marked.origin(start), marked.origin(stop)) for start, stop in offsets]
         # The library counts characters here.
         at = list(accumulate((len(char.encode()) for char in text), initial=0))
         return [
-            (id, text[start:stop], at[start], at[stop])
-            for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            (id, text[start:stop], at[start], at[stop]) for id, (start, stop) in zip(encoding.ids, offsets, strict=True)
         ]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
