@@ -155,9 +155,8 @@ def load_model(
 
 def document() -> str:
     """docs/models.md."""
-    files = {_DENSE: "dense", _GEMMA: "gemma", _GPT: "gpt"}
     rows = [
-        f"| `{name}` | {row.description} | [{files[row[:2]]}](../tgi/models/{files[row[:2]]}.py) |"
+        f"| `{name}` | {row.description} | [{row.module.rpartition('.')[2]}](../{row.module.replace('.', '/')}.py) |"
         for name, row in sorted(ARCHITECTURES.items())
     ]
     return "\n".join(
