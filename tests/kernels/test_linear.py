@@ -22,6 +22,7 @@ ACTS: dict[Act, Activation] = {
     Act.GELU_TANH: "gelu_tanh",
     Act.GELU: "gelu",
     Act.RELU: "relu",
+    Act.RELU2: "relu2",
 }
 KINDS = ("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales")
 
@@ -131,6 +132,8 @@ def test_what_follows_the_product(kernels: Library, kind: str) -> None:
         torch.testing.assert_close(out, activate(plain + bias, activation), rtol=1e-5, atol=1e-5)
     capped = linear(kernels, panels, x, alpha=0.5, cap=3.0)
     torch.testing.assert_close(capped, 3 * (plain / 6).tanh(), rtol=1e-5, atol=1e-5)
+    clipped = linear(kernels, panels, x, bias=bias, act=Act.CLIP, cap=0.5)
+    torch.testing.assert_close(clipped, (plain + bias).clamp(-0.5, 0.5))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu", "relu"])
@@ -165,11 +168,25 @@ def test_norms(kernels: Library, size: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
     assert torch.equal(rms_norm(kernels, x, weight, 1e-5)[3:4], rms_norm(kernels, x[3:4], weight, 1e-5))
     into = torch.randn(9, size)
-    grown = layer_norm(kernels, x, weight, bias, 1e-5, into.clone())
+    grown = layer_norm(kernels, x, weight, bias, 1e-5, out=into.clone(), add=True)
     torch.testing.assert_close(grown, into + layer_norm(kernels, x, weight, bias, 1e-5))
-    torch.testing.assert_close(
-        rms_norm(kernels, x, weight, 1e-5, into.clone()), into + rms_norm(kernels, x, weight, 1e-5)
-    )
+    grown = rms_norm(kernels, x, weight, 1e-5, out=into.clone(), add=True)
+    torch.testing.assert_close(grown, into + rms_norm(kernels, x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("size", [8, 20, 64])
+def test_norms_of_parts_in_their_place(kernels: Library, size: int) -> None:
+    torch.manual_seed(size)
+    x, weight, bias = torch.randn(9, 3 * size + 7), torch.randn(3, size), torch.randn(3, size)
+    expected = x.clone()
+    parts = expected[:, 2 : 3 * size + 2].view(9, 3, size)
+    parts.copy_(torch.nn.functional.layer_norm(parts, (size,)) * weight + bias)
+    middle = x[:, 2 : 3 * size + 2]
+    layer_norm(kernels, middle, weight, bias, 1e-5, out=middle)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=2e-6)
+    parts.copy_(torch.nn.functional.rms_norm(parts, (size,), eps=1e-5) * weight)
+    rms_norm(kernels, middle, weight, 1e-5, out=middle)
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=4e-6)
 
 
 def test_infinities_and_what_is_no_number_stay_in_their_row(kernels: Library) -> None:

@@ -12,7 +12,7 @@ from tgi.core.errors import StartupError
 Raw = Mapping[str, Any]
 """A parsed config.json."""
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 """Of a feed-forward block."""
 
 

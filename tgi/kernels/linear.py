@@ -23,8 +23,9 @@ def linear(
 ) -> torch.Tensor:
     """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
 
-    act: on the product, or on its gate. cap: if not 0, values become cap · tanh(value / cap). Each row's result is
-    bit-equal whatever the other rows are. Quantized: x is rounded to int8 in groups first.
+    act: on the product, or on its gate. cap: if not 0, values become cap · tanh(value / cap), or with Act.CLIP the
+    nearest within ± cap. Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in
+    groups first.
     """
     if out is None:
         out = empty(x.shape[0], panels.outs // 2 if finish is Finish.GATE else panels.outs)

@@ -49,6 +49,8 @@ class Act(IntEnum):
     GELU_TANH = 2
     GELU = 3
     RELU = 4
+    RELU2 = 5
+    CLIP = 6
 
 
 class Score(IntEnum):
@@ -120,6 +122,7 @@ class Norm(Op):
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("size", c_int32),
+        ("parts", c_int32),
         ("center", c_int32),
         ("add", c_int32),
         ("eps", c_float),

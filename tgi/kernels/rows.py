@@ -46,12 +46,15 @@ def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    into: torch.Tensor | None = None,
     *,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
-    """float32 [rows, size], [size] → x / rms(x) · weight, added to ``into`` if that is given, or in the place of x."""
-    return _norm(library, x, weight, None, eps, into, center=False, inplace=inplace)
+    """float32 [rows, size], [size] → x / rms(x) · weight, written to ``out`` if that is given, or added to it.
+
+    ``out`` may be ``x``. ``weight`` of [parts, size]: rows are as many parts, each normed by itself.
+    """
+    return _norm(library, x, weight, None, eps, out, center=False, add=add)
 
 
 def layer_norm(
@@ -60,10 +63,12 @@ def layer_norm(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    into: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    add: bool = False,
 ) -> torch.Tensor:
-    """float32 [rows, size], [size] → (x - mean) / deviation · weight + bias, added to ``into`` if that is given."""
-    return _norm(library, x, weight, bias, eps, into, center=True)
+    """The same with (x - mean) / deviation · weight + bias; ``bias`` is shaped as ``weight``."""
+    return _norm(library, x, weight, bias, eps, out, center=True, add=add)
 
 
 def _norm(
@@ -72,13 +77,14 @@ def _norm(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    into: torch.Tensor | None,
+    out: torch.Tensor | None,
     *,
     center: bool,
-    inplace: bool = False,
+    add: bool,
 ) -> torch.Tensor:
-    rows, size = x.shape
-    out = x if inplace else empty(rows, size) if into is None else into
+    rows, width = x.shape
+    assert weight.numel() == width and weight.is_contiguous()
+    out = empty(rows, width) if out is None else out
     op = Norm(
         Kind.NORM,
         rows,
@@ -88,9 +94,10 @@ def _norm(
         bias=address(bias),
         out=out.data_ptr(),
         out_stride=out.stride(0),
-        size=size,
+        size=weight.shape[-1],
+        parts=width // weight.shape[-1],
         center=center,
-        add=into is not None,
+        add=add,
         eps=eps,
     )
     run(library, op, weight, bias)

@@ -89,9 +89,9 @@ class Checkpoint:
         """Of activations."""
         return self.dtype if self.library is None else torch.float32
 
-    def vector(self, name: str, size: int) -> torch.Tensor:
-        """A whole one-dimensional tensor, alike on all ranks."""
-        return torch.empty(size, dtype=self.compute, device=self.device).copy_(self.tensors.take(name, (size,)))
+    def vector(self, name: str, *shape: int) -> torch.Tensor:
+        """A whole small tensor in the numbers of activations, alike on all ranks."""
+        return torch.empty(shape, dtype=self.compute, device=self.device).copy_(self.tensors.take(name, shape))
 
     def linear(self, pieces: Sequence[Piece], *, bias: bool, gated: bool = False) -> LinearMethod:
         """A method for the pieces' rows, one below the other. ``gated``: the first half of the rows gates the second,

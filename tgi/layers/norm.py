@@ -31,20 +31,23 @@ class RMSNorm:
     def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
         """Add the norm of ``x`` to ``into``."""
         if self._library is not None:
-            rows.rms_norm(self._library, x, self._weight, self._eps, into)
+            rows.rms_norm(self._library, x, self._weight, self._eps, out=into, add=True)
         else:
             into.add_(self(x))
 
     def replace(self, x: torch.Tensor) -> None:
         """Put the norm of ``x``, which may be some columns of a tensor, in its place."""
         if self._library is not None:
-            rows.rms_norm(self._library, x, self._weight, self._eps, inplace=True)
+            rows.rms_norm(self._library, x, self._weight, self._eps, out=x)
         else:
             x.copy_(self(x))
 
 
 class LayerNorm:
-    """(x - mean) / deviation · w + b (Ba, Kiros & Hinton, arXiv 1607.06450)."""
+    """(x - mean) / deviation · w + b (Ba, Kiros & Hinton, arXiv 1607.06450).
+
+    w and b of [parts, size]: the last axis of x is as many parts, each normed by itself.
+    """
 
     __slots__ = ("_bias", "_eps", "_library", "_weight")
 
@@ -57,11 +60,35 @@ class LayerNorm:
         self._library = library
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, name: str, size: int, eps: float, *, bias: bool = True) -> "LayerNorm":
-        offset = checkpoint.vector(f"{name}.bias", size) if bias else None
-        return cls(checkpoint.vector(f"{name}.weight", size), offset, eps, checkpoint.library)
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        size: int,
+        eps: float,
+        *,
+        weight: bool = True,
+        bias: bool = True,
+        offset: float = 0.0,
+    ) -> "LayerNorm":
+        """``offset``: what the checkpoint leaves away from the weight."""
+        factor = torch.ones(size, dtype=checkpoint.compute, device=checkpoint.device)
+        if weight:
+            factor = checkpoint.vector(f"{name}.weight", size) + offset
+        return cls(factor, checkpoint.vector(f"{name}.bias", size) if bias else None, eps, checkpoint.library)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._library is not None:
             return rows.layer_norm(self._library, x, self._weight, self._bias, self._eps)
-        return layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        if self._weight.dim() == 1:
+            return layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        parts = layer_norm(x.reshape(-1, *self._weight.shape), self._weight.shape[-1:], eps=self._eps)
+        parts.mul_(self._weight)
+        return (parts if self._bias is None else parts.add_(self._bias)).flatten(-2)
+
+    def replace(self, x: torch.Tensor) -> None:
+        """Put the norm of ``x``, which may be some columns of a tensor, in its place."""
+        if self._library is not None:
+            rows.layer_norm(self._library, x, self._weight, self._bias, self._eps, out=x)
+        else:
+            x.copy_(self(x))

@@ -28,6 +28,9 @@ class LinearMethod(Protocol):
     def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """``activation`` of the product."""
 
+    def clipped(self, x: torch.Tensor, bound: float) -> torch.Tensor:
+        """The product, brought within ± ``bound``."""
+
     def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """``activation`` of the product's first half times its second: [tokens, in] → [tokens, out / 2]. A method made
         with ``gated`` does this alone."""
@@ -38,6 +41,7 @@ ACTS: dict[Activation, Act] = {
     "gelu_tanh": Act.GELU_TANH,
     "gelu": Act.GELU,
     "relu": Act.RELU,
+    "relu2": Act.RELU2,
 }
 
 
@@ -71,6 +75,9 @@ class NativeLinear:
 
     def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         return native_linear(self._library, self.panels, x, bias=self.bias, act=ACTS[activation])
+
+    def clipped(self, x: torch.Tensor, bound: float) -> torch.Tensor:
+        return native_linear(self._library, self.panels, x, bias=self.bias, act=Act.CLIP, cap=bound)
 
     def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         act = ACTS[activation]
@@ -106,6 +113,9 @@ class PlainLinear:
 
     def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         return activate(self(x), activation)
+
+    def clipped(self, x: torch.Tensor, bound: float) -> torch.Tensor:
+        return self(x).clamp_(-bound, bound)
 
     def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         product = self(x)
@@ -161,3 +171,5 @@ def activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
             return gelu(x)
         case "relu":
             return relu(x)
+        case "relu2":
+            return relu(x).square()

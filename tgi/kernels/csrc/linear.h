@@ -25,6 +25,7 @@ static V16 activate(int act, V16 x) {
         case GELU_TANH: return gelu_tanh(x);
         case GELU: return gelu(x);
         case RELU: return vmax(x, zero());
+        case RELU2: return vmax(x, zero()) * vmax(x, zero());
     }
     return x;
 }
@@ -43,7 +44,8 @@ __attribute__((noinline)) static void finish(const Linear& op, int row, int pane
         for (int p = 0; p < panels && op.finish != GATE; p++) {
             int first = (panel + p) * 16, n = op.outs - first;
             V16 y = activate(op.act, acc[p] * set1(op.alpha));
-            if (op.cap != 0) y = softcap(y, op.cap);
+            if (op.act == CLIP) y = vmin(vmax(y, set1(-op.cap)), set1(op.cap));
+            else if (op.cap != 0) y = softcap(y, op.cap);
             if (n >= 16) store(out + first, op.finish == ADD ? load(out + first) + y : y);
             else if (n > 0) store_some(out + first, op.finish == ADD ? load_some(out + first, n) + y : y, n);
         }

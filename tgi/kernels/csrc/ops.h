@@ -26,7 +26,7 @@ enum Finish : int32_t {
     ADD,    // out += alpha (y + bias)
     GATE,   // panels alternate between gate and up: out = act(gate) up, half as wide
 };
-enum Act : int32_t { NONE, SILU, GELU_TANH, GELU, RELU };
+enum Act : int32_t { NONE, SILU, GELU_TANH, GELU, RELU, RELU2, CLIP };
 
 struct Linear : Op {
     const void* x;           // FP32, BF16: float32; otherwise int8, quantized in groups
@@ -48,7 +48,7 @@ struct Linear : Op {
     int32_t finish;
     int32_t act;
     float alpha;
-    float cap;               // of capped values: cap tanh(y / cap); 0: none
+    float cap;               // of capped values: cap tanh(y / cap), or with CLIP the nearest within ± cap; 0: none
 };
 
 struct Quantize : Op {
@@ -70,6 +70,7 @@ struct Norm : Op {
     float* out;
     int64_t out_stride;
     int32_t size;
+    int32_t parts;   // of a row, `size` each and each normed by itself; weight and bias: [parts, size]
     int32_t center;  // whether the mean is taken off first
     int32_t add;     // whether out grows by the result
     float eps;

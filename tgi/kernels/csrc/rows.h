@@ -81,8 +81,9 @@ static void layer_norm(const float* x, const float* w, const float* b, float* ou
 static void norm(const Norm& op, int row) {
     const float* x = op.x + row * op.x_stride;
     float* out = op.out + row * op.out_stride;
-    if (op.center) layer_norm(x, op.weight, op.bias, out, op.size, op.eps, op.add);
-    else rms_norm(x, op.weight, out, op.size, op.eps, op.add);
+    for (int at = 0; at < op.parts * op.size; at += op.size)
+        if (op.center) layer_norm(x + at, op.weight + at, op.bias ? op.bias + at : nullptr, out + at, op.size, op.eps, op.add);
+        else rms_norm(x + at, op.weight + at, out + at, op.size, op.eps, op.add);
 }
 
 // A row of the matrix that the head also multiplies by, taken out of its panels: one copy of it serves both.
