@@ -16,26 +16,41 @@ from tgi.core.model_config import ModelShape, Raw, read_config, read_rope
 from tgi.models.registry import ARCHITECTURES, check, document
 
 MADE = {
+    "ArceeForCausalLM",
     "BloomForCausalLM",
+    "Cohere2ForCausalLM",
     "CohereForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "Exaone4ForCausalLM",
     "FalconForCausalLM",
     "GPT2LMHeadModel",
     "GPTBigCodeForCausalLM",
     "GPTJForCausalLM",
     "GPTNeoXForCausalLM",
+    "Glm4ForCausalLM",
+    "GlmForCausalLM",
+    "HeliumForCausalLM",
     "MixtralForCausalLM",
     "MptForCausalLM",
+    "NemotronForCausalLM",
     "OPTForCausalLM",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "OlmoForCausalLM",
     "PhiForCausalLM",
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
+    "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM",
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 }
 """Those of tests/parity/test_more.py."""
-OLD_NAMES = {"RWForCausalLM", "MPTForCausalLM"}
+RENAMED = {"BaichuanForCausalLM", "GPT2LMHeadCustomModel", "MixFormerSequentialForCausalLM"}
+"""Those of tests/parity/test_renamed.py."""
+OLD_NAMES = {"RWForCausalLM", "MPTForCausalLM", "BaiChuanForCausalLM"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +62,7 @@ def raws(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Raw]:
 def test_every_row_is_tested(raws: dict[str, Raw]):
     """Here, or against models of transformers' own making."""
     here = {raw["architectures"][0] for raw in raws.values()}
-    assert here | MADE | OLD_NAMES == set(ARCHITECTURES)
+    assert here | MADE | RENAMED | OLD_NAMES == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +71,7 @@ def test_every_row_is_tested(raws: dict[str, Raw]):
         ("llama", "architectures", ["MambaForCausalLM"]),
         ("llama", "architectures", []),
         ("llama", "architectures", ["LlamaForCausalLM", "Other"]),
-        ("llama", "hidden_act", "relu2"),
+        ("llama", "hidden_act", "quick_gelu"),
         ("llama", "hidden_size", "64"),
         ("llama", "hidden_size", True),
         ("llama", "num_hidden_layers", 0),
@@ -97,40 +112,59 @@ def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any
 
 
 @pytest.mark.parametrize(
-    ("family", "values"),
+    ("name", "values"),
     [
-        ("gpt2", {"scale_attn_weights": False}),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-        ("gptj", {"rotary": False}),
-        ("opt", {"_remove_final_layer_norm": True}),
-        ("opt", {"do_layer_norm_before": False}),
-        ("opt", {"word_embed_proj_dim": 32}),
-        ("mpt", {"norm_type": "rmsnorm"}),
-        ("mpt", {"no_bias": False}),
-        ("mpt", {"attn_config": {"clip_qkv": 8}}),
-        ("cohere", {"use_qk_norm": True}),
-        ("phi", {"qk_layernorm": True}),
-        ("qwen2_moe", {"mlp_only_layers": "none"}),
-        ("deepseek_v2", {"norm_topk_prob": True}),
-        ("deepseek_v2", {"topk_method": "noaux_tc"}),
-        ("deepseek_v2", {"scoring_func": "sigmoid"}),
-        ("deepseek_v3", {"topk_method": "greedy"}),
-        ("deepseek_v3", {"n_group": 3}),
-        ("deepseek_v3", {"first_k_dense_replace": -1}),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+        ("GPTJForCausalLM", {"rotary": False}),
+        ("GPT2LMHeadCustomModel", {"attention_head_type": "multihead"}),
+        ("OPTForCausalLM", {"do_layer_norm_before": "no"}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 0}),
+        ("MptForCausalLM", {"norm_type": "rmsnorm"}),
+        ("MptForCausalLM", {"no_bias": False}),
+        ("MptForCausalLM", {"attn_config": {"qk_ln": True}}),
+        ("CohereForCausalLM", {"sliding_window": 9}),
+        ("Cohere2ForCausalLM", {"use_qk_norm": True}),
+        ("PhiForCausalLM", {"qk_layernorm": 1}),
+        ("OlmoForCausalLM", {"clip_qkv": -1.0}),
+        ("Olmo2ForCausalLM", {"clip_qkv": 8.0}),
+        ("Olmo2ForCausalLM", {"sliding_window": 9}),
+        ("Olmo3ForCausalLM", {"sliding_window": None}),
+        ("Exaone4ForCausalLM", {"sliding_window_pattern": "LLLG"}),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}),
+        ("ArceeForCausalLM", {"mlp_bias": "yes"}),
+        ("SeedOssForCausalLM", {"sliding_window": 9}),
+        ("Ernie4_5ForCausalLM", {"partial_rotary_factor": 0.5}),
+        ("HeliumForCausalLM", {"use_qk_norm": True}),
+        ("GlmForCausalLM", {"mlp_bias": True}),
+        ("NemotronForCausalLM", {"qk_layernorm": True}),
+        ("BaichuanForCausalLM", {"attention_bias": True}),
+        ("Qwen2MoeForCausalLM", {"mlp_only_layers": "none"}),
+        ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}),
+        ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}),
+        ("DeepseekV2ForCausalLM", {"scoring_func": "sigmoid"}),
+        ("DeepseekV3ForCausalLM", {"topk_method": "greedy"}),
+        ("DeepseekV3ForCausalLM", {"n_group": 3}),
+        ("DeepseekV3ForCausalLM", {"first_k_dense_replace": -1}),
     ],
 )
-def test_more_refused_by_name(family: str, values: dict[str, Any]) -> None:
-    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128} if family == "mpt" else {}
-    sizes |= {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128} if family.startswith("gpt") else {}
-    sizes = sizes or {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
-    name = next(name for name in MADE if name.lower().startswith(family.replace("_", "")))
-    raw = {"architectures": [name], "vocab_size": 100, "max_position_embeddings": 128, **sizes, "rotary_dim": 8}
-    raw |= {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5, "num_experts": 4, "num_experts_per_tok": 2}
-    raw |= {"moe_intermediate_size": 32, "n_routed_experts": 16}
-    if family == "deepseek_v3":
-        del raw["num_experts"]
-    elif not family.startswith(("qwen2_moe", "deepseek")):
-        raw = {key: value for key, value in raw.items() if "experts" not in key}
+def test_more_refused_by_name(name: str, values: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    if name.startswith("GPT"):
+        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "rotary_dim": 8}
+    if name.startswith("Mpt"):
+        sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
+    raw = {"architectures": [name], "vocab_size": 100, "max_position_embeddings": 128, "sliding_window": None, **sizes}
+    raw |= {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5}
+    if "Moe" in name:
+        raw |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    if name.startswith("Deepseek"):
+        raw |= {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    if name.startswith(("Olmo3", "Exaone")):
+        raw["sliding_window"] = 9
+    if name == "GPT2LMHeadCustomModel":
+        raw["attention_head_type"] = "multiquery"
     check(raw)
     (key,) = values
     with pytest.raises(StartupError, match=key):
@@ -209,6 +243,22 @@ def test_windows_by_layer(raws: dict[str, Raw]):
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     assert check({**raw, "use_sliding_window": True, "layer_types": types}).windows == (9, None, 9)
     assert check({**raw, "layer_types": types}).windows == (None, None, None)
+
+
+def test_layers_that_rotate_otherwise_or_not_at_all() -> None:
+    """As the hub's files say it; transformers writes another spelling, which tests/parity reads."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 96}
+    raw = sizes | {"vocab_size": 100, "max_position_embeddings": 512, "sliding_window": 9, "rope_theta": 5e5}
+    raw |= {"rms_norm_eps": 1e-6, "layer_norm_eps": 1e-5}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    olmo = check(raw | {"architectures": ["Olmo3ForCausalLM"], "rope_scaling": yarn})
+    assert [(rope.type, rope.theta) for rope in olmo.ropes if rope] == [("default", 5e5)] * 3 + [("yarn", 5e5)]
+    cohere = check(raw | {"architectures": ["Cohere2ForCausalLM"]})
+    assert cohere.ropes == (cohere.rope,) * 3 + (None,)
+    exaone = check(raw | {"architectures": ["Exaone4ForCausalLM"], "sliding_window": None})
+    assert exaone.ropes == (exaone.rope,) * 4
+    smol = check(raw | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0, 1, 1]})
+    assert (smol.ropes, smol.windows) == ((smol.rope, None, smol.rope, smol.rope), (None,) * 4)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny import write_model
 from tgi.attention.base import AttnSpec, Turn
+from tgi.attention.sdpa import SdpaAttention
 from tgi.core.config import KVPool, ModelFiles
-from tgi.core.messages import Delta, Fault, Submit
+from tgi.core.messages import Delta, Fault, Sampling, Submit
 from tgi.engine.request import Request
 from tgi.engine.scheduler import Scheduler
 from tgi.models.registry import Model, load_model
@@ -27,6 +28,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own kernels where they can do it, or torch alone, as on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
+        monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (SdpaAttention,))
 
 
 class FullAttention:
@@ -159,6 +168,42 @@ def write_reference(folder: Path, family: str, **config: Any) -> Path:
 @torch.inference_mode()
 def reference_logits(model: torch.nn.Module, *sequences: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+
+
+Theirs = Callable[[torch.Tensor], torch.Tensor]
+"""Logits of a sequence's tokens."""
+
+
+def same_in_a_batch(folder: Path, theirs: Theirs) -> None:
+    long, short = tokens(50), tokens(23, seed=1)
+    ours = logits(load(folder, max_total_tokens=64), long, short)
+    expected = torch.cat([theirs(long), theirs(short)])
+    assert expected.std() > 0.3, "logits this flat would hide a mistake"
+    assert (ours - expected).abs().max() < 1e-4
+
+
+def same_through_the_cache(folder: Path, theirs: Theirs) -> None:
+    """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token;
+    then one that goes on where the first ended."""
+    engine = Engine(folder, blocks=10, step_tokens=24)
+    submits = [
+        Submit(number, tokens(length, seed=number).tolist(), length, 12, [], Sampling(), 0.0, prompt_logprobs=True)
+        for number, length in enumerate((70, 33))
+    ]
+    engine.run(*submits)
+    told = [*submits[0].token_ids, *engine.text(0), 3]
+    again = Submit(2, told, len(told), 5, [], Sampling(), 0.0)
+    engine.run(again)
+    assert not engine.faults
+    assert engine.deltas[2][0].cached == 80
+    for submit in (*submits, again):
+        deltas = engine.deltas[submit.id]
+        drawn = [token for delta in deltas for token in delta.tokens]
+        ids = submit.token_ids + [token.id for token in drawn]
+        expected = theirs(torch.tensor(ids))[:-1].log_softmax(-1)
+        scores = [*(token.logprob for delta in deltas for token in delta.prompt), *(token.logprob for token in drawn)]
+        chosen = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)[-len(scores) :]
+        assert (torch.tensor(scores) - chosen).abs().max() < 1e-4
 
 
 def tokens(length: int, seed: int = 0, vocab: int = 431) -> torch.Tensor:

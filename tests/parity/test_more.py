@@ -1,6 +1,7 @@
 """More families: our logits are those of transformers, which also makes the checkpoints."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.parity.conftest import Engine, load, logits, reference, reference_logits, tokens, write_reference
-from tgi.attention.sdpa import SdpaAttention
+from tests.kernels.conftest import native
+from tests.parity.conftest import (
+    load,
+    logits,
+    pools,
+    reference,
+    reference_logits,
+    same_in_a_batch,
+    same_through_the_cache,
+    tokens,
+    write_reference,
+)
+from tgi.attention.base import Precision
 from tgi.core.errors import StartupError
-from tgi.core.messages import Sampling, Submit
 from tgi.core.model_config import read_config
+from tgi.runtime.forward import Recorded, choose
+from tgi.runtime.kvcache import KVCache
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 431,
@@ -26,6 +39,7 @@ _SIZES: dict[str, Any] = {
 }
 _GPT: dict[str, Any] = {"vocab_size": 431, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
 _FALCON = {key: value for key, value in _SIZES.items() if key != "intermediate_size"}
+_LAYERS = _SIZES | {"num_hidden_layers": 4, "num_key_value_heads": 2, "pad_token_id": 0}
 _MOE = _SIZES | {
     "num_key_value_heads": 2,
     "num_experts": 6,
@@ -106,6 +120,68 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         _SIZES | {"num_key_value_heads": 4, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
     ),
     "cohere": ("cohere", _SIZES | {"num_key_value_heads": 2, "logit_scale": 0.7}),
+    "cohere-qk-norm": ("cohere", _SIZES | {"num_key_value_heads": 2, "logit_scale": 0.7, "use_qk_norm": True}),
+    "cohere2": ("cohere2", _LAYERS | {"sliding_window": 9, "logit_scale": 0.7, "sliding_window_pattern": 3}),
+    "cohere2-untied": (
+        "cohere2",
+        _LAYERS
+        | {"sliding_window": 9, "logit_scale": 1.0, "attention_bias": True, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+    ),
+    "olmo": ("olmo", _SIZES | {"num_key_value_heads": 2}),
+    "olmo-clipped": ("olmo", _SIZES | {"clip_qkv": 0.7, "attention_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", _LAYERS),
+    "olmo2-tied": ("olmo2", _SIZES | {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": ("olmo3", _LAYERS | {"sliding_window": 9}),
+    "olmo3-yarn": (
+        "olmo3",
+        _LAYERS
+        | {"sliding_window": 9, "tie_word_embeddings": True}
+        | {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+    ),
+    "phi-qk-norm": ("phi", _SIZES | {"num_key_value_heads": 2, "qk_layernorm": True}),
+    "stablelm-qk-norm": ("stablelm", _SIZES | {"num_key_value_heads": 2, "qk_layernorm": True}),
+    "smollm3": ("smollm3", _LAYERS),
+    "smollm3-window": (
+        "smollm3",
+        _LAYERS
+        | {"no_rope_layers": [1, 0, 0, 1], "use_sliding_window": True, "sliding_window": 9}
+        | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "arcee": ("arcee", _SIZES | {"num_key_value_heads": 2}),
+    "arcee-biases": ("arcee", _SIZES | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "seed-oss": ("seed_oss", _LAYERS | {"head_dim": 24}),
+    "seed-oss-biases": (
+        "seed_oss",
+        _LAYERS | {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "ernie": ("ernie4_5", _LAYERS | {"head_dim": 24}),
+    "ernie-biases": ("ernie4_5", _LAYERS | {"head_dim": 16, "use_bias": True, "tie_word_embeddings": False}),
+    "helium": ("helium", _LAYERS | {"head_dim": 16}),
+    "helium-biases": (
+        "helium",
+        _LAYERS | {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "glm": ("glm", _LAYERS | {"head_dim": 24}),
+    "glm4": ("glm4", _LAYERS | {"head_dim": 24}),
+    "glm4-tied": ("glm4", _LAYERS | {"head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}),
+    "exaone4": ("exaone4", _LAYERS | {"sliding_window": 9}),
+    "exaone4-tied": (
+        "exaone4",
+        _LAYERS | {"sliding_window": None, "layer_types": ["full_attention"] * 4, "tie_word_embeddings": True},
+    ),
+    "nemotron": ("nemotron", _LAYERS | {"head_dim": 24}),
+    "nemotron-biases": (
+        "nemotron",
+        _LAYERS | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
+    ),
+    "opt-350m": ("opt", _OPT | {"word_embed_proj_dim": 48, "do_layer_norm_before": False}),
+    "opt-350m-untied": (
+        "opt",
+        _OPT | {"word_embed_proj_dim": 96, "_remove_final_layer_norm": True, "tie_word_embeddings": False},
+    ),
+    "opt-plain-norms": ("opt", _OPT | {"layer_norm_elementwise_affine": False}),
+    "mpt-clipped": ("mpt", _MPT | {"attn_config": {"clip_qkv": 0.7}}),
     "cohere-untied": ("cohere", _SIZES | {"tie_word_embeddings": False, "attention_bias": True, "logit_scale": 1.5}),
 }
 
@@ -116,14 +192,6 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_reference(tmp_path, family, **config)
 
 
-@pytest.fixture(params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own kernels where they can do it, or torch alone, as on a GPU."""
-    if request.param == "torch":
-        monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
-        monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (SdpaAttention,))
-
-
 def theirs_of(folder: Path) -> torch.nn.Module:
     """Falcon's by SDPA: transformers' eager attention adds its ALiBi twice."""
     return reference(folder, "sdpa" if read_config(folder)["model_type"] == "falcon" else "eager")
@@ -131,37 +199,19 @@ def theirs_of(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.usefixtures("kernels")
 def test_two_sequences_in_one_batch(made: Path) -> None:
-    long, short = tokens(50), tokens(23, seed=1)
-    ours = logits(load(made, max_total_tokens=64), long, short)
-    theirs = reference_logits(theirs_of(made), long, short)
-    assert theirs.std() > 0.3, "logits this flat would hide a mistake"
-    assert (ours - theirs).abs().max() < 1e-4
+    same_in_a_batch(made, partial(reference_logits, theirs_of(made)))
 
 
 @pytest.mark.usefixtures("kernels")
 def test_through_the_cache_in_chunks(made: Path) -> None:
-    """Greedy, two requests of different length, chunked and preempted, with the log-probabilities of every token;
-    then one that goes on where the first ended."""
-    engine = Engine(made, blocks=10, step_tokens=24)
-    submits = [
-        Submit(number, tokens(length, seed=number).tolist(), length, 12, [], Sampling(), 0.0, prompt_logprobs=True)
-        for number, length in enumerate((70, 33))
-    ]
-    engine.run(*submits)
-    told = [*submits[0].token_ids, *engine.text(0), 3]
-    again = Submit(2, told, len(told), 5, [], Sampling(), 0.0)
-    engine.run(again)
-    assert not engine.faults
-    assert engine.deltas[2][0].cached == 80
-    theirs = theirs_of(made)
-    for submit in (*submits, again):
-        deltas = engine.deltas[submit.id]
-        drawn = [token for delta in deltas for token in delta.tokens]
-        ids = submit.token_ids + [token.id for token in drawn]
-        expected = reference_logits(theirs, torch.tensor(ids))[:-1].log_softmax(-1)
-        scores = [*(token.logprob for delta in deltas for token in delta.prompt), *(token.logprob for token in drawn)]
-        chosen = expected.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)[-len(scores) :]
-        assert (torch.tensor(scores) - chosen).abs().max() < 1e-4
+    same_through_the_cache(made, partial(reference_logits, theirs_of(made)))
+
+
+@native
+def test_a_step_is_one_program(made: Path) -> None:
+    model, cpu = load(made), torch.device("cpu")
+    cache = KVCache(model.specs, pools(model, 1), Precision(model.compute, torch.float32), cpu)
+    assert isinstance(choose(model, cache, 16, cpu), Recorded)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])

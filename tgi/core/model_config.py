@@ -21,13 +21,28 @@ class Qkv:
     """How a checkpoint holds the projections of attention."""
 
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Of the modules: three, or one for all."""
-    order: Literal["separate", "stacked", "groups"] = "separate"
-    """Of rows. ``stacked``: q above k above v; ``groups``: the query heads of a kv head, then its key and its value."""
+    """Of the modules: three, one for q and one for both others, or one for all."""
+    order: Literal["stacked", "groups"] = "stacked"
+    """Of a module's rows. ``stacked``: q above k above v; ``groups``: the query heads of a kv head, then its key and
+    its value."""
     pairs: int = 0
     """Dimensions of a head that turn against their neighbour. They are taken so that they lie half as many apart."""
     transposed: bool = False
     """Weights are stored as [in, out]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QkNorm:
+    """A norm of q and one of k, before they are rotated."""
+
+    center: bool = False
+    """LayerNorm instead of RMSNorm."""
+    weights: Literal["shared", "heads", "modules", "whole"] = "shared"
+    """``shared``: each head is normed, all with one weight; ``heads``: with its own, in one tensor; ``modules``: with
+    its own, in a module for each; ``whole``: all heads are normed as one, with RMSNorm."""
+    bias: bool = False
+    name: str = "norm"
+    """The modules are q_ and k_ with this behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ import torch
 from torch.nn.functional import rms_norm
 
 from tgi.attention.base import Attend
-from tgi.core.model_config import ModelShape, Qkv
+from tgi.core.model_config import ModelShape, QkNorm, Qkv
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.layers.linear import ColumnLinear, RowLinear
+from tgi.layers.norm import LayerNorm, RMSNorm
 from tgi.layers.rotary import Angles, rotate
 from tgi.parallel import Group
 
@@ -20,19 +21,6 @@ class HeadNorm:
     weight: torch.Tensor
     """[heads + kv heads, head dim]."""
     eps: float
-
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        name: str,
-        shape: ModelShape,
-        eps: float,
-        offset: float = 0.0,
-    ) -> "HeadNorm":
-        """``offset``: what the checkpoint leaves away from the weights."""
-        q, k = (checkpoint.vector(f"{name}.{kind}_norm.weight", shape.head_dim) + offset for kind in "qk")
-        return cls(torch.cat((q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1))), eps)
 
     def __call__(self, heads: torch.Tensor) -> torch.Tensor:
         """[tokens, heads + kv heads, head dim] → the same."""
@@ -64,25 +52,24 @@ class Turn:
 
 def _pieces(name: str, shape: ModelShape, qkv: Qkv, group: Group) -> list[Piece]:
     """This rank's rows of q, then of k, then of v, head by head."""
-    dim, heads, kv_heads = shape.head_dim, shape.heads, shape.kv_heads
-    shared = heads // kv_heads
-    own = {"q": group.shard(heads), "k": group.shard(kv_heads), "v": group.shard(kv_heads)}
+    dim = shape.head_dim
+    shared = shape.heads // shape.kv_heads
+    counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+    own = {kind: group.shard(count) for kind, count in counts.items()}
 
-    def first(kind: str, head: int) -> int:
-        """Row of a module where a head begins."""
-        if qkv.order == "separate":
-            return head * dim
+    def first(kinds: str, kind: str, head: int) -> int:
+        """Row where a head begins in the module that holds ``kinds``."""
         if qkv.order == "stacked":
-            return (head + {"q": 0, "k": heads, "v": heads + kv_heads}[kind]) * dim
+            return (head + sum(counts[above] for above in kinds[: kinds.index(kind)])) * dim
         # In groups: the query heads of a kv head, then its key and its value.
         if kind == "q":
             return (head // shared * (shared + 2) + head % shared) * dim
         return (head * (shared + 2) + shared + (kind == "v")) * dim
 
-    def rows(kind: str) -> list[slice]:
+    def rows(kinds: str, kind: str) -> list[slice]:
         found: list[slice] = []
         for head in range(own[kind].start, own[kind].stop):
-            at = first(kind, head)
+            at = first(kinds, kind, head)
             if qkv.pairs and kind != "v":
                 turning = at + qkv.pairs
                 found += slice(at, turning, 2), slice(at + 1, turning, 2)
@@ -94,32 +81,82 @@ def _pieces(name: str, shape: ModelShape, qkv: Qkv, group: Group) -> list[Piece]
                 found.append(slice(at, at + dim))
         return found
 
-    columns = slice(0, shape.hidden)
-    if qkv.order == "separate":
-        counts = {"q": heads, "k": kv_heads, "v": kv_heads}
-        return [
-            Piece(f"{name}.{module}", (counts[kind] * dim, shape.hidden), rows(kind), columns, qkv.transposed)
-            for kind, module in zip("qkv", qkv.names, strict=True)
-        ]
-    (module,) = qkv.names
-    whole = (heads + 2 * kv_heads) * dim, shape.hidden
-    return [Piece(f"{name}.{module}", whole, [*rows("q"), *rows("k"), *rows("v")], columns, qkv.transposed)]
+    held = {1: ("qkv",), 2: ("q", "kv"), 3: ("q", "k", "v")}[len(qkv.names)]
+    return [
+        Piece(
+            f"{name}.{module}",
+            (sum(counts[kind] for kind in kinds) * dim, shape.hidden),
+            [run for kind in kinds for run in rows(kinds, kind)],
+            slice(0, shape.hidden),
+            qkv.transposed,
+        )
+        for module, kinds in zip(qkv.names, held, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QkNorms:
+    """What q and k are normed by."""
+
+    turned: HeadNorm | None = None
+    """In one go with their rotation."""
+    before: tuple[tuple[slice, RMSNorm | LayerNorm], ...] = ()
+    """Before it: columns of the projection, and the norm that replaces them."""
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, name: str, shape: ModelShape, qkv: Qkv, norm: QkNorm, eps: float, offset: float
+    ) -> "QkNorms":
+        """Those of the module ``name``. ``offset``: what the checkpoint leaves away from the weights."""
+
+        def both(suffix: str) -> torch.Tensor:
+            """[heads + kv heads, head dim]."""
+            q, k = (
+                _by_head(checkpoint, f"{name}.{kind}_{norm.name}", suffix, heads, shape.head_dim, norm.weights)
+                for kind, heads in (("q", shape.heads), ("k", shape.kv_heads))
+            )
+            # As the rows of the projection.
+            order = [*range(0, qkv.pairs, 2), *range(1, qkv.pairs, 2), *range(qkv.pairs, shape.head_dim)]
+            return torch.cat((q, k))[:, order]
+
+        weight = both("weight") + offset
+        if norm.center:
+            bias = both("bias") if norm.bias else None
+            return cls(before=((slice(0, weight.numel()), LayerNorm(weight, bias, eps, checkpoint.library)),))
+        if norm.weights != "whole":
+            return cls(turned=HeadNorm(weight, eps))
+        flat, end = weight.flatten(), shape.heads * shape.head_dim
+        columns = slice(0, end), slice(end, len(flat))
+        return cls(before=tuple((run, RMSNorm(flat[run], eps, checkpoint.library)) for run in columns))
+
+
+def _by_head(checkpoint: Checkpoint, name: str, suffix: str, heads: int, dim: int, weights: str) -> torch.Tensor:
+    """[heads, dim] of a norm's weights or biases."""
+    match weights:
+        case "shared":
+            return checkpoint.vector(f"{name}.{suffix}", dim).expand(heads, -1)
+        case "modules":
+            return torch.stack([checkpoint.vector(f"{name}.norms.{head}.{suffix}", dim) for head in range(heads)])
+        case "heads":
+            return checkpoint.vector(f"{name}.{suffix}", heads, dim)
+    return checkpoint.vector(f"{name}.{suffix}", heads * dim).view(heads, dim)
 
 
 class SelfAttention:
     """One layer's attention: o(attend(qkv(x)))."""
 
-    __slots__ = ("_heads", "_index", "_kv_heads", "_norm", "_o", "_qkv")
+    __slots__ = ("_clip", "_heads", "_index", "_kv_heads", "_norms", "_o", "_qkv")
 
     def __init__(
-        self, index: int, shape: ModelShape, qkv: ColumnLinear, o: RowLinear, norm: HeadNorm | None = None
+        self, index: int, shape: ModelShape, qkv: ColumnLinear, o: RowLinear, norms: QkNorms, clip: float | None
     ) -> None:
-        """``index``: of the layer."""
+        """``index``: of the layer. ``clip``: the most that q, k and v may be."""
         self._index = index
         self._heads, self._kv_heads = shape.heads, shape.kv_heads
         self._qkv = qkv
         self._o = o
-        self._norm = norm
+        self._norms = norms
+        self._clip = clip
 
     @classmethod
     def load(
@@ -133,9 +170,15 @@ class SelfAttention:
         o: str = "o_proj",
         bias: bool = False,
         o_bias: bool = False,
-        norm: HeadNorm | None = None,
+        norm: QkNorm | None = None,
+        eps: float = 0.0,
+        norm_offset: float = 0.0,
+        clip: float | None = None,
     ) -> "SelfAttention":
-        """The projections of the module ``name``, as ``qkv`` tells; ``o``: the last one's name."""
+        """The projections of the module ``name``, as ``qkv`` tells; ``o``: the last one's name.
+
+        ``eps``, ``norm_offset``: of ``norm``, as in QkNorms.
+        """
         width = shape.heads * shape.head_dim
         pieces = _pieces(name, shape, qkv, checkpoint.group)
         return cls(
@@ -143,7 +186,8 @@ class SelfAttention:
             shape,
             ColumnLinear.of(checkpoint, pieces, bias=bias),
             RowLinear.load(checkpoint, f"{name}.{o}", shape.hidden, width, bias=o_bias, transposed=qkv.transposed),
-            norm,
+            QkNorms() if norm is None else QkNorms.load(checkpoint, name, shape, qkv, norm, eps, norm_offset),
+            clip,
         )
 
     def __call__(self, x: torch.Tensor, angles: Angles | None, attend: Attend) -> torch.Tensor:
@@ -155,4 +199,7 @@ class SelfAttention:
         self._o.add(into, self._attended(x, angles, attend), factor)
 
     def _attended(self, x: torch.Tensor, angles: Angles | None, attend: Attend) -> torch.Tensor:
-        return attend(self._index, self._qkv(x), Turn(self._heads, self._kv_heads, angles, self._norm))
+        qkv = self._qkv(x) if self._clip is None else self._qkv.method.clipped(x, self._clip)
+        for columns, norm in self._norms.before:
+            norm.replace(qkv[:, columns])
+        return attend(self._index, qkv, Turn(self._heads, self._kv_heads, angles, self._norms.turned))

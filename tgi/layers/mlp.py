@@ -58,6 +58,26 @@ class PlainMLP:
         self._down = down
         self._activation = activation
 
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        shape: ModelShape,
+        activation: Activation,
+        *,
+        up: str,
+        down: str,
+        bias: bool,
+        transposed: bool = False,
+    ) -> "PlainMLP":
+        """``up``, ``down``: the modules."""
+        hidden, inner = shape.hidden, shape.intermediate
+        return cls(
+            ColumnLinear.load(checkpoint, {up: (inner,)}, hidden, bias=bias, transposed=transposed),
+            RowLinear.load(checkpoint, down, hidden, inner, bias=bias, transposed=transposed),
+            activation,
+        )
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
         return self._down(self._up.method.activated(x, self._activation))

@@ -6,6 +6,7 @@ the longest request that the server admits.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -41,6 +42,31 @@ class Rotary:
         angles = positions[:, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self._scale == 1.0 else (cos * self._scale, sin * self._scale)
+
+
+class Rotaries:
+    """An embedding for each layer that has one; layers with the same one share its angles."""
+
+    __slots__ = ("_ropes", "_rotaries")
+
+    def __init__(
+        self,
+        ropes: Sequence[Rope | None],
+        head_dim: int,
+        reach: int,
+        device: torch.device,
+        library: Library | None = None,
+    ) -> None:
+        """``ropes``: of each layer."""
+        self._ropes = ropes
+        self._rotaries = {
+            rope: Rotary(rope, head_dim, reach, device, library) for rope in dict.fromkeys(ropes) if rope is not None
+        }
+
+    def angles(self, positions: torch.Tensor) -> list[Angles | None]:
+        """int64 [tokens] → each layer's."""
+        angles = {rope: rotary.angles(positions) for rope, rotary in self._rotaries.items()}
+        return [None if rope is None else angles[rope] for rope in self._ropes]
 
 
 def rotate(x: torch.Tensor, angles: Angles) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tgi.core.model_config import (
     Experts,
     Latent,
     ModelShape,
+    QkNorm,
     Qkv,
     Raw,
     Rope,
@@ -36,9 +37,32 @@ class DecoderConfig:
     activation: Activation
     windows: tuple[int | None, ...]
     """Sliding window per layer."""
+    local_rope: Rope | None = None
+    """Of layers with a window, if it is another."""
+    rotated: tuple[bool, ...]
+    """Which layers rotate q and k, if there is no ALiBi."""
+    slopes: tuple[float, ...] | None = None
+    """ALiBi instead of rotary embedding."""
     attention_scale: float
+    softcap: float | None = None
+    """Of attention's scores."""
+    clip_qkv: float | None = None
+    """The most that q, k and v may be."""
+    unit_head: bool = False
+    """Each row of the head is brought to length 1."""
     spare_layers: int = 0
     """Behind the last, for other purposes than the next token: multi-token prediction."""
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """Of each layer."""
+        if self.slopes is not None:
+            return (None,) * self.shape.layers
+        local = self.local_rope or self.rope
+        return tuple(
+            (self.rope if window is None else local) if rotated else None
+            for window, rotated in zip(self.windows, self.rotated, strict=True)
+        )
 
     @property
     def spare(self) -> tuple[str, ...]:
@@ -56,36 +80,38 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseConfig(DecoderConfig):
-    """models/dense.py: a pre-norm decoder with rotary attention and a gated MLP."""
+class NormNames:
+    """Names of a layer's norms; empty: there is none."""
 
+    before_attention: str = "input_layernorm"
+    behind_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    behind_mlp: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig(DecoderConfig):
+    """models/dense.py: RMSNorms, attention and MLP one behind the other."""
+
+    norms: NormNames = NormNames()
+    qkv: Qkv = Qkv()  # noqa: RUF009  # frozen
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm over each head of q and k, before they are rotated."""
+    qk_norm: QkNorm | None = None
     packed: bool = False
-    """The checkpoint holds qkv_proj and gate_up_proj instead of five matrices."""
+    """The checkpoint holds gate_up_proj instead of two matrices."""
+    gated: bool = True
     experts: Experts | None = None
     latent: Latent | None = None
     norm_offset: float = 0.0
     """What the checkpoint leaves away from the weights of norms."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
+    """Of what attention and MLP add, unless a norm is behind them."""
     logits_scaling: float = 1.0
     """Divides the logits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GemmaConfig(DecoderConfig):
-    """models/gemma.py: norms before and behind attention and MLP, layers that see all and layers with a window."""
-
-    local_rope: Rope
-    """Of layers with a window."""
-    qk_norm: bool
-    softcap: float | None
-    """Of attention's scores."""
-    logit_cap: float
+    logit_cap: float = 0.0
     """Of the logits; 0: none."""
 
 
@@ -98,7 +124,7 @@ class Names:
     """Of learned embeddings of positions, if there are any."""
     embed_norm: str = ""
     layer: str
-    """With {} for the layer's number."""
+    """With {} for the layer's number, or {1} where the first is 1."""
     norm: str
     attention: str
     o: str
@@ -106,13 +132,16 @@ class Names:
     mlp_norm: str = ""
     up: str = ""
     down: str = ""
-    final_norm: str
+    final_norm: str = ""
     head: str = "lm_head"
+    project_in: str = ""
+    project_out: str = ""
+    """Between embedding, head and layers, where these are of another width."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptConfig(DecoderConfig):
-    """models/gpt.py: LayerNorms, attention and MLP one behind the other or side by side."""
+    """models/gpt.py: NormNames, attention and MLP one behind the other or side by side."""
 
     names: Names
     qkv: Qkv
@@ -120,14 +149,20 @@ class GptConfig(DecoderConfig):
     """Attention and MLP are side by side."""
     two_norms: bool = True
     """Attention and MLP have one each."""
+    norms_behind: bool = False
+    """They are taken of the residual stream behind attention and MLP, not before."""
+    norm_weight: bool = True
     norm_bias: bool = True
+    norm_offset: float = 0.0
+    """What the checkpoint leaves away from the weights of norms."""
+    qk_norm: QkNorm | None = None
     gated: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
-    slopes: tuple[float, ...] | None = None
-    """ALiBi instead of rotary embedding."""
+    embedding: int | None = None
+    """Width of the vocabulary's matrices, if it is another than that of the layers."""
     first_position: int = 0
     """Row of the learned embedding that position 0 has."""
     logit_factor: float = 1.0
@@ -239,6 +274,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -289,6 +325,7 @@ class Family:
             "eps": number(raw, self.eps),
             "activation": self.activations[activation],
             "windows": (None,) * shape.layers,
+            "rotated": (True,) * shape.layers,
             "attention_scale": shape.head_dim**-0.5,
         }
         return self.config(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields

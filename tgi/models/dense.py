@@ -1,17 +1,16 @@
-"""The pre-norm decoder with rotary attention and a gated MLP: Llama and its relatives, told apart by DenseConfig."""
+"""Decoders of Llama's lineage: RMSNorms before attention and MLP, behind them, or both; told apart by DenseConfig."""
 
 import torch
 
 from tgi.attention.base import Attend, AttnSpec
-from tgi.core.model_config import Qkv
-from tgi.layers.attention import HeadNorm, SelfAttention
+from tgi.layers.attention import SelfAttention
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
 from tgi.layers.latent import LatentAttention
-from tgi.layers.mlp import GatedMLP
+from tgi.layers.mlp import GatedMLP, PlainMLP
 from tgi.layers.moe import MoE
 from tgi.layers.norm import RMSNorm
-from tgi.layers.rotary import Angles, Rotary
+from tgi.layers.rotary import Angles, Rotaries
 from tgi.models.config import DenseConfig
 
 
@@ -23,18 +22,19 @@ class DenseDecoder:
         self.vocab_size = shape.vocab
         self.compute = checkpoint.compute
         self.library = checkpoint.library
+        scale, softcap, slopes = config.attention_scale, config.softcap, config.slopes
         self.specs = [
-            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, config.attention_scale, window, latent=shape.latent)
+            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, scale, window, softcap, slopes, shape.latent)
             for window in config.windows
         ]
         self._embed = VocabEmbedding.load(
             checkpoint, "model.embed_tokens", shape.vocab, shape.hidden, config.embedding_multiplier
         )
         factor = 1 / config.logits_scaling
-        self._head = LmHead.load(checkpoint, "lm_head", shape, self._embed, factor)
+        self._head = LmHead.load(checkpoint, "lm_head", shape, self._embed, factor, config.logit_cap)
         self.head = self._head.native
         turning = shape.head_dim - shape.latent
-        self._rotary = Rotary(config.rope, turning, reach, checkpoint.device, checkpoint.library)
+        self._rotaries = Rotaries(config.ropes, turning, reach, checkpoint.device, checkpoint.library)
         self._layers = [DenseLayer(config, checkpoint, index) for index in range(shape.layers)]
         self._norm = RMSNorm.load(checkpoint, "model.norm", shape.hidden, config.eps, config.norm_offset)
 
@@ -42,8 +42,7 @@ class DenseDecoder:
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """int64 [tokens], int64 [tokens] → [tokens, hidden], normalised and ready for ``logits``."""
         x = self._embed(token_ids)
-        angles = self._rotary.angles(positions)
-        for layer in self._layers:
+        for layer, angles in zip(self._layers, self._rotaries.angles(positions), strict=True):
             layer(x, angles, attend)
         return self._norm(x)
 
@@ -57,12 +56,18 @@ class DenseLayer:
     """Attention and MLP, each adding to the residual stream."""
 
     def __init__(self, config: DenseConfig, checkpoint: Checkpoint, index: int) -> None:
-        shape = config.shape
+        shape, norms = config.shape, config.norms
         name = f"model.layers.{index}"
-        attention = f"{name}.self_attn"
         self._residual = config.residual_multiplier
-        norm = shape.hidden, config.eps, config.norm_offset
-        self._norm = RMSNorm.load(checkpoint, f"{name}.input_layernorm", *norm)
+
+        def norm(module: str) -> RMSNorm | None:
+            if not module:
+                return None
+            return RMSNorm.load(checkpoint, f"{name}.{module}", shape.hidden, config.eps, config.norm_offset)
+
+        self._before_attention, self._behind_attention = norm(norms.before_attention), norm(norms.behind_attention)
+        self._before_mlp, self._behind_mlp = norm(norms.before_mlp), norm(norms.behind_mlp)
+        attention = f"{name}.self_attn"
         self._attention: SelfAttention | LatentAttention
         if config.latent is not None:
             self._attention = LatentAttention(checkpoint, attention, index, shape, config.latent)
@@ -72,26 +77,38 @@ class DenseLayer:
                 attention,
                 index,
                 shape,
-                Qkv(("qkv_proj",), "stacked") if config.packed else Qkv(),
+                config.qkv,
                 bias=config.qkv_bias,
                 o_bias=config.o_bias,
-                norm=HeadNorm.load(checkpoint, attention, shape, config.eps) if config.qk_norm else None,
+                norm=config.qk_norm,
+                eps=config.eps,
+                norm_offset=config.norm_offset,
+                clip=config.clip_qkv,
             )
-        self._mlp_norm = RMSNorm.load(checkpoint, f"{name}.post_attention_layernorm", *norm)
-        self._mlp: GatedMLP | MoE
+        self._mlp: GatedMLP | PlainMLP | MoE
+        mlp = f"{name}.mlp"
         if config.experts is not None and config.experts.layers[index]:
             self._mlp = MoE.load(checkpoint, name, shape, config.experts, config.activation)
-        else:
+        elif config.gated:
             self._mlp = GatedMLP.load(
-                checkpoint,
-                f"{name}.mlp",
-                shape,
-                config.activation,
-                bias=config.mlp_bias,
-                packed=config.packed,
+                checkpoint, mlp, shape, config.activation, bias=config.mlp_bias, packed=config.packed
+            )
+        else:
+            self._mlp = PlainMLP.load(
+                checkpoint, shape, config.activation, up=f"{mlp}.up_proj", down=f"{mlp}.down_proj", bias=config.mlp_bias
             )
 
-    def __call__(self, x: torch.Tensor, angles: Angles, attend: Attend) -> None:
+    def __call__(self, x: torch.Tensor, angles: Angles | None, attend: Attend) -> None:
         """Add this layer's work to ``x`` [tokens, hidden] in place."""
-        self._attention.add(x, self._norm(x), angles, attend, self._residual)
-        self._mlp.add(x, self._mlp_norm(x), self._residual)
+        seen = x if self._before_attention is None else self._before_attention(x)
+        if self._behind_attention is None:
+            self._attention.add(x, seen, angles, attend, self._residual)
+        else:
+            assert not isinstance(self._attention, LatentAttention), "it adds what it makes"
+            self._behind_attention.add(x, self._attention(seen, angles, attend))
+        seen = x if self._before_mlp is None else self._before_mlp(x)
+        if self._behind_mlp is None:
+            self._mlp.add(x, seen, self._residual)
+        else:
+            assert not isinstance(self._mlp, MoE), "experts add what they make"
+            self._behind_mlp.add(x, self._mlp(seen))

@@ -10,7 +10,7 @@ from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, architecture, read_config
 from tgi.models.config import DecoderConfig, Family
-from tgi.models.families import deepseek, experts, gemma, gpt, llama
+from tgi.models.families import baichuan, cohere, deepseek, experts, gemma, gpt, llama, olmo
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,6 @@ class Row(NamedTuple):
 
 _DENSE = ("tgi.models.dense", "DenseDecoder")
 _GPT = ("tgi.models.gpt", "GptDecoder")
-_GEMMA = ("tgi.models.gemma", "GemmaDecoder")
 
 ARCHITECTURES: dict[str, Row] = {
     "LlamaForCausalLM": Row(*_DENSE, llama.LLAMA, "Llama 1 to 3.3, SmolLM, Yi, and others of the same layout"),
@@ -43,6 +42,22 @@ ARCHITECTURES: dict[str, Row] = {
     "Qwen3ForCausalLM": Row(*_DENSE, llama.QWEN3, "Qwen 3, dense sizes"),
     "Phi3ForCausalLM": Row(*_DENSE, llama.PHI3, "Phi 3, 3.5 and 4"),
     "GraniteForCausalLM": Row(*_DENSE, llama.GRANITE, "Granite 3, dense sizes"),
+    "SmolLM3ForCausalLM": Row(*_DENSE, llama.SMOLLM3, "SmolLM3"),
+    "ArceeForCausalLM": Row(*_DENSE, llama.ARCEE, "Arcee AFM"),
+    "SeedOssForCausalLM": Row(*_DENSE, llama.SEED_OSS, "Seed-OSS"),
+    "Ernie4_5ForCausalLM": Row(*_DENSE, llama.ERNIE, "Ernie 4.5, dense sizes"),
+    "HeliumForCausalLM": Row(*_DENSE, llama.HELIUM, "Helium"),
+    "GlmForCausalLM": Row(*_DENSE, llama.GLM, "GLM 4 9B"),
+    "Glm4ForCausalLM": Row(*_DENSE, llama.GLM4, "GLM 4 0414"),
+    "Exaone4ForCausalLM": Row(*_DENSE, llama.EXAONE4, "EXAONE 4"),
+    "Olmo2ForCausalLM": Row(*_DENSE, olmo.OLMO2, "OLMo 2"),
+    "Olmo3ForCausalLM": Row(*_DENSE, olmo.OLMO3, "OLMo 3"),
+    "BaichuanForCausalLM": Row(*_DENSE, baichuan.BAICHUAN, "Baichuan 2, and Baichuan 13B"),
+    "BaiChuanForCausalLM": Row(*_DENSE, baichuan.BAICHUAN, "Baichuan 7B"),
+    "OlmoForCausalLM": Row(*_GPT, olmo.OLMO, "OLMo 1"),
+    "NemotronForCausalLM": Row(*_GPT, gpt.NEMOTRON, "Nemotron 3 and 4, Minitron"),
+    "GPT2LMHeadCustomModel": Row(*_GPT, gpt.SANTACODER, "SantaCoder under its first name"),
+    "Cohere2ForCausalLM": Row(*_GPT, cohere.COHERE2, "Command R7B and A"),
     "MixtralForCausalLM": Row(*_DENSE, experts.MIXTRAL, "Mixtral"),
     "Qwen2MoeForCausalLM": Row(*_DENSE, experts.QWEN2_MOE, "Qwen 1.5 and 2, mixtures of experts"),
     "Qwen3MoeForCausalLM": Row(*_DENSE, experts.QWEN3_MOE, "Qwen 3, mixtures of experts"),
@@ -52,19 +67,20 @@ ARCHITECTURES: dict[str, Row] = {
     "GPTNeoXForCausalLM": Row(*_GPT, gpt.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
     "GPTJForCausalLM": Row(*_GPT, gpt.GPTJ, "GPT-J"),
     "PhiForCausalLM": Row(*_GPT, gpt.PHI, "Phi 1, 1.5 and 2"),
+    "MixFormerSequentialForCausalLM": Row(*_GPT, gpt.PHI, "Phi 1 and 1.5 under their first name"),
     "FalconForCausalLM": Row(*_GPT, gpt.FALCON, "Falcon 1 and 2, with rotary embedding or ALiBi"),
     "RWForCausalLM": Row(*_GPT, gpt.FALCON, "Falcon under its first name"),
     "GPT2LMHeadModel": Row(*_GPT, gpt.GPT2, "GPT-2"),
     "GPTBigCodeForCausalLM": Row(*_GPT, gpt.BIGCODE, "StarCoder 1, SantaCoder"),
-    "OPTForCausalLM": Row(*_GPT, gpt.OPT, "OPT and Galactica, but for OPT 350M"),
+    "OPTForCausalLM": Row(*_GPT, gpt.OPT, "OPT and Galactica"),
     "BloomForCausalLM": Row(*_GPT, gpt.BLOOM, "BLOOM, BLOOMZ"),
     "MptForCausalLM": Row(*_GPT, gpt.MPT, "MPT"),
     "MPTForCausalLM": Row(*_GPT, gpt.MPT, "MPT under its first name"),
     "Starcoder2ForCausalLM": Row(*_GPT, gpt.STARCODER2, "StarCoder 2"),
-    "CohereForCausalLM": Row(*_GPT, gpt.COHERE, "Command R, Aya"),
+    "CohereForCausalLM": Row(*_GPT, cohere.COHERE, "Command R, Aya"),
     "GemmaForCausalLM": Row(*_DENSE, gemma.GEMMA, "Gemma 1, CodeGemma"),
-    "Gemma2ForCausalLM": Row(*_GEMMA, gemma.GEMMA2, "Gemma 2"),
-    "Gemma3ForCausalLM": Row(*_GEMMA, gemma.GEMMA3, "Gemma 3, text alone"),
+    "Gemma2ForCausalLM": Row(*_DENSE, gemma.GEMMA2, "Gemma 2"),
+    "Gemma3ForCausalLM": Row(*_DENSE, gemma.GEMMA3, "Gemma 3, text alone"),
 }
 
 

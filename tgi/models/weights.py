@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         head = f"{config.head_name}.weight"
         if not any(name.startswith(config.prefix) for name in entries):
             entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
+        if config.unit_head and head in entries:
+            entries[head] = _unit_rows(entries[head])
         tied = config.shape.tied
         ignored = {
             name
@@ -96,6 +98,15 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
             if _REDUNDANT.search(name) or (tied and name == head) or name.startswith(config.spare)
         }
         yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
+
+
+def _unit_rows(entry: Entry) -> Entry:
+    """The same matrix with rows of length 1."""
+
+    def read() -> torch.Tensor:
+        return torch.nn.functional.normalize(entry.read().float())
+
+    return replace(entry, read=read, read_stored=read)
 
 
 _NOT_WEIGHTS = ("arguments", "args", "training")

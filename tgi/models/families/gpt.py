@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from tgi.core.errors import StartupError
-from tgi.core.model_config import ModelShape, Qkv, Raw, flag, integer, number
+from tgi.core.model_config import ModelShape, QkNorm, Qkv, Raw, architecture, flag, integer, number
 from tgi.models.config import Family, GptConfig, Names, keys_of
 
-_LLAMA_NAMES = Names(
+LLAMA_NAMES = Names(
     embed="model.embed_tokens",
     layer="model.layers.{}",
     norm="input_layernorm",
@@ -71,9 +71,24 @@ def _gptj(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 
 def _phi(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    names = replace(LLAMA_NAMES, o="dense", up="mlp.fc1", down="mlp.fc2", final_norm="model.final_layernorm")
+    sequential = architecture(raw) == "MixFormerSequentialForCausalLM"
+    if sequential or raw.get("model_type") == "phi-msft":
+        last = f"layers.{shape.layers + 1}" if sequential else "lm_head"
+        names = replace(
+            names,
+            embed="layers.0.wte" if sequential else "transformer.embd.wte",
+            layer="layers.{1}" if sequential else "transformer.h.{}",
+            norm="ln",
+            attention="mixer",
+            o="out_proj",
+            final_norm=f"{last}.ln",
+            head=f"{last}.linear",
+        )
     return {
-        "names": replace(_LLAMA_NAMES, o="dense", up="mlp.fc1", down="mlp.fc2", final_norm="model.final_layernorm"),
-        "qkv": Qkv(),
+        "names": names,
+        "qkv": Qkv(("Wqkv",)) if names.attention == "mixer" else Qkv(),
+        "qk_norm": QkNorm(center=True, bias=True, name="layernorm") if flag(raw, "qk_layernorm", False) else None,
         "parallel": True,
         "two_norms": False,
         "qkv_bias": True,
@@ -110,30 +125,29 @@ def _falcon(raw: Raw, shape: ModelShape) -> dict[str, object]:
     }
 
 
-def _cohere(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    bias = flag(raw, "attention_bias", False)
-    return {
-        "names": _LLAMA_NAMES,
-        "qkv": Qkv(pairs=shape.head_dim),
-        "parallel": True,
-        "two_norms": False,
-        "norm_bias": False,
-        "gated": True,
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "logit_factor": number(raw, "logit_scale", 0.0625),
-    }
-
-
 def _stablelm(raw: Raw, shape: ModelShape) -> dict[str, object]:
     parallel = flag(raw, "use_parallel_residual", False)
+    norm = QkNorm(center=True, weights="modules", name="layernorm")
     return {
-        "names": _LLAMA_NAMES,
+        "names": LLAMA_NAMES,
         "qkv": Qkv(),
+        "qk_norm": norm if flag(raw, "qk_layernorm", False) else None,
         "parallel": parallel,
         "two_norms": not parallel,
         "gated": True,
         "qkv_bias": flag(raw, "use_qkv_bias", False),
+    }
+
+
+def _nemotron(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    bias = flag(raw, "attention_bias", False)
+    return {
+        "names": replace(LLAMA_NAMES, up="mlp.up_proj", down="mlp.down_proj"),
+        "qkv": Qkv(),
+        "norm_offset": 1.0,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "mlp_bias": flag(raw, "mlp_bias", False),
     }
 
 
@@ -159,8 +173,10 @@ def _fourfold(raw: dict[str, object]) -> None:
         raw["intermediate_size"] = 4 * integer(raw, "hidden_size")
 
 
-def _gptj_sizes(raw: dict[str, object]) -> None:
+def _rotary_dim(raw: dict[str, object]) -> None:
     _fourfold(raw)
+    if raw.get("rotary_dim") is None:
+        return
     dim = integer(raw, "hidden_size") / integer(raw, "num_attention_heads")
     raw["partial_rotary_factor"] = integer(raw, "rotary_dim") / dim
 
@@ -188,14 +204,24 @@ GPTJ = Family(
     eps="layer_norm_epsilon",
     defaults={"activation_function": "gelu_new", "rotary_dim": 64, "layer_norm_epsilon": 1e-5},
     aliases=_GPT_SIZES,
-    sizes=_gptj_sizes,
+    sizes=_rotary_dim,
 )
 PHI = Family(
     _phi,
-    keys_of("partial_rotary_factor"),
+    keys_of(
+        """partial_rotary_factor qk_layernorm rotary_dim flash_attn flash_rotary fused_dense img_processor
+        pad_vocab_size_multiple"""
+    ),
     GptConfig,
     eps="layer_norm_eps",
     defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+    aliases=_GPT_SIZES
+    | {
+        "n_head_kv": "num_key_value_heads",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+    },
+    sizes=_rotary_dim,
 )
 FALCON = Family(
     _falcon,
@@ -219,21 +245,19 @@ FALCON = Family(
     },
     sizes=_falcon_sizes,
 )
-COHERE = Family(
-    _cohere,
-    keys_of("attention_bias logit_scale"),
-    GptConfig,
-    eps="layer_norm_eps",
-    defaults={"tie_word_embeddings": True, "layer_norm_eps": 1e-5},
-)
-
-
 STABLELM = Family(
     _stablelm,
-    keys_of("partial_rotary_factor use_parallel_residual use_qkv_bias"),
+    keys_of("partial_rotary_factor use_parallel_residual use_qkv_bias qk_layernorm"),
     GptConfig,
     eps="layer_norm_eps",
     defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+)
+NEMOTRON = Family(
+    _nemotron,
+    keys_of("partial_rotary_factor attention_bias mlp_bias"),
+    GptConfig,
+    eps="norm_eps",
+    defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
 )
 
 
@@ -243,8 +267,14 @@ _ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 def _gpt2(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return _ALL_BIASES | {
         "names": replace(_GPT2_NAMES, positions="transformer.wpe"),
-        "qkv": Qkv(("c_attn",), "stacked", transposed=True),
+        "qkv": Qkv(("c_attn",), transposed=True),
     }
+
+
+def _santacoder(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    if (kind := raw.get("attention_head_type")) != "multiquery":
+        raise StartupError(f"config.json: attention_head_type: {kind!r} is not implemented")
+    return _gpt2(raw, shape) | {"qkv": Qkv(("q_attn", "kv_attn"), transposed=True)}
 
 
 def _bigcode(raw: Raw, shape: ModelShape) -> dict[str, object]:
@@ -255,8 +285,10 @@ def _bigcode(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 
 def _opt(raw: Raw, shape: ModelShape) -> dict[str, object]:
-    if integer(raw, "word_embed_proj_dim", shape.hidden) != shape.hidden:
-        raise StartupError("config.json: word_embed_proj_dim: not implemented where it differs from hidden_size")
+    before = flag(raw, "do_layer_norm_before", True)
+    affine = flag(raw, "layer_norm_elementwise_affine", True)
+    width = integer(raw, "word_embed_proj_dim", shape.hidden)
+    final = before and not flag(raw, "_remove_final_layer_norm", False)
     return {
         "names": Names(
             embed="model.decoder.embed_tokens",
@@ -268,9 +300,15 @@ def _opt(raw: Raw, shape: ModelShape) -> dict[str, object]:
             mlp_norm="final_layer_norm",
             up="fc1",
             down="fc2",
-            final_norm="model.decoder.final_layer_norm",
+            final_norm="model.decoder.final_layer_norm" if final else "",
+            project_in="model.decoder.project_in",
+            project_out="model.decoder.project_out",
         ),
         "qkv": Qkv(),
+        "norms_behind": not before,
+        "norm_weight": affine,
+        "norm_bias": affine,
+        "embedding": None if width == shape.hidden else width,
         "first_position": 2,
         **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), flag(raw, "enable_bias", True)),
     }
@@ -288,7 +326,6 @@ def _mpt(raw: Raw, shape: ModelShape) -> dict[str, object]:
     attention = raw.get("attn_config") or {}
     plain = {
         "attn_type": ("multihead_attention",),
-        "clip_qkv": (),
         "prefix_lm": (False,),
         "qk_ln": (False,),
         "alibi": (True,),
@@ -308,16 +345,17 @@ def _mpt(raw: Raw, shape: ModelShape) -> dict[str, object]:
             down="ffn.down_proj",
             final_norm="transformer.norm_f",
         ),
-        "qkv": Qkv(("Wqkv",), "stacked"),
+        "qkv": Qkv(("Wqkv",)),
         "norm_bias": False,
         "slopes": alibi_slopes(shape.heads),
+        "clip_qkv": number(attention, "clip_qkv", None),
         "attention_scale": number(attention, "softmax_scale", shape.head_dim**-0.5),
     }
 
 
 def _starcoder2(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {
-        "names": replace(_LLAMA_NAMES, up="mlp.c_fc", down="mlp.c_proj"),
+        "names": replace(LLAMA_NAMES, up="mlp.c_fc", down="mlp.c_proj"),
         "qkv": Qkv(),
         "windows": (integer(raw, "sliding_window", None),) * shape.layers,
         **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), flag(raw, "use_bias", True)),
@@ -340,6 +378,12 @@ GPT2 = Family(
     aliases=_GPT_SIZES,
     sizes=_fourfold,
 )
+SANTACODER = replace(
+    GPT2,
+    rule=_santacoder,
+    keys=GPT2.keys | {"attention_head_type"},
+    sizes=lambda raw: _one_kv_head(raw, True),
+)
 BIGCODE = Family(
     _bigcode,
     _SUMMARY
@@ -357,7 +401,10 @@ BIGCODE = Family(
 )
 OPT = Family(
     _opt,
-    keys_of("word_embed_proj_dim enable_bias dropout activation_dropout layerdrop init_std"),
+    keys_of(
+        """word_embed_proj_dim enable_bias dropout activation_dropout layerdrop init_std do_layer_norm_before
+        layer_norm_elementwise_affine _remove_final_layer_norm"""
+    ),
     GptConfig,
     activation="activation_function",
     eps="layer_norm_eps",
