@@ -141,7 +141,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptConfig(DecoderConfig):
-    """models/gpt.py: NormNames, attention and MLP one behind the other or side by side."""
+    """models/gpt.py: LayerNorms, attention and MLP one behind the other or side by side."""
 
     names: Names
     qkv: Qkv
