@@ -2,12 +2,16 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.tiny import write_model
 
 LAUNCHER = "from tgi.cli import launcher as main"
 ROUTER = "from tgi.cli import router as main"
@@ -63,6 +67,22 @@ def test_obsolete_flags_are_warned_of_and_env_is_shown(tmp_path: Path) -> None:
     done = command(LAUNCHER, "--model-id", str(tmp_path), "--port", "0", "--max-waiting-tokens", "3", "--env")
     assert re.search(r"WARN text_generation_launcher: `--max-waiting-tokens` changes nothing here", done.stdout)
     assert "Runtime environment:" in done.stdout and f"Python: {sys.version.split()[0]}" in done.stdout
+
+
+def test_a_program_among_the_weights_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path / 'canary'}",)
+
+    folder = write_model(tmp_path / "model", "llama")
+    (folder / "model.safetensors").unlink()
+    with (folder / "pytorch_model.bin").open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("pytorch_model/data.pkl", pickle.dumps({"model.norm.weight": Program()}))
+    for which, *words in ((LAUNCHER, "--model-id", str(folder), "--port", "0"), (SERVER, "serve", str(folder))):
+        done = command(which, *words)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"Error: {folder}/pytorch_model.bin: its pickle asks for posix.system")
+    assert not (tmp_path / "canary").exists()
 
 
 def test_json_lines(tmp_path: Path) -> None:

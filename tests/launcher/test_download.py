@@ -37,6 +37,16 @@ SHARDED = SMALL | {
     "model-00001-of-00002.safetensors": b"one",
     "model-00002-of-00002.safetensors": b"two" * 100_000,
 }
+PICKLED = SMALL | {
+    "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}).encode(),
+    "pytorch_model-00001-of-00002.bin": b"one",
+    "pytorch_model-00002-of-00002.bin": b"two",
+    "training_args.bin": b"no",
+    "optimizer.bin": b"no",
+    "adapter_model.bin": b"no",
+    "scheduler.pt": b"no",
+    "tf_model.h5": b"no",
+}
 
 
 @dataclass
@@ -56,7 +66,8 @@ def hub() -> Iterator[Hub]:
         "org/sharded": Repo({"main": SHARDED}),
         "org/secret": Repo({"main": MODEL}, token="hf_right"),
         "org/gated": Repo({"main": MODEL}, gated=True),
-        "org/pickled": Repo({"main": SMALL | {"pytorch_model.bin": b"x"}}),
+        "org/pickled": Repo({"main": PICKLED}),
+        "org/onnx": Repo({"main": SMALL | {"model.onnx": b"x"}}),
         "org/ggufs": Repo({"main": {"README.md": b"", "a.Q4_0.gguf": b"x", "a.Q8_0.gguf": b"x"}}),
     }
     with serve_hub(repos) as hub:
@@ -127,6 +138,15 @@ def test_a_model_of_the_hub_is_fetched_once(hub: Hub, resolve: Callable[..., Ans
     assert hub.requests == []
 
 
+def test_pickles_are_fetched_where_there_is_nothing_better(resolve: Callable[..., Answer]) -> None:
+    answer = resolve("org/pickled")
+    assert answer.code == 0, answer.log
+    assert read(answer) == b"onetwo"
+    fetched = {path.name for path in Path(str(answer.files["folder"])).iterdir()}
+    assert fetched == {*SMALL, *(name for name in PICKLED if name.startswith("pytorch_model"))}
+    assert resolve("org/pickled", HF_HUB_OFFLINE="1").files["weights"] == answer.files["weights"]
+
+
 def test_revisions(hub: Hub, resolve: Callable[..., Answer]) -> None:
     named = resolve("org/plain", "v1")
     assert read(named) == b"old" and named.files["revision"] == "v1"
@@ -176,7 +196,7 @@ def test_tokens(resolve: Callable[..., Answer]) -> None:
     [
         ("org/absent", ("no model org/absent",)),
         ("org/gated", ("org/gated is gated", "HF_TOKEN")),
-        ("org/pickled", ("org/pickled: there are no .safetensors files, only pytorch_model.bin", "pickles")),
+        ("org/onnx", ("org/onnx: there are no .safetensors, .bin or .pt files of weights",)),
         ("org/ggufs", ("only GGUF files", "a.Q4_0.gguf, a.Q8_0.gguf")),
         ("org/ggufs/b.gguf", ("org/ggufs: there is no b.gguf", "a.Q4_0.gguf")),
         ("./nowhere", ("./nowhere is no file or folder",)),
@@ -240,6 +260,13 @@ def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
         resolve_model(str(place), "main", Store(tmp_path))
 
 
+@pytest.mark.parametrize("names", [["a.safetensors"], ["a.bin", "b.bin"], ["a.pt"]])
+def test_the_best_format_alone_is_taken(names: list[str]) -> None:
+    worse = {".safetensors": ["x.bin", "x.pt", "x.bin.index.json"], ".bin": ["x.pt"], ".pt": ["x.pth"]}
+    others = ["training_args.bin", "args.safetensors", "consolidated.safetensors", "sub/a.safetensors"]
+    assert layout.weights([*worse[Path(names[0]).suffix], *others, *names]) == names
+
+
 def test_weights_from_another_folder(tmp_path: Path) -> None:
     place = folder(tmp_path / "model", SMALL)
     other = folder(tmp_path / "weights", {"model.safetensors": b""})
@@ -251,7 +278,12 @@ def test_weights_from_another_folder(tmp_path: Path) -> None:
     [
         ({"tokenizer.json": b""}, "config.json is missing"),
         ({"config.json": b"", "tokenizer.model": b""}, "tokenizer.json is missing"),
-        (SMALL, "no .safetensors"),
+        (SMALL, "no .safetensors, .bin or .pt files"),
+        (
+            {key: PICKLED[key] for key in PICKLED if "00001-of" not in key},
+            "pytorch_model-00001-of-00002.bin is missing",
+        ),
+        (SMALL | {"pytorch_model.bin.index.json": b"{", "pytorch_model.bin": b""}, "not a readable index"),
         (SMALL | {"model.gguf": b""}, "only GGUF files"),
         (SHARDED | {"model.safetensors.index.json": b"{"}, "not a readable index"),
         (

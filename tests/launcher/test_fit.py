@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
@@ -234,9 +235,22 @@ def test_rope_flags_stretch_the_model(tmp_path: Path) -> None:
 
 def test_gguf_weights_are_counted_by_their_index(tmp_path: Path) -> None:
     (tmp_path / "gguf_index.json").write_text(
-        json.dumps({"a": {"type": "Q4_1", "shape": [32, 10]}, "b": {"shape": [5]}})
+        json.dumps({"a": {"type": "Q4_1", "shape": [32, 10]}, "b": {"type": "F32", "shape": [5]}})
     )
     assert elements(ModelFiles(model_id="m", folder=str(tmp_path), weights=["/x/model.gguf"])) == 325
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
+def test_pickled_weights_are_counted_by_their_pickle(tmp_path: Path, archive: bool) -> None:
+    """A head that is the embedding counts once, masks don't count."""
+    table = torch.ones(10, 4, dtype=torch.float16)
+    paths = [tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "pytorch_model-00002-of-00002.bin"]
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    state = {"embed": table, "head": table, "mask": mask}
+    torch.save(state, paths[0], _use_new_zipfile_serialization=archive)
+    torch.save({"more": torch.ones(7)}, paths[1], _use_new_zipfile_serialization=archive)
+    files = ModelFiles(model_id="m", folder=str(tmp_path), weights=[str(path) for path in paths])
+    assert elements(files) == 47
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"[]"])

@@ -1,18 +1,23 @@
 """The loader: every tensor once, none forgotten, and clear words for every way a checkpoint can be broken."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from tests.parity.conftest import load, logits, tokens
 from tests.tiny import write_model
+from tests.tiny_gguf import write_gguf
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
+from tgi.launcher.gguf import import_gguf
 from tgi.models.registry import load_model
 
 Tensors = dict[str, np.ndarray]
@@ -50,11 +55,6 @@ def test_several_files_are_one_checkpoint(folder: Path):
     assert torch.equal(logits(load(folder), tokens(9)), whole)
 
 
-def test_files_of_training_settings_are_no_weights(folder: Path):
-    save_file({"lr": np.ones(1, np.float32)}, folder / "training_args.safetensors")
-    load(folder)
-
-
 def test_derived_tensors_are_ignored(folder: Path):
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
     load(folder)
@@ -65,6 +65,85 @@ def test_a_stored_copy_of_a_tied_head_is_ignored(tmp_path: Path):
     tied = logits(load(folder), tokens(9))
     edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     assert torch.equal(logits(load(folder), tokens(9)), tied)
+
+
+def pickled(folder: Path, *, archive: bool = True, files: int = 1) -> list[Path]:
+    """Replace the safetensors by ``files`` of torch.save's."""
+    tensors = sorted(load_torch(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    paths = [folder / f"pytorch_model-{n + 1:05}-of-{files:05}.bin" for n in range(files)]
+    for number, path in enumerate(paths):
+        torch.save(dict(tensors[number::files]), path, _use_new_zipfile_serialization=archive)
+    return paths
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
+def test_torch_s_own_files(folder: Path, archive: bool, files: int):
+    expected = logits(load(folder), tokens(9))
+    pickled(folder, archive=archive, files=files)
+    assert torch.equal(logits(load(folder), tokens(9)), expected)
+
+
+def test_tied_tensors_of_one_file_are_one(tmp_path: Path):
+    folder = write_model(tmp_path, "llama", tie_word_embeddings=True)
+    expected = logits(load(folder), tokens(9))
+    (path,) = pickled(folder)
+    state = torch.load(path)
+    torch.save(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, path)
+    assert torch.equal(logits(load(folder), tokens(9)), expected)
+
+
+def test_masks_are_ignored_whatever_their_type(folder: Path):
+    expected = logits(load(folder), tokens(9))
+    mask = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    save_torch(load_torch(folder / "model.safetensors") | mask, folder / "model.safetensors")
+    assert torch.equal(logits(load(folder), tokens(9)), expected)
+    (path,) = pickled(folder)
+    torch.save(torch.load(path) | mask, path)
+    assert torch.equal(logits(load(folder), tokens(9)), expected)
+
+
+def test_a_program_among_the_weights_is_refused(folder: Path, tmp_path: Path):
+    class Program:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path / 'canary'}",)
+
+    (path,) = pickled(folder)
+    torch.save(torch.load(path) | {"x": Program()}, path)
+    refused(folder, path.name, "posix.system")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("length", [0, 5, 300, -1])
+def test_a_truncated_file_of_torch_s(folder: Path, length: int):
+    (path,) = pickled(folder)
+    path.write_bytes(path.read_bytes()[:length])
+    refused(folder, path.name, "not a readable file of torch.save's")
+
+
+@pytest.mark.parametrize("served", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "gguf"])
+def test_every_format_gives_the_same_model(tmp_path: Path, form: str, stored: torch.dtype, served: torch.dtype):
+    folder = write_model(tmp_path / "model", "llama")
+    path = folder / "model.safetensors"
+    if form == "gguf":
+        path = write_gguf(folder, {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[stored])
+    tensors = load_torch(folder / "model.safetensors")
+    # A GGUF file keeps vectors as they are.
+    save_torch(
+        {n: t.to(stored) if t.dim() > 1 or form != "gguf" else t for n, t in tensors.items()},
+        folder / "model.safetensors",
+    )
+    expected = logits(load(folder, dtype=served), tokens(9))
+    files = ModelFiles(model_id="tiny", folder=str(folder), weights=[str(path)])
+    if form == "bin":
+        files = msgspec.structs.replace(files, weights=[str(path) for path in pickled(folder)])
+    elif form == "gguf":
+        files = msgspec.structs.replace(files, folder=str(import_gguf(path, tmp_path)))
+    ours = load_model(files, served, torch.device("cpu"), progress=lambda done, total: None)
+    assert torch.equal(logits(ours, tokens(9)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

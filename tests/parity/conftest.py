@@ -74,8 +74,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: object) -> Model:
-    """Our model of a folder of safetensors files."""
-    weights = sorted(str(path) for path in folder.glob("*.safetensors"))
+    """Our model of a folder."""
+    weights = sorted(str(path) for kind in ("safetensors", "bin") for path in folder.glob(f"*.{kind}"))
     files = ModelFiles(model_id="tiny", folder=str(folder), weights=weights)
     return load_model(files, dtype, torch.device(device), progress=lambda done, total: None, **options)  # type: ignore[arg-type]  # options are load_model's
 

@@ -68,7 +68,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Holds config.json, tokenizer.json and, where the model has them, tokenizer_config.json, generation_config.json,
     chat_template.jinja; for GGUF also gguf_index.json."""
     weights: list[str]
-    """Absolute paths: safetensors files, or one GGUF file."""
+    """Absolute paths: safetensors files, files of torch.save's, or one GGUF file."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

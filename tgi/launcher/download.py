@@ -34,7 +34,7 @@ class Store:
     token: str | None = None
     """None: what huggingface_hub finds, HF_TOKEN first."""
     weights: Path | None = None
-    """Safetensors files come from this folder instead."""
+    """Files of weights come from this folder instead."""
 
 
 def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFiles:

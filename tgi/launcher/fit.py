@@ -7,10 +7,9 @@ import dataclasses
 import json
 import logging
 import math
-import struct
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from tgi.core.model_config import ModelShape, read_config
 from tgi.kernels.library import DTYPES, library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
+from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
 from tgi.models.registry import check as read_family
 
@@ -414,34 +414,11 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
 
 
 def elements(files: ModelFiles) -> int:
-    """Numbers in all weights, by the headers of the safetensors files or by the index of a GGUF file."""
-    return int(_sum_over(files, lambda tensor: math.prod(tensor["shape"])))
+    """Numbers in all weights. Tensors that are one and the same count once; masks, which are no weights, don't."""
+    headers = set(read_headers(files).values())
+    return sum(math.prod(header.shape) for header in headers if header.type not in ("BOOL", "U8"))
 
 
 def stored_bytes(files: ModelFiles) -> int:
     """Bytes of a GGUF file's weights in memory, in the forms that our kernels multiply."""
-    return int(_sum_over(files, lambda tensor: math.prod(tensor["shape"]) * _GGUF.get(tensor["type"], 4)))
-
-
-def _sum_over(files: ModelFiles, count: Callable[[Any], float]) -> float:
-    index = Path(files.folder) / "gguf_index.json"
-    headers = [index] if files.weights[0].endswith(".gguf") else [Path(name) for name in files.weights]
-    total = 0.0
-    for path in headers:
-        try:
-            tensors = json.loads(path.read_bytes()) if path is index else _safetensors_header(path)
-            total += sum(count(tensor) for tensor in tensors.values())
-        except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StartupError(f"{path} can't be read: {error}") from None
-    return total
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """Name → dtype and shape. The format: a 64-bit length and as many bytes of JSON, then the data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        tensors: dict[str, Any] = json.loads(file.read(length))
-    tensors.pop("__metadata__", None)
-    return tensors
+    return int(sum(math.prod(header.shape) * _GGUF.get(header.type, 4) for header in read_headers(files).values()))

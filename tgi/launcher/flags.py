@@ -273,7 +273,7 @@ class Options:
     weights_cache_override: str | None = _flag(
         kinds.text("DIR"),
         None,
-        "Folder to read the .safetensors files from, instead of the hub cache.",
+        "Folder to read the files of weights from, instead of the hub cache.",
         commands=_WEIGHTS,
     )
     disable_custom_kernels: bool = _flag(

@@ -48,7 +48,7 @@ class Repository:
     token: str | None
     """None: what huggingface_hub finds, HF_TOKEN first."""
     weights: Path | None
-    """Safetensors files come from this folder instead."""
+    """Files of weights come from this folder instead."""
     bare: bool = False
     """No weights are wanted, only what says what the model is."""
 

@@ -14,26 +14,26 @@ _SMALL_FILES = (
     "tokenizer*.json",
     "chat_template*",
     "special_tokens_map.json",
-    "*.safetensors.index.json",
 )
-_NOT_WEIGHTS = ("arguments", "args", "training")
-"""A safetensors file with one of these in its name holds a training run's settings."""
+_FORMATS = (".safetensors", ".bin", ".pt")
+"""Best first. The others are pickles, which are read without running what they say."""
+_NOT_WEIGHTS = ("arguments", "args", "training", "optimizer", "scheduler", "adapter_", "consolidated")
+"""A file with one of these in its name holds a training run's state, an adapter, or the weights under other names."""
 
 
 def weights(names: Iterable[str]) -> list[str]:
-    """The safetensors files at the root of a repository, without those of a training run."""
-    return sorted(
-        name
-        for name in names
-        if name.endswith(".safetensors") and "/" not in name and not any(word in name for word in _NOT_WEIGHTS)
-    )
+    """The files of weights at the root of a repository, all of the best format that it has."""
+    plain = sorted(name for name in names if "/" not in name and not any(word in name for word in _NOT_WEIGHTS))
+    formats = ([name for name in plain if name.endswith(suffix)] for suffix in _FORMATS)
+    return next((found for found in formats if found), [])
 
 
 def needed(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
     """The files to fetch. Small ones first: a broken download then lacks weights, which are counted."""
     names = sorted(names)
-    small = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
     large = weights(names)
+    patterns = (*_SMALL_FILES, *(f"*{Path(name).suffix}.index.json" for name in large[:1]))
+    small = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
     if not large and (with_weights or not small):
         raise DownloadError(no_weights(names))
     return small + large if with_weights else small
@@ -44,12 +44,7 @@ def no_weights(names: Iterable[str]) -> str:
     names = sorted(names)
     if gguf := [name for name in names if name.endswith(".gguf")]:
         return f"there are only GGUF files; add the name of one to `--model-id`: {', '.join(gguf)}"
-    if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
-        return (
-            f"there are no .safetensors files, only {', '.join(pickled[:3])}. Such files are Python pickles, which can "
-            "run code when they are read; convert them to safetensors or take a revision that has them."
-        )
-    return "there are no .safetensors files"
+    return "there are no .safetensors, .bin or .pt files of weights"
 
 
 def described(folder: Path) -> Path:
@@ -75,13 +70,14 @@ def whole(folder: Path, weights_folder: Path) -> list[Path]:
 def _promised(folder: Path, found: Sequence[str]) -> set[str]:
     """Weight files that must be there by an index or by a numbering (``-00001-of-00003``)."""
     promised: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
+    suffix = Path(found[0]).suffix
+    for index in folder.glob(f"*{suffix}.index.json"):
         try:
             promised |= set(json.loads(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DownloadError(f"{index} is not a readable index: {error}") from None
     for name in found:
-        if match := re.fullmatch(r"(.+-)(\d+)(-of-)(\d+)(\.safetensors)", name):
-            stem, digits, of, count, suffix = match.groups()
+        if match := re.fullmatch(rf"(.+-)(\d+)(-of-)(\d+){re.escape(suffix)}", name):
+            stem, digits, of, count = match.groups()
             promised |= {f"{stem}{part:0{len(digits)}}{of}{count}{suffix}" for part in range(1, int(count) + 1)}
     return promised

@@ -1,9 +1,11 @@
-"""Checkpoints on disk, read tensor by tensor: safetensors files, or one GGUF file. Knows no model."""
+"""Checkpoints on disk, read tensor by tensor: safetensors files, torch's own, or one GGUF file. Knows no model."""
 
 import json
 import math
+import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
+from tgi.core.pickled import read_pickled
 from tgi.models.config import DecoderConfig
 from tgi.quantization import gguf
 from tgi.quantization.quantized import Quantized
@@ -82,10 +85,13 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
     """The weights of a model. Where the head is the embedding, a stored one is a copy of it."""
     paths = [Path(path) for path in files.weights]
     with ExitStack() as stack:
-        if paths and paths[0].suffix == ".gguf":
+        suffix = paths[0].suffix if paths else ""
+        if suffix == ".gguf":
             entries = _gguf(paths, Path(files.folder) / "gguf_index.json")
+        elif suffix in (".bin", ".pt"):
+            entries = _joined(map(_pickled, paths))
         else:
-            entries = _safetensors(paths, stack)
+            entries = _joined(_safetensors(path, stack) for path in paths)
         head = f"{config.head_name}.weight"
         if not any(name.startswith(config.prefix) for name in entries):
             entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
@@ -95,7 +101,7 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         ignored = {
             name
             for name in entries
-            if _REDUNDANT.search(name) or (tied and name == head) or name.startswith(config.spare)
+            if (tied and name == head) or name.startswith(config.spare)
         }
         yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
 
@@ -109,33 +115,54 @@ def _unit_rows(entry: Entry) -> Entry:
     return replace(entry, read=read, read_stored=read)
 
 
-_NOT_WEIGHTS = ("arguments", "args", "training")
-"""A safetensors file with one of these in its name holds a training run's settings."""
-
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Stored types that are plain numbers. Others (int8, float8) mean something only together with scales."""
 
 
-def _safetensors(paths: Sequence[Path], stack: ExitStack) -> dict[str, Entry]:
-    """One checkpoint in one or more files; an index of them is not needed."""
+def _joined(files: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
+    """One checkpoint of the files' tensors; an index of them is not needed."""
     entries: dict[str, Entry] = {}
-    for path in paths:
-        if any(word in path.name for word in _NOT_WEIGHTS):
-            continue
-        try:
-            file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
-        for name in file.keys():  # noqa: SIM118  # a file handle has no iterator
+    for file in files:
+        for name, entry in file.items():
             if name in entries:
-                raise StartupError(f"{path}: tensor {name} is also in {entries[name].path}")
-            stored = file.get_slice(name)
-            if (kind := stored.get_dtype()) not in _WIDTH:
-                raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
-            shape = tuple(stored.get_shape())
-            read = partial(file.get_tensor, name)
-            entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], read, read)
+                raise StartupError(f"{entry.path}: tensor {name} is also in {entries[name].path}")
+            entries[name] = entry
     return entries
+
+
+def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
+    try:
+        file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+    except (OSError, SafetensorError) as error:
+        raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
+    entries = {}
+    for name in file.keys():  # noqa: SIM118  # a file handle has no iterator
+        if _REDUNDANT.search(name):
+            continue
+        stored = file.get_slice(name)
+        if (kind := stored.get_dtype()) not in _WIDTH:
+            raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
+        shape = tuple(stored.get_shape())
+        read = partial(file.get_tensor, name)
+        entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], read, read)
+    return entries
+
+
+def _pickled(path: Path) -> dict[str, Entry]:
+    """A file of torch.save's. What its pickle may do is judged before torch, which is as strict, reads it."""
+    rows = {name: row for name, row in read_pickled(path).items() if not _REDUNDANT.search(name)}
+    for name, row in rows.items():
+        if row.dtype not in _WIDTH:
+            raise StartupError(f"{path}: tensor {name} has type {row.dtype}, which is not implemented")
+    try:
+        archive = zipfile.is_zipfile(path)  # else a file of torch's before 1.6, which can't be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise StartupError(f"{path}: not a readable file of torch.save's: {error}") from None
+    return {
+        name: Entry(path, row.shape, math.prod(row.shape) * _WIDTH[row.dtype], state[name].detach, state[name].detach)
+        for name, row in rows.items()
+    }
 
 
 def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
