@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import zipfile
@@ -49,6 +50,20 @@ PICKLED = SMALL | {
 }
 
 
+def _adapter(base: str) -> bytes:
+    return json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}).encode()
+
+
+ADAPTER = {
+    "adapter_config.json": _adapter("org/base"),
+    "adapter_model.safetensors": struct.pack("<Q", 2) + b"{}",
+    "adapter_model.bin": b"no",
+    "tokenizer.json": b"own",
+    "config.json": b"no",
+    "optimizer.bin": b"no",
+}
+
+
 @dataclass
 class Answer:
     code: int
@@ -67,6 +82,8 @@ def hub() -> Iterator[Hub]:
         "org/secret": Repo({"main": MODEL}, token="hf_right"),
         "org/gated": Repo({"main": MODEL}, gated=True),
         "org/pickled": Repo({"main": PICKLED}),
+        "org/base": Repo({"main": MODEL | {"config.json": b'{"hidden_size": 8}'}}),
+        "org/adapter": Repo({"main": ADAPTER, "lost": ADAPTER | {"adapter_config.json": _adapter("org/absent")}}),
         "org/onnx": Repo({"main": SMALL | {"model.onnx": b"x"}}),
         "org/ggufs": Repo({"main": {"README.md": b"", "a.Q4_0.gguf": b"x", "a.Q8_0.gguf": b"x"}}),
     }
@@ -145,6 +162,24 @@ def test_pickles_are_fetched_where_there_is_nothing_better(resolve: Callable[...
     fetched = {path.name for path in Path(str(answer.files["folder"])).iterdir()}
     assert fetched == {*SMALL, *(name for name in PICKLED if name.startswith("pytorch_model"))}
     assert resolve("org/pickled", HF_HUB_OFFLINE="1").files["weights"] == answer.files["weights"]
+
+
+def test_an_adapter_and_its_base(hub: Hub, resolve: Callable[..., Answer]) -> None:
+    answer = resolve("org/adapter")
+    assert answer.code == 0, answer.log
+    assert read(answer) == MODEL["model.safetensors"]
+    assert answer.files["sha"] == hub.repos["org/adapter"].commit("main")
+    own = [Path(path) for path in answer.files["adapter"]]  # type: ignore[attr-defined]
+    assert {path.name for path in own[0].parent.iterdir()} == {path.name for path in own} | {"tokenizer.json"}
+    folder = Path(str(answer.files["folder"]))
+    assert json.loads((folder / "config.json").read_bytes()) == {"hidden_size": 8}
+    assert (folder / "tokenizer.json").read_bytes() == b"own"
+    hub.requests.clear()
+    offline = resolve("org/adapter", HF_HUB_OFFLINE="1")
+    assert offline.files == answer.files | {"pipeline_tag": None} and hub.requests == []
+    described = resolve("org/adapter", function="resolve_description", HF_HUB_OFFLINE="1")
+    assert described.files["found"] == str(folder)
+    assert "base_model_name_or_path: org/absent: the hub has no model" in resolve("org/adapter", "lost").error
 
 
 def test_revisions(hub: Hub, resolve: Callable[..., Answer]) -> None:

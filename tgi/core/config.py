@@ -69,6 +69,8 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     chat_template.jinja; for GGUF also gguf_index.json."""
     weights: list[str]
     """Absolute paths: safetensors files, files of torch.save's, or one GGUF file."""
+    adapter: list[str] = []
+    """adapter_config.json and weights of a PEFT adapter that is merged into these."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

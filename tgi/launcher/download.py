@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tgi.core.adapter import read_adapter
 from tgi.core.config import ModelFiles
-from tgi.launcher import index, layout
+from tgi.launcher import adapters, index, layout
 from tgi.launcher.errors import ArgumentValidation, DownloadError
 from tgi.launcher.hub import Repository, Snapshot, Unreachable
 
@@ -42,7 +43,12 @@ def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFil
     log.info("Starting check and download process for %s", model_id)
     with _named_errors(model_id):
         path, snapshot = _locate(model_id, revision, store)
-        folder, weights = _whole(path, store)
+        adapter = layout.adapter(path) if path.is_dir() else None
+        if adapter is None:
+            folder, weights = _whole(path, store)
+        else:
+            base, weights = _whole(_base(path, adapter[0], store), store)
+            folder = adapters.join(path, base, adapter[1], store.cache)
     log.info("Successfully downloaded weights for %s", model_id)
     return ModelFiles(
         model_id=model_id,
@@ -51,6 +57,7 @@ def resolve_model(model_id: str, revision: str | None, store: Store) -> ModelFil
         pipeline_tag=None if snapshot is None else snapshot.pipeline_tag,
         folder=str(folder),
         weights=[str(path) for path in weights],
+        adapter=[str(path) for path in adapter or ()],
     )
 
 
@@ -60,6 +67,9 @@ def resolve_description(model_id: str, revision: str | None, store: Store) -> Pa
     """
     with _named_errors(model_id):
         path, _ = _locate(model_id, revision, store, bare=True)
+        if path.is_dir() and (adapter := layout.adapter(path)) is not None:
+            base = layout.described(_base(path, adapter[0], store, bare=True))
+            return adapters.join(path, base, adapter[1], store.cache)
         return layout.described(path if path.is_dir() else _imported(path, store))
 
 
@@ -81,6 +91,21 @@ def _locate(model_id: str, revision: str | None, store: Store, bare: bool = Fals
     if revision is not None:
         raise ArgumentValidation(f"`--revision` has no meaning for {model_id}, which lies on this machine")
     return path.absolute(), None
+
+
+def _base(folder: Path, description: Path, store: Store, bare: bool = False) -> Path:
+    """The folder of the model that an adapter changes."""
+    adapter = read_adapter(description)
+    log.info("%s is an adapter of %s", folder, adapter.base)
+    try:
+        path, _ = _locate(adapter.base, None if Path(adapter.base).exists() else adapter.revision, store, bare)
+        if not path.is_dir():
+            raise DownloadError("a GGUF file, whose weights can't be changed")
+        if layout.adapter(path) is not None:
+            raise DownloadError("an adapter itself")
+    except DownloadError as error:
+        raise DownloadError(f"{description}: base_model_name_or_path: {adapter.base}: {error}") from None
+    return path
 
 
 def _whole(path: Path, store: Store) -> tuple[Path, list[Path]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tgi.core.adapter import place
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.pickled import read_pickled
@@ -22,18 +23,34 @@ class Header(NamedTuple):
 
 
 def read_headers(files: ModelFiles) -> dict[str, Header]:
-    """By name. StartupError names the file that can't be read."""
+    """By name, as the model will have them. StartupError names the file that can't be read."""
     headers: dict[str, Header] = {}
     for path in map(Path, files.weights):
-        if path.suffix in (".bin", ".pt"):
-            for name, tensor in read_pickled(path).items():
-                place = path, tensor.storage, tensor.offset, tensor.stride
-                headers[name] = Header(tensor.dtype, tensor.shape, place)
-        elif path.suffix == ".gguf":
+        if path.suffix == ".gguf":
             headers |= _parsed(Path(files.folder) / "gguf_index.json", lambda index: json.loads(index.read_bytes()))
         else:
-            headers |= _parsed(path, _safetensors)
+            headers |= _file(path)
+    for path in map(Path, files.adapter[1:]):
+        headers |= replaced(path)
     return headers
+
+
+def replaced(adapter: Path) -> dict[str, Header]:
+    """The base's tensors that the weights of an adapter hold as a whole."""
+    try:
+        places = {place(name): header for name, header in _file(adapter).items()}
+    except ValueError as error:
+        raise StartupError(f"{adapter}: {error}") from None
+    return {name: header for (name, part), header in places.items() if part == "whole"}
+
+
+def _file(path: Path) -> dict[str, Header]:
+    if path.suffix not in (".bin", ".pt"):
+        return _parsed(path, _safetensors)
+    return {
+        name: Header(tensor.dtype, tensor.shape, (path, tensor.storage, tensor.offset, tensor.stride))
+        for name, tensor in read_pickled(path).items()
+    }
 
 
 def _parsed(path: Path, read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Header]:

@@ -60,6 +60,8 @@ class Repository:
             folder = self._folder / "snapshots" / sha
             if self.file is not None:
                 (folder / self.file).stat()
+            elif layout.adapter(folder) is not None:
+                pass
             elif self.bare:
                 layout.described(folder)
             else:

@@ -2,19 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from tgi.launcher.errors import DownloadError
 
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "chat_template*",
-    "special_tokens_map.json",
-)
+TOKENIZER = ("tokenizer*.json", "chat_template*", "special_tokens_map.json")
+"""Patterns of the files that say how text becomes tokens."""
+SMALL_FILES = ("config.json", "generation_config.json", *TOKENIZER)
+_ADAPTER = "adapter_config.json"
 _FORMATS = (".safetensors", ".bin", ".pt")
 """Best first. The others are pickles, which are read without running what they say."""
 _NOT_WEIGHTS = ("arguments", "args", "training", "optimizer", "scheduler", "adapter_", "consolidated")
@@ -31,12 +30,38 @@ def weights(names: Iterable[str]) -> list[str]:
 def needed(names: Iterable[str], *, with_weights: bool = True) -> list[str]:
     """The files to fetch. Small ones first: a broken download then lacks weights, which are counted."""
     names = sorted(names)
+    if is_adapter(names):
+        return [_ADAPTER, *matching(names, TOKENIZER), _adapter_weights(names)]
     large = weights(names)
-    patterns = (*_SMALL_FILES, *(f"*{Path(name).suffix}.index.json" for name in large[:1]))
-    small = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
+    patterns = (*SMALL_FILES, *(f"*{Path(name).suffix}.index.json" for name in large[:1]))
+    small = matching(names, patterns)
     if not large and (with_weights or not small):
         raise DownloadError(no_weights(names))
     return small + large if with_weights else small
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Names at the root of a repository."""
+    return [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether a repository holds a PEFT adapter and no model."""
+    names = list(names)
+    return _ADAPTER in names and not weights(names)
+
+
+def adapter(folder: Path) -> tuple[Path, Path] | None:
+    """The description and the weights of the adapter in a folder; None if there is none."""
+    names = [path.name for path in folder.iterdir()]
+    return (folder / _ADAPTER, folder / _adapter_weights(names)) if is_adapter(names) else None
+
+
+def _adapter_weights(names: Iterable[str]) -> str:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if name in names:
+            return name
+    raise DownloadError("there is an adapter_config.json without adapter_model.safetensors or adapter_model.bin")
 
 
 def no_weights(names: Iterable[str]) -> str:
@@ -81,3 +106,22 @@ def _promised(folder: Path, found: Sequence[str]) -> set[str]:
             stem, digits, of, count = match.groups()
             promised |= {f"{stem}{part:0{len(digits)}}{of}{count}{suffix}" for part in range(1, int(count) + 1)}
     return promised
+
+
+def write_folder(folder: Path, files: Mapping[str, str | Path]) -> Path:
+    """Make a folder, whole or not at all, of texts and of links to files. OSError if there is no place for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            if isinstance(content, str):
+                (draft / name).write_text(content, encoding="utf-8")
+            else:
+                (draft / name).symlink_to(content)
+        draft.chmod(0o755)
+        draft.rename(folder)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    return folder

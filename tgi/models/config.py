@@ -75,8 +75,17 @@ class DecoderConfig:
         return "model."
 
     @property
+    def embed_name(self) -> str:
+        return "model.embed_tokens"
+
+    @property
     def head_name(self) -> str:
         return "lm_head"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the checkpoint holds the matrices of layers as [in, out]."""
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +181,16 @@ class GptConfig(DecoderConfig):
         return self.names.layer.partition(".")[0] + "."
 
     @property
+    def embed_name(self) -> str:
+        return self.names.embed
+
+    @property
     def head_name(self) -> str:
         return self.names.head
+
+    @property
+    def transposed(self) -> bool:
+        return self.qkv.transposed
 
 
 def _check_rope(rope: Rope, shape: ModelShape) -> None:

@@ -161,7 +161,8 @@ def load_model(
     if quantize is not None and native is None:
         raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
-        pack = Pack.open(packed if native else None, [Path(path) for path in files.weights], dtype, quantize)
+        sources = [Path(path) for path in (*files.weights, *files.adapter)]
+        pack = Pack.open(packed if native else None, sources, dtype, quantize)
         checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize, pack)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()

@@ -1,40 +1,19 @@
-"""Checkpoints on disk, read tensor by tensor: safetensors files, torch's own, or one GGUF file. Knows no model."""
+"""A model's weights by the names that its dataflow knows: every tensor once, none forgotten."""
 
-import json
-import math
-import pickle
-import re
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from tgi.core.adapter import read_adapter
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
-from tgi.core.pickled import read_pickled
+from tgi.models.adapter import merge
 from tgi.models.config import DecoderConfig
-from tgi.quantization import gguf
+from tgi.models.files import Entry, read_files
 from tgi.quantization.quantized import Quantized
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored tensor."""
-
-    path: Path
-    shape: tuple[int, ...]
-    bytes: int
-    read: Callable[[], torch.Tensor]
-    """In floating point, on CPU; may be a view of the file."""
-    read_stored: Callable[[], torch.Tensor | Quantized]
-    """The same, and quantized if it is stored so."""
 
 
 class Weights:
@@ -76,34 +55,28 @@ class Weights:
             raise StartupError(f"{self._left[name].path}: tensor {name} is not used by this architecture{others}")
 
 
-_REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-"""Tensors that some exports hold and that follow from the config: frequencies, and masks of what comes later."""
-
-
 @contextmanager
 def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[int, int], None]) -> Iterator[Weights]:
     """The weights of a model. Where the head is the embedding, a stored one is a copy of it."""
-    paths = [Path(path) for path in files.weights]
     with ExitStack() as stack:
-        suffix = paths[0].suffix if paths else ""
-        if suffix == ".gguf":
-            entries = _gguf(paths, Path(files.folder) / "gguf_index.json")
-        elif suffix in (".bin", ".pt"):
-            entries = _joined(map(_pickled, paths))
-        else:
-            entries = _joined(_safetensors(path, stack) for path in paths)
-        head = f"{config.head_name}.weight"
+        entries = read_files([Path(path) for path in files.weights], Path(files.folder), stack)
+        embedding, head = f"{config.embed_name}.weight", f"{config.head_name}.weight"
         if not any(name.startswith(config.prefix) for name in entries):
             entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
+        entries = {name: entry for name, entry in entries.items() if not name.startswith(config.spare)}
+        if config.shape.tied:
+            entries.pop(head, None)
+        if files.adapter:
+            description, *paths = map(Path, files.adapter)
+            own = read_files(paths, Path(files.folder), stack)
+            merged = merge(entries, own, read_adapter(description), transposed=config.transposed)
+            for name in (embedding, head):
+                if config.shape.tied and merged.get(name) is not entries.get(name):
+                    raise StartupError(f"{paths[0]}: changes tensor {name}, which is embedding and head in one")
+            entries = merged
         if config.unit_head and head in entries:
             entries[head] = _unit_rows(entries[head])
-        tied = config.shape.tied
-        ignored = {
-            name
-            for name in entries
-            if (tied and name == head) or name.startswith(config.spare)
-        }
-        yield Weights({name: entry for name, entry in entries.items() if name not in ignored}, progress)
+        yield Weights(entries, progress)
 
 
 def _unit_rows(entry: Entry) -> Entry:
@@ -113,76 +86,3 @@ def _unit_rows(entry: Entry) -> Entry:
         return torch.nn.functional.normalize(entry.read().float())
 
     return replace(entry, read=read, read_stored=read)
-
-
-_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Stored types that are plain numbers. Others (int8, float8) mean something only together with scales."""
-
-
-def _joined(files: Iterable[Mapping[str, Entry]]) -> dict[str, Entry]:
-    """One checkpoint of the files' tensors; an index of them is not needed."""
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in file.items():
-            if name in entries:
-                raise StartupError(f"{entry.path}: tensor {name} is also in {entries[name].path}")
-            entries[name] = entry
-    return entries
-
-
-def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
-    try:
-        file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
-    entries = {}
-    for name in file.keys():  # noqa: SIM118  # a file handle has no iterator
-        if _REDUNDANT.search(name):
-            continue
-        stored = file.get_slice(name)
-        if (kind := stored.get_dtype()) not in _WIDTH:
-            raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
-        shape = tuple(stored.get_shape())
-        read = partial(file.get_tensor, name)
-        entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], read, read)
-    return entries
-
-
-def _pickled(path: Path) -> dict[str, Entry]:
-    """A file of torch.save's. What its pickle may do is judged before torch, which is as strict, reads it."""
-    rows = {name: row for name, row in read_pickled(path).items() if not _REDUNDANT.search(name)}
-    for name, row in rows.items():
-        if row.dtype not in _WIDTH:
-            raise StartupError(f"{path}: tensor {name} has type {row.dtype}, which is not implemented")
-    try:
-        archive = zipfile.is_zipfile(path)  # else a file of torch's before 1.6, which can't be mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise StartupError(f"{path}: not a readable file of torch.save's: {error}") from None
-    return {
-        name: Entry(path, row.shape, math.prod(row.shape) * _WIDTH[row.dtype], state[name].detach, state[name].detach)
-        for name, row in rows.items()
-    }
-
-
-def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
-    """A GGUF file by the index that was made at its import: parsing the file's own header takes seconds."""
-    if len(paths) != 1:
-        raise StartupError(f"{paths[0]}: expected one GGUF file, got {len(paths)} files")
-    path = paths[0]
-    try:
-        rows = json.loads(index.read_bytes())
-        # Copy on write, since torch has no read-only tensors. A plain array, since slices of a memmap are slow.
-        data = np.asarray(np.memmap(path, np.uint8, mode="c"))
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{path}: not readable by {index}: {error}") from None
-    entries: dict[str, Entry] = {}
-    for name, row in rows.items():
-        shape, end = tuple(row["shape"]), row["offset"] + row["bytes"]
-        if end > data.size:
-            raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
-        stored = gguf.Stored(
-            data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"), row.get("shift", 0.0)
-        )
-        entries[name] = Entry(path, shape, row["bytes"], stored.dequantize, stored.read)
-    return entries

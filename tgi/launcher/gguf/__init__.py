@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 from tgi.core.errors import StartupError
 from tgi.core.model_config import ModelShape
 from tgi.launcher.gguf.config import convert_config
 from tgi.launcher.gguf.reader import read_gguf
+from tgi.launcher.layout import write_folder
 
 __all__ = ["import_gguf"]
 
@@ -34,22 +33,10 @@ def import_gguf(path: Path, cache: Path) -> Path:
     folder = cache / f"{path.stem}-{key[:16]}"
     if folder.is_dir():
         return folder
-    files = _convert(path)
-    draft = None
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".gguf-", dir=cache))
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        draft.chmod(0o755)
-        draft.rename(folder)
+        return write_folder(folder, _convert(path))
     except OSError as error:
-        if not folder.is_dir():  # else another process was first, with the same content
-            raise StartupError(f"{cache}: {error.strerror}: no place for what is read from {path}") from None
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-    return folder
+        raise StartupError(f"{cache}: {error.strerror}: no place for what is read from {path}") from None
 
 
 def _convert(path: Path) -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""A PEFT adapter merged into its base's weights, tensor by tensor as they are read: W + scale · B · A."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+from tgi.core.adapter import Adapter, Part, place
+from tgi.core.errors import StartupError
+from tgi.models.files import Entry
+
+
+def merge(
+    base: Mapping[str, Entry], own: Mapping[str, Entry], adapter: Adapter, *, transposed: bool
+) -> dict[str, Entry]:
+    """The base's entries with those that the adapter's ``own`` tensors replace or change.
+
+    ``transposed``: matrices of layers are stored as [in, out]. StartupError names what doesn't fit.
+    """
+    changes: dict[str, dict[Part, Entry]] = defaultdict(dict)
+    for name, entry in own.items():
+        try:
+            target, part = place(name)
+        except ValueError as error:
+            raise StartupError(f"{entry.path}: {error}") from None
+        changes[target][part] = entry
+    merged = dict(base)
+    for target, parts in changes.items():
+        path = next(iter(parts.values())).path
+        if (whole := parts.pop("whole", None)) is not None:
+            merged[target] = whole
+        if not parts:
+            continue
+        if target not in merged:
+            raise StartupError(f"{path}: changes tensor {target}, which the base model does not have")
+        embedding = "embedding_A" in parts
+        match parts:
+            case {"A": a, "B": b, **rest} | {"embedding_A": a, "embedding_B": b, **rest} if not rest:
+                pass
+            case _:
+                raise StartupError(f"{path}: tensor {target}: expected one A and one B of LoRA, got {', '.join(parts)}")
+        old, rank = merged[target], a.shape[0]
+        change = b.shape[0], *a.shape[1:]
+        square = len(set(old.shape)) == 1
+        turned = embedding or (square and transposed) or (not square and change[::-1] == old.shape)
+        if b.shape[1:] != (rank,) or (change[::-1] if turned else change) != old.shape:
+            raise StartupError(f"{path}: tensor {target}: {b.shape} · {a.shape} does not fit {old.shape}")
+        read = _sum(old, a, b, adapter.scale(target.removesuffix(".weight"), rank), turned)
+        merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, read, read)
+    return merged
+
+
+def _sum(old: Entry, a: Entry, b: Entry, scale: float, turned: bool) -> Callable[[], torch.Tensor]:
+    """Reads all three, in float32."""
+
+    def read() -> torch.Tensor:
+        change = (b.read().float() * scale) @ a.read().float()
+        return (change.T if turned else change).add_(old.read())
+
+    return read
