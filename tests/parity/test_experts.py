@@ -97,7 +97,8 @@ class Given:
         assert tensor.shape == shape, name
         return tensor
 
-    take_stored = take
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> torch.Tensor:
+        return self.take(name, shape)
 
     def finish(self) -> None:
         assert not self._tensors

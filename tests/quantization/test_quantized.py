@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tgi.quantization.gguf import Stored
-from tgi.quantization.quantized import Quantized, quantize, stack
+from tgi.quantization.gguf import Kept, Stored
+from tgi.quantization.quantized import Quantized, common, quantize, stack
 
 
 def blocks(kind: str, outs: int, inner: int, seed: int) -> Any:
@@ -26,26 +26,28 @@ def blocks(kind: str, outs: int, inner: int, seed: int) -> Any:
 @pytest.mark.parametrize("heads", [None, 4])
 def test_blocks_are_read_exactly(kind: str, heads: int | None) -> None:
     stored = Stored(blocks(kind, 16, 512, 0), kind, (16, 512), heads)
-    read = stored.read()
-    assert isinstance(read, Quantized)
-    assert torch.equal(read.dequantize(), stored.dequantize())
+    for rows in (slice(None), slice(3, 9), slice(1, 16, 2)):
+        read = Kept(stored)[rows]
+        assert isinstance(read, Quantized)
+        assert torch.equal(read.dequantize(), stored[:][rows])
+        assert torch.equal(stored[rows], stored[:][rows])
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q2_K"])
 def test_other_types_are_dequantized(kind: str) -> None:
     numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     stored = Stored(np.zeros(16 * 512 // numbers * size, np.uint8), kind, (16, 512), None)
-    assert isinstance(stored.read(), torch.Tensor)
+    assert isinstance(Kept(stored)[:], torch.Tensor)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_stacked_stays_exact(seed: int) -> None:
     chance = random.Random(seed)
     kinds = [chance.choice(["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]) for _ in range(3)]
-    parts = [Stored(blocks(kind, 8, 256, seed), kind, (8, 256), None).read() for kind in kinds]
-    assert all(isinstance(part, Quantized) for part in parts)
-    whole = stack([part for part in parts if isinstance(part, Quantized)])
-    expected = torch.cat([part.dequantize() for part in parts if isinstance(part, Quantized)])
+    parts = [Stored(blocks(kind, 8, 256, seed), kind, (8, 256)) for kind in kinds]
+    kept = [read for part in parts if isinstance(read := Kept(part)[:], Quantized)]
+    whole = stack(kept, common(kept))
+    expected = torch.cat([part[:] for part in parts])
     assert torch.equal(whole.dequantize(), expected)
     assert whole.stored.dtype == torch.uint8 and int(whole.stored.max()) < 1 << whole.bits
 

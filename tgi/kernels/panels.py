@@ -1,6 +1,6 @@
 """Matrices packed for the linear kernel. csrc/linear.h describes how panels lie in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,19 +91,27 @@ def pack_quantized(
     )
 
 
-def join(matrices: Sequence[Panels]) -> Panels:
-    """Matrices of one size and form, one behind the other."""
-    first = matrices[0]
-    assert len({(p.form, p.outs, p.inner, p.group, p.zero) for p in matrices}) == 1
-    scales = [p.scale for p in matrices if p.scale is not None]
-    mins = [p.min for p in matrices if p.min is not None]
-    return replace(
-        first,
-        weight=torch.cat([p.weight for p in matrices]),
-        scale=torch.cat(scales) if scales else None,
-        min=torch.cat(mins) if mins else None,
-        count=len(matrices),
-    )
+def assemble(parts: Iterable[Panels], outs: int, count: int = 1) -> Panels:
+    """One matrix of ``outs`` rows, or ``count`` of them, from panels that follow one another. Each goes to its place
+    before the next is made."""
+    panels = count * -(-outs // OUTPUTS) * OUTPUTS // 16
+    whole: Panels | None = None
+    at = 0
+    for part in parts:
+        if whole is None:
+            weight, scale, least = (_room(tensor, panels) for tensor in (part.weight, part.scale, part.min))
+            assert weight is not None
+            whole = replace(part, outs=outs, count=count, weight=weight, scale=scale, min=least)
+        for into, tensor in ((whole.weight, part.weight), (whole.scale, part.scale), (whole.min, part.min)):
+            if into is not None and tensor is not None:
+                into[at : at + len(tensor)] = tensor
+        at += len(part.weight)
+    assert whole is not None and at == panels
+    return whole
+
+
+def _room(like: torch.Tensor | None, panels: int) -> torch.Tensor | None:
+    return None if like is None else torch.empty(panels, *like.shape[1:], dtype=like.dtype)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -1,18 +1,18 @@
 """What a layer needs to take its weights: the checkpoint's tensors by name, and what becomes of them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.panels import Panels, join, pack, pack_quantized
+from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
 from tgi.quantization.packed import Pack
-from tgi.quantization.quantized import Quantized, quantize, stack
+from tgi.quantization.quantized import Quantized, Rows, common, quantize, stack
 
 
 class Tensors(Protocol):
@@ -24,8 +24,8 @@ class Tensors(Protocol):
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         """The tensor is known already; errors as with ``take``."""
 
-    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
-        """The same, and quantized if it is stored so."""
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
+        """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
 
 
 class Shared:
@@ -103,16 +103,13 @@ class Checkpoint:
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The pieces as one tensor on the device, copied once."""
-        rows = sum(piece.height for piece in pieces)
-        columns = pieces[0].columns.stop - pieces[0].columns.start
-        weight = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-        at = 0
-        for piece in pieces:
-            stored = self._take(piece)
-            for run in piece.rows:
-                part = stored[run, piece.columns]
-                weight[at : at + len(part)].copy_(part)
-                at += len(part)
+        matrix = self._matrix(pieces)
+        weight = torch.empty(matrix.height, _width(pieces), dtype=self.dtype, device=self.device)
+        for rows in _slabs(matrix.height, _width(pieces)):
+            at = rows.start
+            for part in matrix[rows]:
+                weight[at : at + part.shape[0]].copy_(_plain(part))
+                at += part.shape[0]
         return weight
 
     def native(
@@ -128,7 +125,7 @@ class Checkpoint:
         if self.pack.complete:
             for piece in pieces:
                 self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
-        panels = self.pack.panels(_name(pieces), lambda: self._panels(pieces, gated, bits))
+        panels = self.pack.panels(_name(pieces), lambda: self._panels([pieces], gated, bits))
         if bias is not None:
             bias = _interleave(bias[:, None])[:, 0] if gated else bias
             bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
@@ -140,41 +137,47 @@ class Checkpoint:
             for piece in chain.from_iterable(matrices):
                 self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
         name = f"{len(matrices)} from {_name(matrices[0])}"
-        return self.pack.panels(name, lambda: join([self._panels(pieces, gated, None) for pieces in matrices]))
+        return self.pack.panels(name, lambda: self._panels(matrices, gated, None))
 
-    def _panels(self, pieces: Sequence[Piece], gated: bool, bits: int | None) -> Panels:
-        parts = [part for piece in pieces for part in self._stored(piece)]
-        quantized = [part for part in parts if isinstance(part, Quantized)]
+    def _panels(self, matrices: Sequence[Sequence[Piece]], gated: bool, bits: int | None) -> Panels:
+        """Of matrices of one size, some rows at a time."""
         if bits is None and self.quantize in ("int8", "int4"):
             bits = int(self.quantize.removeprefix("int"))
-        whole: torch.Tensor | Quantized | None = None
-        if len(quantized) == len(parts):
-            whole = stack(quantized)
-        else:
-            plain = torch.cat([_plain(part).to(self.dtype) for part in parts])
-            whole = plain if bits is None else quantize(plain, bits) or plain
-        outs = whole.shape[0]
-        if gated:
-            whole = _interleave(whole) if isinstance(whole, torch.Tensor) else whole.rows(_interleave)
-        if isinstance(whole, Quantized):
-            panels = pack_quantized(whole.stored, whole.scale, whole.min, bits=whole.bits, zero=whole.zero)
-        else:
-            panels = pack(whole)
-        return replace(panels, outs=outs)
+        sources = [self._matrix(pieces) for pieces in matrices]
+        samples = [part for source in sources for part in source.samples()]
+        quantized = [part for part in samples if isinstance(part, Quantized)]
+        form = common(quantized) if len(quantized) == len(samples) else None
+        height = sources[0].height
 
-    def _stored(self, piece: Piece) -> list[torch.Tensor | Quantized]:
-        """The rows of a piece, as they are stored where that is wanted and can be cut so."""
-        if self.quantize != "stored" or piece.transposed:
-            whole: torch.Tensor | Quantized = self._take(piece)
-        else:
-            whole = self.tensors.take_stored(f"{piece.name}.weight", piece.shape)
-        if isinstance(whole, Quantized):
-            return [whole.rows(_cut(run)).columns(piece.columns) for run in piece.rows]
-        return [whole[run, piece.columns] for run in piece.rows]
+        def packed() -> Iterator[Panels]:
+            for source in sources:
+                for rows in _slabs(height // 2 if gated else height, _width(matrices[0])):
+                    parts = source[rows]
+                    if gated:
+                        parts += source[slice(height // 2 + rows.start, height // 2 + rows.stop)]
+                    yield _packed(self._joined(parts, form, bits), gated)
 
-    def _take(self, piece: Piece) -> torch.Tensor:
-        stored = self.tensors.take(f"{piece.name}.weight", _stored_shape(piece))
-        return stored.T if piece.transposed else stored
+        return assemble(packed(), height, len(matrices))
+
+    def _joined(
+        self, parts: Sequence[torch.Tensor | Quantized], form: Quantized | None, bits: int | None
+    ) -> torch.Tensor | Quantized:
+        """One below the other: quantized in the ``form`` they are stored in, or rounded to ``bits``, or plain."""
+        if form is not None:
+            return stack([part for part in parts if isinstance(part, Quantized)], form)
+        plain = torch.cat([_plain(part).to(self.dtype) for part in parts])
+        return plain if bits is None else quantize(plain, bits) or plain
+
+    def _matrix(self, pieces: Sequence[Piece]) -> "_Matrix":
+        runs = []
+        for piece in pieces:
+            name = f"{piece.name}.weight"
+            if piece.transposed:
+                source: Rows[torch.Tensor | Quantized] = self.tensors.take(name, _stored_shape(piece)).T
+            else:
+                source = self.tensors.rows(name, piece.shape, stored=self.quantize == "stored")
+            runs += [_Run(source, range(*rows.indices(piece.shape[0])), piece.columns) for rows in piece.rows]
+        return _Matrix(runs)
 
     def bias(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Of the pieces' rows."""
@@ -183,6 +186,68 @@ class Checkpoint:
             stored = self.tensors.take(f"{piece.name}.bias", (piece.shape[0],))
             parts += [stored[run] for run in piece.rows]
         return torch.cat(parts).to(self.device, self.compute)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows of one of the checkpoint's matrices."""
+
+    source: Rows[torch.Tensor | Quantized]
+    rows: range
+    columns: slice
+
+    def __getitem__(self, rows: slice) -> torch.Tensor | Quantized:
+        some = self.rows[rows]
+        part = self.source[slice(some.start, some.stop, some.step)]
+        return part.columns(self.columns) if isinstance(part, Quantized) else part[:, self.columns]
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """Runs of rows, one below the other, read when they are asked for."""
+
+    runs: Sequence[_Run]
+
+    @property
+    def height(self) -> int:
+        return sum(len(run.rows) for run in self.runs)
+
+    def __getitem__(self, rows: slice) -> list[torch.Tensor | Quantized]:
+        """What these rows are made of."""
+        found, at = [], 0
+        for run in self.runs:
+            start, stop = max(rows.start - at, 0), min(rows.stop - at, len(run.rows))
+            if start < stop:
+                found.append(run[start:stop])
+            at += len(run.rows)
+        return found
+
+    def samples(self) -> list[torch.Tensor | Quantized]:
+        """A row of each run."""
+        return [run[0:1] for run in self.runs]
+
+
+_SLAB = 1 << 16
+"""Numbers of a matrix that are read and packed at once, so that little memory is needed beside what is kept."""
+
+
+def _slabs(height: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix, in runs of whole panels."""
+    step = max(_SLAB // width // OUTPUTS, 1) * OUTPUTS
+    for start in range(0, height, step):
+        yield slice(start, min(start + step, height))
+
+
+def _width(pieces: Sequence[Piece]) -> int:
+    start, stop, _ = pieces[0].columns.indices(pieces[0].shape[1])
+    return stop - start
+
+
+def _packed(matrix: torch.Tensor | Quantized, gated: bool) -> Panels:
+    if isinstance(matrix, Quantized):
+        matrix = matrix.rows(_interleave) if gated else matrix
+        return pack_quantized(matrix.stored, matrix.scale, matrix.min, bits=matrix.bits, zero=matrix.zero)
+    return pack(_interleave(matrix) if gated else matrix)
 
 
 def _name(pieces: Sequence[Piece]) -> str:
@@ -194,10 +259,6 @@ def _name(pieces: Sequence[Piece]) -> str:
 
 def _stored_shape(piece: Piece) -> tuple[int, int]:
     return (piece.shape[1], piece.shape[0]) if piece.transposed else piece.shape
-
-
-def _cut(run: slice) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda rows: rows[run]
 
 
 def _plain(part: torch.Tensor | Quantized) -> torch.Tensor:

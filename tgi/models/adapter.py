@@ -1,13 +1,15 @@
 """A PEFT adapter merged into its base's weights, tensor by tensor as they are read: W + scale · B · A."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from tgi.core.adapter import Adapter, Part, place
 from tgi.core.errors import StartupError
 from tgi.models.files import Entry
+from tgi.quantization.quantized import Rows
 
 
 def merge(
@@ -45,16 +47,23 @@ def merge(
         turned = embedding or (square and transposed) or (not square and change[::-1] == old.shape)
         if b.shape[1:] != (rank,) or (change[::-1] if turned else change) != old.shape:
             raise StartupError(f"{path}: tensor {target}: {b.shape} · {a.shape} does not fit {old.shape}")
-        read = _sum(old, a, b, adapter.scale(target.removesuffix(".weight"), rank), turned)
-        merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, read, read)
+        scale = adapter.scale(target.removesuffix(".weight"), rank)
+        values = _Sum(old.values, a.values, b.values, scale, turned)
+        merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, values)
     return merged
 
 
-def _sum(old: Entry, a: Entry, b: Entry, scale: float, turned: bool) -> Callable[[], torch.Tensor]:
-    """Reads all three, in float32."""
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A changed matrix, in float32."""
 
-    def read() -> torch.Tensor:
-        change = (b.read().float() * scale) @ a.read().float()
-        return (change.T if turned else change).add_(old.read())
+    old: Rows[torch.Tensor]
+    a: Rows[torch.Tensor]
+    b: Rows[torch.Tensor]
+    scale: float
+    turned: bool
+    """The change's rows are the matrix's columns."""
 
-    return read
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        left, right = (self.a[:].T, self.b[:].T) if self.turned else (self.b[:], self.a[:])
+        return ((left[rows].float() * self.scale) @ right.float()).add_(self.old[rows])

@@ -5,10 +5,9 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tgi.core.errors import StartupError
 from tgi.core.pickled import read_pickled
 from tgi.quantization import gguf
-from tgi.quantization.quantized import Quantized
+from tgi.quantization.quantized import Quantized, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +28,10 @@ class Entry:
     path: Path
     shape: tuple[int, ...]
     bytes: int
-    read: Callable[[], torch.Tensor]
-    """In floating point, on CPU; may be a view of the file."""
-    read_stored: Callable[[], torch.Tensor | Quantized]
-    """The same, and quantized if it is stored so."""
+    values: Rows[torch.Tensor]
+    """In floating point."""
+    stored: Rows[torch.Tensor | Quantized] | None = None
+    """The same and quantized, if it is stored so."""
 
 
 def read_files(paths: Sequence[Path], folder: Path, stack: ExitStack) -> dict[str, Entry]:
@@ -70,9 +69,20 @@ def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
         if (kind := stored.get_dtype()) not in _WIDTH:
             raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
         shape = tuple(stored.get_shape())
-        read = partial(file.get_tensor, name)
-        entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], read, read)
+        entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], _Mapped(file, name))
     return entries
+
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A tensor of a safetensors file."""
+
+    file: Any
+    name: str
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        tensor: torch.Tensor = self.file.get_tensor(self.name)
+        return tensor[rows]
 
 
 def _pickled(path: Path) -> dict[str, Entry]:
@@ -87,7 +97,7 @@ def _pickled(path: Path) -> dict[str, Entry]:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise StartupError(f"{path}: not a readable file of torch.save's: {error}") from None
     return {
-        name: Entry(path, row.shape, math.prod(row.shape) * _WIDTH[row.dtype], state[name].detach, state[name].detach)
+        name: Entry(path, row.shape, math.prod(row.shape) * _WIDTH[row.dtype], state[name].detach())
         for name, row in rows.items()
     }
 
@@ -111,5 +121,5 @@ def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
         stored = gguf.Stored(
             data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"), row.get("shift", 0.0)
         )
-        entries[name] = Entry(path, shape, row["bytes"], stored.dequantize, stored.read)
+        entries[name] = Entry(path, shape, row["bytes"], stored, gguf.Kept(stored))
     return entries

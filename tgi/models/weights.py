@@ -13,7 +13,7 @@ from tgi.core.errors import StartupError
 from tgi.models.adapter import merge
 from tgi.models.config import DecoderConfig
 from tgi.models.files import Entry, read_files
-from tgi.quantization.quantized import Quantized
+from tgi.quantization.quantized import Quantized, Rows
 
 
 class Weights:
@@ -28,15 +28,16 @@ class Weights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor ``name``; StartupError if it isn't there or has another shape than the config implies."""
-        return self._taken(name, shape).read()
+        return self._taken(name, shape).values[:]
 
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         """Count it as taken: its content is known already."""
         self._taken(name, shape)
 
-    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
-        """The same, quantized if it is stored so."""
-        return self._taken(name, shape).read_stored()
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
+        """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
+        entry = self._taken(name, shape)
+        return entry.values if entry.stored is None or not stored else entry.stored
 
     def _taken(self, name: str, shape: tuple[int, ...]) -> Entry:
         if (entry := self._left.pop(name, None)) is None:

@@ -13,7 +13,7 @@ _NUMPY = {"F32": np.float32, "F16": np.float16}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file."""
+    """One tensor of a file, whose rows are read when they are asked for."""
 
     data: Any
     """numpy uint8, flat: its blocks, row by row."""
@@ -21,40 +21,50 @@ class Stored:
     """ggml's name of the type."""
     shape: tuple[int, ...]
     permuted_heads: int | None = None
-    """See ``_unpermute``."""
+    """See ``_unpermuted``."""
     shift: float = 0.0
     """To be added, to what is no matrix."""
 
-    def dequantize(self) -> torch.Tensor:
-        """In floating point; plain numbers as a view of the file."""
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """These rows, or elements of a vector, in floating point; plain numbers may be a view of the file."""
+        if len(self.shape) == 1:
+            return torch.from_numpy(self._values(self.data)[self._places(rows)] + np.float32(self.shift))
+        blocks = self.blocks(rows)
+        if self.kind == "BF16":
+            return torch.from_numpy(blocks.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(self._values(blocks))
+
+    def blocks(self, rows: slice) -> Any:
+        """Of these rows of a matrix: numpy uint8 [rows, bytes of one]."""
+        return self.data.reshape(self.shape[0], -1)[self._places(rows)]
+
+    def _places(self, rows: slice) -> Any:
+        """Where these rows are."""
+        if self.permuted_heads is None:
+            return rows
+        return np.arange(self.shape[0]).reshape(self.permuted_heads, -1, 2).swapaxes(1, 2).reshape(-1)[rows]
+
+    def _values(self, blocks: Any) -> Any:
+        """In floating point, with as many axes."""
         if self.kind in _NUMPY:
-            values = torch.from_numpy(self.data.view(_NUMPY[self.kind])).view(self.shape)
-        elif self.kind == "BF16":
-            values = torch.from_numpy(self.data.view(np.int16)).view(torch.bfloat16).view(self.shape)
-        else:
-            from gguf import GGMLQuantizationType, dequantize
+            return blocks.view(_NUMPY[self.kind])
+        from gguf import GGMLQuantizationType, dequantize
 
-            rows = self.data.reshape(*self.shape[:-1], -1)
-            values = torch.from_numpy(dequantize(rows, GGMLQuantizationType[self.kind]))
-        return self._ordered(values)
-
-    def read(self) -> torch.Tensor | Quantized:
-        """As it is, if it is a matrix of integers with scales that our kernels multiply; else dequantized."""
-        if self.kind not in _PARSERS or len(self.shape) != 2:
-            return self.dequantize()
-        block, parse = _PARSERS[self.kind]
-        blocks = torch.from_numpy(self.data.reshape(self.shape[0], -1, block))
-        return parse(blocks).rows(self._ordered)
-
-    def _ordered(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows if self.permuted_heads is None else _unpermute(rows, self.permuted_heads)
-        return rows if self.shift == 0 else rows + self.shift
+        return dequantize(blocks, GGMLQuantizationType[self.kind])
 
 
-def _unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """GGUF's llama files order the rows of each head of q and k so that the two that rotate together lie side by side:
-    0, half, 1, half + 1, …; this restores 0, 1, …, half, half + 1, …"""
-    return values.view(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The same, but matrices of integers with scales that our kernels multiply stay such."""
+
+    tensor: Stored
+
+    def __getitem__(self, rows: slice) -> torch.Tensor | Quantized:
+        if self.tensor.kind not in _PARSERS or len(self.tensor.shape) != 2:
+            return self.tensor[rows]
+        block, parse = _PARSERS[self.tensor.kind]
+        blocks = self.tensor.blocks(rows)
+        return parse(torch.from_numpy(blocks.reshape(len(blocks), -1, block)))
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:

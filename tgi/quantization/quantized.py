@@ -2,8 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T", covariant=True)
+
+
+class Rows(Protocol[T]):
+    """A tensor on CPU, all of it or some rows of it; may be a view of a file, or be made when it is asked for."""
+
+    def __getitem__(self, rows: slice, /) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +59,42 @@ class Quantized:
             values = values + self.min.float()[..., None]
         return values.view(outs, inner)
 
-    def _like(self, bits: int, zero: int, group: int, dtype: torch.dtype, has_min: bool) -> "Quantized":
-        """The same numbers in a wider form."""
-        times = self.group // group
-        scale = self.scale.to(dtype).repeat_interleave(times, 1)
+    def like(self, form: "Quantized") -> "Quantized":
+        """The same numbers in the ``form`` of another matrix, which holds them exactly."""
+        if self._form == form._form:
+            return self
+        times = self.group // form.group
         least = self.min
-        if has_min:
+        if form.min is not None:
             least = torch.zeros_like(self.scale) if least is None else least
-            least = least.to(dtype).repeat_interleave(times, 1)
-        return Quantized(bits, zero, self.stored + (zero - self.zero), scale, least)
+            least = least.to(form.min.dtype).repeat_interleave(times, 1)
+        scale = self.scale.to(form.scale.dtype).repeat_interleave(times, 1)
+        return Quantized(form.bits, form.zero, self.stored + (form.zero - self.zero), scale, least)
+
+    @property
+    def _form(self) -> tuple[object, ...]:
+        return self.bits, self.zero, self.group, self.scale.dtype, self.min is not None
 
 
-def stack(parts: Sequence[Quantized]) -> Quantized:
-    """One matrix above the other, in the narrowest form that holds them all exactly."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    forms = {(p.bits, p.zero, p.group, p.scale.dtype, p.min is not None) for p in parts}
-    if len(forms) > 1:
-        zeros = {p.zero for p in parts}  # the largest is 128 wherever all 256 values occur
-        bits = 4 if all(p.bits == 4 for p in parts) and len(zeros) == 1 else 8
-        dtype = torch.float32 if any(p.scale.dtype == torch.float32 for p in parts) else first.scale.dtype
-        has_min = any(p.min is not None for p in parts)
-        parts = [p._like(bits, max(zeros), min(q.group for q in parts), dtype, has_min) for p in parts]
-        first = parts[0]
-    mins = [p.min for p in parts if p.min is not None]
+def common(parts: Sequence[Quantized]) -> Quantized:
+    """A matrix of no rows in the narrowest form that holds all parts exactly."""
+    zeros = {p.zero for p in parts}  # the largest is 128 wherever all 256 values occur
+    bits = 4 if all(p.bits == 4 for p in parts) and len(zeros) == 1 else 8
+    dtype = torch.float32 if any(p.scale.dtype == torch.float32 for p in parts) else torch.float16
+    inner = parts[0].shape[1]
+    scale = torch.empty(0, inner // min(p.group for p in parts), dtype=dtype)
+    least = scale if any(p.min is not None for p in parts) else None
+    return Quantized(bits, max(zeros), torch.empty(0, inner, dtype=torch.uint8), scale, least)
+
+
+def stack(parts: Sequence[Quantized], form: Quantized) -> Quantized:
+    """One matrix above the other, in the ``form`` that all have in common."""
+    parts = [part.like(form) for part in parts]
+    mins = [part.min for part in parts if part.min is not None]
     return replace(
-        first,
-        stored=torch.cat([p.stored for p in parts]),
-        scale=torch.cat([p.scale for p in parts]),
+        form,
+        stored=torch.cat([part.stored for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
         min=torch.cat(mins) if mins else None,
     )
 
