@@ -1,5 +1,6 @@
 """The loader: every tensor once, none forgotten, and clear words for every way a checkpoint can be broken."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -170,19 +171,57 @@ def test_progress_counts_bytes_to_the_end(folder: Path):
     assert steps[-1] == (size, size)
 
 
-def test_a_missing_tensor(folder: Path):
-    edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    refused(folder, "model.safetensors", "model.layers.1.mlp.up_proj.weight", "missing")
+Rows = dict[str, dict[str, object]]
 
 
-def test_a_tensor_of_the_wrong_shape(folder: Path):
-    edit(folder, lambda t: t.update({"model.norm.weight": np.ones(65, np.float32)}))
-    refused(folder, "model.safetensors", "model.norm.weight", "(65,)", "(64,)")
+def missing(rows: Rows) -> None:
+    del rows["model.layers.1.mlp.up_proj.weight"]
 
 
-def test_a_tensor_that_nothing_uses(folder: Path):
-    edit(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}))
-    refused(folder, "model.safetensors", "model.layers.0.self_attn.q_proj.bias", "not used")
+def of_the_wrong_shape(rows: Rows) -> None:
+    rows["model.norm.weight"]["shape"] = (65,)
+
+
+def surplus(rows: Rows) -> None:
+    rows["model.layers.0.self_attn.q_proj.bias"] = {"shape": (64,)}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "gguf"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (missing, ("model.layers.1.mlp.up_proj.weight", "missing")),
+        (of_the_wrong_shape, ("model.norm.weight", "(65,)", "(64,)")),
+        (surplus, ("model.layers.0.self_attn.q_proj.bias", "not used")),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_file(
+    folder: Path, tmp_path: Path, form: str, change: Callable[[Rows], None], words: tuple[str, ...]
+):
+    path = folder / "model.safetensors"
+    if form == "gguf":
+        path = write_gguf(folder)
+        index = import_gguf(path, tmp_path) / "gguf_index.json"
+        rows = json.loads(index.read_bytes())
+        spare = rows["model.norm.weight"]
+        change(rows)
+        index.write_text(json.dumps({name: spare | row for name, row in rows.items()}))
+        place = index.parent
+    else:
+        tensors = load_torch(path)
+        rows = {name: {"shape": tuple(tensor.shape)} for name, tensor in tensors.items()}
+        change(rows)
+        found = {name: tensors.get(name, torch.ones(0)) for name in rows}
+        changed = {n: t if t.shape == rows[n]["shape"] else torch.ones(rows[n]["shape"]) for n, t in found.items()}
+        save_torch(changed, path)
+        if form == "bin":
+            (path,) = pickled(folder)
+        place = folder
+    files = ModelFiles(model_id="tiny", folder=str(place), weights=[str(path)])
+    with pytest.raises(StartupError) as caught:
+        load_model(files, torch.float32, torch.device("cpu"), progress=lambda done, total: None)
+    for word in (path.name, *words):
+        assert word in str(caught.value)
 
 
 def test_a_tensor_in_two_files(folder: Path):
