@@ -47,7 +47,7 @@ class Shared:
             self._tensors.skip(name, shape)
             self._read[name] = None
 
-    def take_stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
         return self.take(name, shape)
 
 

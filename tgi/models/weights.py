@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,14 +76,15 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
                     raise StartupError(f"{paths[0]}: changes tensor {name}, which is embedding and head in one")
             entries = merged
         if config.unit_head and head in entries:
-            entries[head] = _unit_rows(entries[head])
+            entries[head] = replace(entries[head], values=_Unit(entries[head].values), stored=None)
         yield Weights(entries, progress)
 
 
-def _unit_rows(entry: Entry) -> Entry:
-    """The same matrix with rows of length 1."""
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A matrix with rows of length 1."""
 
-    def read() -> torch.Tensor:
-        return torch.nn.functional.normalize(entry.read().float())
+    matrix: Rows[torch.Tensor]
 
-    return replace(entry, read=read, read_stored=read)
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.matrix[rows].float())
