@@ -120,6 +120,13 @@ def test_a_small_cache_has_room_for_short_requests_in_all_layers(tmp_path: Path)
     assert fit(options, gemma(tmp_path, 100), CPU).pools == [KVPool(64), KVPool(64, 100)]
 
 
+def test_a_token_is_copied_for_each_of_its_experts(tmp_path: Path) -> None:
+    sizes = {"num_experts": 32, "num_experts_per_tok": 8, "moe_intermediate_size": 48, "head_dim": 16}
+    plan = fit(Options(), model(tmp_path, architectures=["Qwen3MoeForCausalLM"], **sizes), NATIVE)
+    check_consistent(plan)
+    assert plan.ledger["activations of 512 tokens"] == 512 * 4 * (3 * 64 + 8 * (2 * 64 + 3 * 48))
+
+
 def test_few_running_requests_can_still_ask_for_the_logits_of_their_prompts(tmp_path: Path) -> None:
     assert "logits of 128 rows" in fit(Options(), model(tmp_path), GPU).ledger
     ledger = fit(Options(max_batch_size=2), model(tmp_path), GPU).ledger

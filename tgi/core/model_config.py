@@ -70,6 +70,18 @@ class Routing:
     """On all weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A tensor that holds matrices of all experts, one expert's behind the other's."""
+
+    name: str
+    """In the block."""
+    matrices: tuple[str, ...]
+    """Those of an expert, one below the other, as they are in ``Experts.names``."""
+    transposed: bool = False
+    """Each is stored as [in, out]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latent:
     """Attention whose keys and values are made of one short vector a token (DeepSeek-AI, arXiv 2405.04434)."""
@@ -99,6 +111,8 @@ class Experts:
     router: str = "gate"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Of an expert's matrices."""
+    stacks: tuple[Stack, ...] = ()
+    """Where they are, unless each expert is a module."""
     count: int
     intermediate: int
     routing: Routing

@@ -17,7 +17,7 @@ from typing import Any
 
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
-from tgi.core.model_config import ModelShape, read_config
+from tgi.core.model_config import Experts, ModelShape, read_config
 from tgi.kernels.library import DTYPES, library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
@@ -203,7 +203,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")
     # A cache of int8 has a scale for each token and head.
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
-    bill = _Bill(shape, WIDTH[dtype], WIDTH["float32" if native else dtype], cached, native)
+    bill = _Bill(shape, config.experts, WIDTH[dtype], WIDTH["float32" if native else dtype], cached, native)
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
@@ -272,6 +272,7 @@ class _Bill:
     and values of ``cached`` bytes."""
 
     shape: ModelShape
+    experts: Experts | None
     width: int
     compute: int
     cached: float
@@ -289,10 +290,13 @@ class _Bill:
         return (elements(files) + (vocab if copies and self.shape.tied else 0)) * self.width
 
     def activations(self, tokens: int) -> int:
-        """A step at the widest place of a layer: residual, its norm, and either attention or the MLP."""
-        shape = self.shape
-        attention = 2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        return tokens * (3 * shape.hidden + max(attention, 3 * shape.intermediate)) * self.compute
+        """A step at the widest place of a layer: residual, its norm, and either attention, the MLP, or experts."""
+        shape, experts = self.shape, self.experts
+        widest = max(2 * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim, 3 * shape.intermediate)
+        if experts is not None:
+            pair = 2 * shape.hidden + 3 * experts.intermediate
+            widest = max(widest, experts.routing.per_token * pair, 3 * experts.shared_intermediate)
+        return tokens * (3 * shape.hidden + widest) * self.compute
 
     def gathered(self, tokens: int) -> int:
         """Keys and values of one layer."""

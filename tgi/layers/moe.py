@@ -210,16 +210,14 @@ class SeparateExperts:
     def add(
         self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
     ) -> None:
-        tokens, per_token = chosen.shape
         # Pairs of a token and an expert, those of an expert side by side.
         pairs = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self._experts)).tolist()
-        rows = torch.split(x.index_select(0, pairs // per_token), counts)
-        parts = [expert(part) for expert, part in zip(self._experts, rows, strict=True) if len(part)]
-        outs = torch.empty(len(pairs), x.shape[1], dtype=x.dtype, device=x.device)
-        outs[pairs] = torch.cat(parts)
-        outs *= weights.view(-1, 1).to(x.dtype)
-        into.add_(outs.view(tokens, per_token, -1).sum(1), alpha=factor)
+        outs = torch.empty(*chosen.shape, x.shape[1], dtype=x.dtype, device=x.device)
+        for expert, own in zip(self._experts, torch.split(pairs, counts), strict=True):
+            if len(own):
+                outs.view(-1, x.shape[1])[own] = expert(x.index_select(0, own // chosen.shape[1]))
+        into.add_(outs.mul_(weights[..., None]).sum(1), alpha=factor)
 
     def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
         into.add_(weights.to(x.dtype) * x, alpha=factor)

@@ -50,6 +50,7 @@ class DecoderConfig:
     """The most that q, k and v may be."""
     unit_head: bool = False
     """Each row of the head is brought to length 1."""
+    experts: Experts | None = None
     spare_layers: int = 0
     """Behind the last, for other purposes than the next token: multi-token prediction."""
 
@@ -111,7 +112,6 @@ class DenseConfig(DecoderConfig):
     packed: bool = False
     """The checkpoint holds gate_up_proj instead of two matrices."""
     gated: bool = True
-    experts: Experts | None = None
     latent: Latent | None = None
     norm_offset: float = 0.0
     """What the checkpoint leaves away from the weights of norms."""

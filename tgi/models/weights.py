@@ -1,8 +1,10 @@
 """A model's weights by the names that its dataflow knows: every tensor once, none forgotten."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from tgi.core.adapter import read_adapter
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
+from tgi.core.model_config import Experts
 from tgi.models.adapter import merge
 from tgi.models.config import DecoderConfig
 from tgi.models.files import Entry, read_files
@@ -75,6 +78,8 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
                 if config.shape.tied and merged.get(name) is not entries.get(name):
                     raise StartupError(f"{paths[0]}: changes tensor {name}, which is embedding and head in one")
             entries = merged
+        if config.experts is not None:
+            entries = _unstacked(entries, config.experts)
         if config.unit_head and head in entries:
             entries[head] = replace(entries[head], values=_Unit(entries[head].values), stored=None)
         yield Weights(entries, progress)
@@ -88,3 +93,39 @@ class _Unit:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         return torch.nn.functional.normalize(self.matrix[rows].float())
+
+
+def _unstacked(entries: Mapping[str, Entry], experts: Experts) -> dict[str, Entry]:
+    """Every expert's matrices by names of their own."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        stack = next((stack for stack in experts.stacks if name.endswith(f".{experts.block}.{stack.name}")), None)
+        if stack is None:
+            found[name] = entry
+            continue
+        count = experts.count * len(stack.matrices)
+        rows, rest = divmod(math.prod(entry.shape[:-1]), count)
+        if rest:
+            raise StartupError(
+                f"{entry.path}: tensor {name} has shape {entry.shape}, the config implies {count} matrices"
+            )
+        shape = (entry.shape[-1], rows) if stack.transposed else (rows, entry.shape[-1])
+        for at, (expert, matrix) in enumerate(product(range(experts.count), stack.matrices)):
+            values = _OneOf(entry.values, slice(at * rows, (at + 1) * rows), stack.transposed)
+            module = f"{name.removesuffix(stack.name)}experts.{expert}.{matrix}"
+            found[f"{module}.weight"] = Entry(entry.path, shape, entry.bytes // count, values)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _OneOf:
+    """One of several matrices that lie one behind the other."""
+
+    stack: Rows[torch.Tensor]
+    own: slice
+    """Its rows, if all are counted."""
+    transposed: bool
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        matrix = self.stack[:].flatten(0, -2)[self.own]
+        return (matrix.T if self.transposed else matrix)[rows]
