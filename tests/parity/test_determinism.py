@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.conftest import Engine, pools, tokens
+from tests.parity.conftest import Engine, pools, tokens, write_reference
+from tests.parity.test_more import VARIANTS
 from tests.tiny import write_model
 from tgi.core.messages import Sampling, Submit
 from tgi.engine.request import Request
@@ -64,9 +65,13 @@ def trace(engine: Engine, scheduler: Scheduler, submits: Sequence[Submit]) -> di
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "qwen2-moe"])
 def test_logits_are_the_same_to_the_bit(tmp_path: Path, family: str, way: str) -> None:
-    folder = write_model(tmp_path, family, **({"sliding_window": 37} if family == "mistral" else {}))
+    if family in VARIANTS:
+        kind, config = VARIANTS[family]
+        folder = write_reference(tmp_path, kind, **config)
+    else:
+        folder = write_model(tmp_path, family, **({"sliding_window": 37} if family == "mistral" else {}))
     engine = Engine(folder, **WAYS[way])
     submits = requests()
     alone: dict[tuple[int, int], torch.Tensor] = {}

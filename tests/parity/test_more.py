@@ -47,6 +47,17 @@ _MOE = _SIZES | {
     "moe_intermediate_size": 48,
     "decoder_sparse_step": 1,
 }
+_LOCAL = _SIZES | {"num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 3}
+_PHIMOE = _LOCAL | {"num_experts_per_tok": 2, "router_jitter_noise": 0.3}
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0] * 8,
+    "short_mscale": 1.2,
+    "long_mscale": 1.3,
+}
 _LATENT = _SIZES | {
     "kv_lora_rank": 24,
     "q_lora_rank": None,
@@ -97,6 +108,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _SIZES | {"num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2-moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": ("qwen3_moe", _MOE | {"norm_topk_prob": True, "head_dim": 24, "mlp_only_layers": [1]}),
+    "granite-moe": ("granitemoe", _LOCAL | {"attention_multiplier": 0.3, "residual_multiplier": 0.4}),
+    "phimoe": ("phimoe", _PHIMOE | {"rope_parameters": _LONGROPE | {"original_max_position_embeddings": 512}}),
+    "phimoe-long": (
+        "phimoe",
+        # Where it chooses by length, transformers has one list of factors for all.
+        _PHIMOE
+        | {"attention_bias": True, "lm_head_bias": True}
+        | {"rope_parameters": _LONGROPE | {"long_factor": _LONGROPE["short_factor"]}},
+    ),
     "deepseek-v2": ("deepseek_v2", _LATENT),
     "deepseek-v2-grouped": (
         "deepseek_v2",

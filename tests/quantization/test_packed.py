@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parity.conftest import write_reference
+from tests.parity.test_more import VARIANTS
 from tests.tiny import write_model
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
@@ -40,9 +42,13 @@ def packs(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen3-moe"])
 def test_the_second_start_maps_what_the_first_has_packed(tmp_path: Path, family: str, quantize: str | None) -> None:
-    folder = write_model(tmp_path / "model", family)
+    if family in VARIANTS:
+        kind, config = VARIANTS[family]
+        folder = write_reference(tmp_path / "model", kind, **config)
+    else:
+        folder = write_model(tmp_path / "model", family)
     first = logits(load(folder, tmp_path / "packed", quantize))
     (pack,) = packs(tmp_path / "packed")
     before = (pack / "panels.bin").stat().st_mtime_ns

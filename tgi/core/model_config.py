@@ -213,6 +213,9 @@ class Rope:
     high_freq_factor: float = 4.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    short_mscale: float | None = None
+    """Where there are such, they take the place of ``attention_factor``."""
+    long_mscale: float | None = None
 
 
 _ROPE_KEYS: dict[str, set[str]] = {
@@ -221,7 +224,7 @@ _ROPE_KEYS: dict[str, set[str]] = {
     "dynamic": {"factor"},
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
-    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale"},
 }
 """Keys of each type beside the common ones; any other key is refused, since it would change the angles."""
 
@@ -280,7 +283,13 @@ def read_rope(raw: Raw, *, scaling: str | None = None, factor: float | None = No
     common["factor"] = number(rope, "factor", positions / original)
     common["attention_factor"] = number(rope, "attention_factor", None)
     if name == "longrope":
-        return Rope(**common, short_factor=_numbers(rope, "short_factor"), long_factor=_numbers(rope, "long_factor"))
+        return Rope(
+            **common,
+            short_factor=_numbers(rope, "short_factor"),
+            long_factor=_numbers(rope, "long_factor"),
+            short_mscale=number(rope, "short_mscale", None),
+            long_mscale=number(rope, "long_mscale", None),
+        )
     return Rope(
         **common,
         beta_fast=number(rope, "beta_fast", 32.0),

@@ -138,8 +138,11 @@ def _llama3(rope: Rope, plain: torch.Tensor) -> torch.Tensor:
 
 
 def _longrope(rope: Rope, steps: torch.Tensor, reach: int) -> tuple[torch.Tensor, float]:
-    factors = rope.long_factor if reach > rope.original else rope.short_factor
-    scale = rope.attention_factor
+    long = reach > rope.original
+    factors = rope.long_factor if long else rope.short_factor
+    scale = rope.long_mscale if long else rope.short_mscale
+    if scale is None:
+        scale = rope.attention_factor
     if scale is None:
         scale = 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))
     return 1.0 / (torch.tensor(factors) * rope.theta**steps), scale

@@ -14,6 +14,7 @@ from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
 from tgi.layers.linear import RowLinear
 from tgi.layers.mlp import GatedMLP, PlainMLP
+from tgi.layers.moe import MoE
 from tgi.layers.norm import LayerNorm
 from tgi.layers.rotary import Angles, Rotaries
 from tgi.models.config import GptConfig
@@ -95,8 +96,10 @@ class GptLayer:
             eps=config.eps,
             clip=config.clip_qkv,
         )
-        self._mlp: GatedMLP | PlainMLP
-        if config.gated:
+        self._mlp: GatedMLP | PlainMLP | MoE
+        if config.experts is not None:
+            self._mlp = MoE.load(checkpoint, name, shape, config.experts, config.activation)
+        elif config.gated:
             self._mlp = GatedMLP.load(checkpoint, f"{name}.mlp", shape, config.activation)
         else:
             self._mlp = PlainMLP.load(

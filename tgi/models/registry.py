@@ -63,6 +63,8 @@ ARCHITECTURES: dict[str, Row] = {
     "Qwen3MoeForCausalLM": Row(*_DENSE, experts.QWEN3_MOE, "Qwen 3, mixtures of experts"),
     "DeepseekV2ForCausalLM": Row(*_DENSE, deepseek.DEEPSEEK_V2, "DeepSeek 2 and 2.5, Coder 2"),
     "DeepseekV3ForCausalLM": Row(*_DENSE, deepseek.DEEPSEEK_V3, "DeepSeek 3 and R1, Kimi K2"),
+    "GraniteMoeForCausalLM": Row(*_DENSE, experts.GRANITE_MOE, "Granite 3, mixtures of experts"),
+    "PhimoeForCausalLM": Row(*_GPT, experts.PHIMOE, "Phi 3.5, mixture of experts"),
     "StableLmForCausalLM": Row(*_GPT, gpt.STABLELM, "StableLM 2 and 3B"),
     "GPTNeoXForCausalLM": Row(*_GPT, gpt.NEOX, "GPT-NeoX, Pythia, StableLM alpha, Dolly"),
     "GPTJForCausalLM": Row(*_GPT, gpt.GPTJ, "GPT-J"),

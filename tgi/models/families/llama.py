@@ -74,7 +74,7 @@ def _phi3(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return {"qkv": qkv, "packed": True, "windows": (integer(raw, "sliding_window", None),) * shape.layers}
 
 
-def _granite(raw: Raw, shape: ModelShape) -> dict[str, object]:
+def granite(raw: Raw, shape: ModelShape) -> dict[str, object]:
     return _llama(raw, shape) | {
         "attention_scale": number(raw, "attention_multiplier", 1.0),
         "embedding_multiplier": number(raw, "embedding_multiplier", 1.0),
@@ -158,15 +158,14 @@ def _exaone4(raw: Raw, shape: ModelShape) -> dict[str, object]:
 
 _BIASES = frozenset({"attention_bias", "mlp_bias"})
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+MULTIPLIERS = keys_of("attention_multiplier embedding_multiplier residual_multiplier logits_scaling")
 
 LLAMA = Family(_llama, _BIASES)
 MISTRAL = Family(_mistral, frozenset({"sliding_window"}))
 QWEN2 = Family(qwen2, WINDOWS)
 QWEN3 = Family(qwen3, WINDOWS | {"attention_bias"})
 PHI3 = Family(_phi3, frozenset({"sliding_window", "partial_rotary_factor"}))
-GRANITE = Family(
-    _granite, _BIASES | {"attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"}
-)
+GRANITE = Family(granite, _BIASES | MULTIPLIERS)
 SMOLLM3 = Family(
     _smollm3,
     _BIASES | keys_of("no_rope_layers no_rope_layer_interval use_sliding_window sliding_window layer_types"),
