@@ -1,4 +1,5 @@
-"""The pieces that a step is made of, beside torch's: linear layers in every form, and paged attention on CPU.
+"""The pieces that a step is made of, beside torch's: linear layers in every form, mixtures of experts, and paged
+attention on CPU.
 
     python benchmarks/kernels.py
     OMP_NUM_THREADS=1 python benchmarks/kernels.py --rows 1 8 --only linear
@@ -17,13 +18,19 @@ import torch
 
 from tgi.attention.base import AttnSpec, Precision, Segment
 from tgi.core.config import BLOCK_SIZE
+from tgi.core.model_config import Experts, ModelShape, Routing
 from tgi.kernels.library import Library, library
 from tgi.kernels.panels import Panels, pack, pack_quantized
+from tgi.layers.checkpoint import Checkpoint
+from tgi.layers.moe import GroupedExperts, Method, SeparateExperts
+from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, PackedLinear, PlainLinear
 from tgi.runtime.kvcache import BACKENDS
 
 WORKING_SET = 240_000_000
 """Bytes of all weights of one measurement."""
+
+PARTS = ("linear", "experts", "attention")
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576))
 """SmolLM2-135M's matrices, [out, in]."""
@@ -85,6 +92,52 @@ def all_of(methods: Sequence[LinearMethod], x: torch.Tensor) -> None:
         method(x)
 
 
+class Random:
+    """A checkpoint of whatever is asked for."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape)
+
+    take_stored = take
+
+    def skip(self, name: str, shape: tuple[int, ...]) -> None:
+        pass
+
+
+def experts(rows: Sequence[int]) -> None:
+    """A layer of Granite 3.0 1B: eight of 32 experts for each token, by one product or one expert after the other."""
+    shape = ModelShape("", 1, 1024, 16, 8, 64, 512, 0, 0, True)
+    routing = Routing(per_token=8, norm=1.0)
+    config = Experts(block="", count=32, intermediate=512, routing=routing, layers=(True,))
+    print("\n8 of 32 experts of 512 x 1024, ms\n")
+    print(f"| experts |{''.join(f' {count} |' for count in rows)}\n|---|{'---|' * len(rows)}")
+    native = library()
+    ways: list[tuple[str, Library | None, torch.dtype, str | None, float]] = [("torch", None, torch.float32, None, 4.0)]
+    if native is not None:
+        ways += [("fp32", native, torch.float32, None, 4.0), ("bf16", native, torch.bfloat16, None, 2.0)]
+        ways += [("int8", native, torch.float32, "int8", 1.0625), ("int4", native, torch.float32, "int4", 0.5625)]
+    for form, kernels, dtype, quantize, of_each in ways:
+        checkpoint = Checkpoint(Random(), dtype, torch.device("cpu"), Group(), kernels, quantize)
+        copies = max(1, int(WORKING_SET / (of_each * 3 * 32 * 512 * 1024)))
+        made: dict[str, list[Method]] = {
+            "one by one": [SeparateExperts.load(checkpoint, "", shape, config, "silu") for _ in range(copies)]
+        }
+        if kernels is not None:
+            load = partial(GroupedExperts.load, checkpoint, kernels)
+            made["grouped"] = [load("", shape, config, "silu") for _ in range(copies)]
+        for name, layers in made.items():
+            cells = []
+            for count in rows:
+                x, products = torch.randn(count, 1024), torch.randn(count, 32)
+                cells.append(f"{1e3 * seconds(partial(all_experts, layers, x, products, routing)) / copies:.2f}")
+            print(f"| {form}, {name} | {' | '.join(cells)} |", flush=True)
+
+
+def all_experts(layers: Sequence[Method], x: torch.Tensor, products: torch.Tensor, routing: Routing) -> None:
+    for layer in layers:
+        layer.add(torch.zeros_like(x), x, *layer.route(products, routing), 1.0)
+
+
 class Split:
     """q, k and v as they come: nothing turns."""
 
@@ -121,12 +174,14 @@ def attention(requests: int, context: int, length: int) -> None:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["linear", "attention"], nargs="+", default=["linear", "attention"])
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 128, 512])
     arguments = parser.parse_args()
     if "linear" in arguments.only:
         for out, inner in SHAPES:
             linear(out, inner, arguments.rows)
+    if "experts" in arguments.only:
+        experts(arguments.rows)
     if "attention" in arguments.only:
         print("\nAttention of one layer, keys and values in bfloat16\n")
         print("| backend | requests | context | new tokens | ms | GB/s |\n|---|---|---|---|---|---|")
