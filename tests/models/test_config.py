@@ -12,7 +12,8 @@ import pytest
 
 from tests.tiny import FAMILIES, write_model
 from tgi.core.errors import StartupError
-from tgi.core.model_config import ModelShape, Raw, read_config, read_rope
+from tgi.core.model_config import Experts, ModelShape, Raw, Routing, read_config, read_rope
+from tgi.models.config import Family
 from tgi.models.registry import ARCHITECTURES, check, document
 
 MADE = {
@@ -143,6 +144,7 @@ def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any
         ("NemotronForCausalLM", {"qk_layernorm": True}),
         ("BaichuanForCausalLM", {"attention_bias": True}),
         ("Qwen2MoeForCausalLM", {"mlp_only_layers": "none"}),
+        ("Qwen2MoeForCausalLM", {"num_experts_per_tok": 5}),
         ("PhimoeForCausalLM", {"num_experts_per_tok": 3}),
         ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}),
         ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}),
@@ -172,6 +174,29 @@ def test_more_refused_by_name(name: str, values: dict[str, Any]) -> None:
     (key,) = values
     with pytest.raises(StartupError, match=key):
         check({**raw, **values})
+
+
+@pytest.mark.parametrize(
+    ("key", "routing"),
+    [
+        ("num_experts_per_tok", {"per_token": 13}),
+        ("num_experts_per_tok", {"groups": 4, "groups_per_token": 2, "per_token": 7}),
+        ("topk_group", {"groups": 4, "groups_per_token": 5}),
+        ("n_group", {"groups": 5}),
+        ("n_group", {"groups": 12, "group_best": 2}),
+    ],
+)
+def test_fewer_experts_than_are_asked_for(key: str, routing: dict[str, Any]) -> None:
+    def family(**routing: Any) -> Family:
+        way = Routing(**{"per_token": 2} | routing)
+        experts = Experts(block="mlp", count=12, intermediate=32, routing=way, layers=(True, True))
+        return Family(lambda raw, shape: {"experts": experts}, frozenset())
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    raw = sizes | {"architectures": ["Some"], "vocab_size": 9, "max_position_embeddings": 8, "rms_norm_eps": 1e-5}
+    family(groups=4, groups_per_token=2, per_token=6).read(raw)
+    with pytest.raises(StartupError, match=key):
+        family(**routing).read(raw)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from tests.parity.conftest import load, logits, tokens
+from tests.parity.conftest import load, logits, tokens, write_reference
+from tests.parity.test_more import VARIANTS
 from tests.tiny import write_model
 from tests.tiny_gguf import write_gguf
 from tgi.core.config import ModelFiles
@@ -54,6 +55,15 @@ def test_several_files_are_one_checkpoint(folder: Path):
     whole = logits(load(folder), tokens(9))
     split(folder)
     assert torch.equal(logits(load(folder), tokens(9)), whole)
+
+
+def test_a_stack_of_fewer_experts_than_the_config_has(tmp_path: Path):
+    family, config = VARIANTS["granite-moe"]
+    folder = write_reference(tmp_path, family, **config)
+    load(folder)
+    name = "model.layers.1.block_sparse_moe.input_linear.weight"
+    edit(folder, lambda t: t.update({name: t[name][:5]}))
+    refused(folder, name, "12 matrices")
 
 
 def test_derived_tensors_are_ignored(folder: Path):

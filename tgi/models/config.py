@@ -203,6 +203,18 @@ def _check_rope(rope: Rope, shape: ModelShape) -> None:
             raise StartupError(f"config.json: {name}: expected {size // 2} numbers, got {len(factors)}")
 
 
+def _check_experts(experts: Experts) -> None:
+    """That there are as many as are asked for."""
+    routing = experts.routing
+    size, rest = divmod(experts.count, routing.groups)
+    if rest or routing.group_best > size:
+        raise StartupError(f"config.json: n_group: {experts.count} experts are not {routing.groups} groups")
+    if routing.groups_per_token > routing.groups:
+        raise StartupError(f"config.json: topk_group: {routing.groups_per_token} of {routing.groups} groups")
+    if routing.per_token > (left := size * routing.groups_per_token):
+        raise StartupError(f"config.json: num_experts_per_tok: {routing.per_token} of {left} experts")
+
+
 def keys_of(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -345,4 +357,7 @@ class Family:
             "rotated": (True,) * shape.layers,
             "attention_scale": shape.head_dim**-0.5,
         }
-        return self.config(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
+        config = self.config(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
+        if config.experts is not None:
+            _check_experts(config.experts)
+        return config
