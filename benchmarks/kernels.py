@@ -22,7 +22,7 @@ from tgi.core.model_config import Experts, ModelShape, Routing
 from tgi.kernels.library import Library, library
 from tgi.kernels.panels import Panels, pack, pack_quantized
 from tgi.layers.checkpoint import Checkpoint
-from tgi.layers.moe import GroupedExperts, Method, SeparateExperts
+from tgi.layers.moe import ExpertsMethod, GroupedExperts, SeparateExperts
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, PackedLinear, PlainLinear
 from tgi.runtime.kvcache import BACKENDS
@@ -119,7 +119,7 @@ def experts(rows: Sequence[int]) -> None:
     for form, kernels, dtype, quantize, of_each in ways:
         checkpoint = Checkpoint(Random(), dtype, torch.device("cpu"), Group(), kernels, quantize)
         copies = max(1, int(WORKING_SET / (of_each * 3 * 32 * 512 * 1024)))
-        made: dict[str, list[Method]] = {
+        made: dict[str, list[ExpertsMethod]] = {
             "one by one": [SeparateExperts.load(checkpoint, "", shape, config, "silu") for _ in range(copies)]
         }
         if kernels is not None:
@@ -133,7 +133,7 @@ def experts(rows: Sequence[int]) -> None:
             print(f"| {form}, {name} | {' | '.join(cells)} |", flush=True)
 
 
-def all_experts(layers: Sequence[Method], x: torch.Tensor, products: torch.Tensor, routing: Routing) -> None:
+def all_experts(layers: Sequence[ExpertsMethod], x: torch.Tensor, products: torch.Tensor, routing: Routing) -> None:
     for layer in layers:
         layer.add(torch.zeros_like(x), x, *layer.route(products, routing), 1.0)
 

@@ -17,7 +17,7 @@ from tgi.parallel import Group
 from tgi.quantization.base import ACTS
 
 
-class Method(Protocol):
+class ExpertsMethod(Protocol):
     """Experts, and how a step's tokens go through them."""
 
     def route(
@@ -48,7 +48,7 @@ class MoE:
         routing: Routing,
         router: ColumnLinear,
         bias: torch.Tensor | None,
-        experts: Method,
+        experts: ExpertsMethod,
         shared: GatedMLP | None,
         shared_gate: ColumnLinear | None,
     ) -> None:
@@ -69,7 +69,7 @@ class MoE:
         exact = replace(checkpoint, dtype=torch.float32, quantize=None)
         router = ColumnLinear.load(exact, {f"{block}.{config.router}": (config.count,)}, shape.hidden, bias=False)
         bias = exact.vector(f"{block}.{routing.bias}", config.count) if routing.bias else None
-        experts: Method
+        experts: ExpertsMethod
         if checkpoint.library is None:
             experts = SeparateExperts.load(checkpoint, f"{block}.experts", shape, config, activation)
         else:
