@@ -43,8 +43,6 @@ def _experts(raw: Raw, shape: ModelShape, routing: Routing) -> Experts | None:
     dense = integer(raw, "first_k_dense_replace", 0, least=0)
     step = integer(raw, "moe_layer_freq", 1)
     wide = integer(raw, "moe_intermediate_size")
-    if count % routing.groups or routing.groups_per_token > routing.groups:
-        raise StartupError(f"config.json: n_group: {count} experts don't make {routing.groups} groups")
     return Experts(
         block="mlp",
         count=count,
