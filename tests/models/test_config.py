@@ -21,6 +21,7 @@ MADE = {
     "BloomForCausalLM",
     "Cohere2ForCausalLM",
     "CohereForCausalLM",
+    "DbrxForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "Ernie4_5ForCausalLM",
@@ -31,6 +32,7 @@ MADE = {
     "GPTJForCausalLM",
     "GPTNeoXForCausalLM",
     "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM",
     "GlmForCausalLM",
     "GraniteMoeForCausalLM",
     "HeliumForCausalLM",
@@ -41,6 +43,7 @@ MADE = {
     "Olmo2ForCausalLM",
     "Olmo3ForCausalLM",
     "OlmoForCausalLM",
+    "OlmoeForCausalLM",
     "PhiForCausalLM",
     "PhimoeForCausalLM",
     "Qwen2MoeForCausalLM",
@@ -146,6 +149,10 @@ def test_refused_by_name(raws: dict[str, Raw], family: str, key: str, value: Any
         ("Qwen2MoeForCausalLM", {"mlp_only_layers": "none"}),
         ("Qwen2MoeForCausalLM", {"num_experts_per_tok": 5}),
         ("PhimoeForCausalLM", {"num_experts_per_tok": 3}),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}),
+        ("Glm4MoeForCausalLM", {"topk_method": "greedy"}),
+        ("DbrxForCausalLM", {"attn_config": 3}),
+        ("DbrxForCausalLM", {"ffn_config": {"ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}}),
         ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}),
         ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}),
         ("DeepseekV2ForCausalLM", {"scoring_func": "sigmoid"}),
@@ -162,9 +169,9 @@ def test_more_refused_by_name(name: str, values: dict[str, Any]) -> None:
         sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
     raw = {"architectures": [name], "vocab_size": 100, "max_position_embeddings": 128, "sliding_window": None, **sizes}
     raw |= {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-5}
-    if "Moe" in name:
+    if name.startswith("Qwen2Moe"):
         raw |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    if name.startswith("Deepseek"):
+    if name.startswith(("Deepseek", "Glm4Moe")):
         raw |= {"n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     if name.startswith(("Olmo3", "Exaone")):
         raw["sliding_window"] = 9

@@ -58,6 +58,13 @@ _LONGROPE: dict[str, Any] = {
     "short_mscale": 1.2,
     "long_mscale": 1.3,
 }
+_GLM = _SIZES | {
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
 _LATENT = _SIZES | {
     "kv_lora_rank": 24,
     "q_lora_rank": None,
@@ -109,6 +116,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 80}),
     "qwen3-moe": ("qwen3_moe", _MOE | {"norm_topk_prob": True, "head_dim": 24, "mlp_only_layers": [1]}),
     "granite-moe": ("granitemoe", _LOCAL | {"attention_multiplier": 0.3, "residual_multiplier": 0.4}),
+    "olmoe": ("olmoe", _SIZES | {"num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 3}),
+    "glm4-moe": ("glm4_moe", _GLM | {"n_group": 2, "use_qk_norm": True, "head_dim": 24}),
+    "glm4-moe-bias": ("glm4_moe", _GLM | {"attention_bias": True, "routed_scaling_factor": 2.0, "num_mtp_layers": 0}),
+    "dbrx": (
+        "dbrx",
+        {"vocab_size": 431, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 512}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0}}
+        | {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 6, "moe_top_k": 3}},
+    ),
     "phimoe": ("phimoe", _PHIMOE | {"rope_parameters": _LONGROPE | {"original_max_position_embeddings": 512}}),
     "phimoe-long": (
         "phimoe",

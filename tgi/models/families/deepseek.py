@@ -72,7 +72,8 @@ def _v2(raw: Raw, shape: ModelShape) -> dict[str, object]:
     }
 
 
-def _v3(raw: Raw, shape: ModelShape) -> dict[str, object]:
+def v3_experts(raw: Raw, shape: ModelShape) -> Experts | None:
+    """Chosen by their sigmoids and a bias, the groups first."""
     for key, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
         if raw.get(key, value) != value:
             raise StartupError(f"config.json: {key}: {raw[key]!r} is not implemented")
@@ -86,7 +87,11 @@ def _v3(raw: Raw, shape: ModelShape) -> dict[str, object]:
         norm=1.0 if flag(raw, "norm_topk_prob", True) else 0.0,
         factor=number(raw, "routed_scaling_factor", 2.5),
     )
-    return _deepseek(raw, shape, flag(raw, "rope_interleave", True)) | {"experts": _experts(raw, shape, routing)}
+    return _experts(raw, shape, routing)
+
+
+def _v3(raw: Raw, shape: ModelShape) -> dict[str, object]:
+    return _deepseek(raw, shape, flag(raw, "rope_interleave", True)) | {"experts": v3_experts(raw, shape)}
 
 
 def _sizes(raw: dict[str, object]) -> None:
@@ -95,12 +100,15 @@ def _sizes(raw: dict[str, object]) -> None:
     raw["head_dim"] = integer(raw, "kv_lora_rank") + integer(raw, "qk_rope_head_dim")
 
 
-_KEYS = keys_of(
-    """kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim attention_bias
-    num_nextn_predict_layers num_mtp_layers n_routed_experts n_shared_experts moe_intermediate_size moe_layer_freq
+EXPERTS_KEYS = keys_of(
+    """num_nextn_predict_layers n_routed_experts n_shared_experts moe_intermediate_size moe_layer_freq
     first_k_dense_replace num_experts_per_tok n_group topk_group topk_method scoring_func
     routed_scaling_factor aux_loss_alpha seq_aux ep_size router_aux_loss_coef output_router_logits"""
 )
+_KEYS = EXPERTS_KEYS | keys_of(
+    "kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim qk_head_dim v_head_dim attention_bias"
+)
+V3_ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
@@ -122,6 +130,6 @@ DEEPSEEK_V3 = Family(
     _v3,
     _KEYS | {"rope_interleave", "norm_topk_prob"},
     defaults=_DEFAULTS | {"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4},
-    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+    aliases=V3_ALIASES,
     sizes=_sizes,
 )
