@@ -36,6 +36,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
         "norm": 1.0,
     },
     "sparse mixer": {"score": "sparse_mixer", "jitter": 0.2},
+    "sparse mixer of many": {"score": "sparse_mixer", "jitter": 0.7},
     "bias": {"bias": "there is one"},
 }
 

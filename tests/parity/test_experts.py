@@ -54,8 +54,8 @@ BLOCKS: dict[str, tuple[type, str, dict[str, Any], dict[str, Any]]] = {
     "sparse-mixer": (
         PhimoeSparseMoeBlock,
         "phimoe",
-        _LOCAL | {"num_experts_per_tok": 2, "router_jitter_noise": 0.3},
-        {"score": "sparse_mixer", "jitter": 0.3, "per_token": 2},
+        _LOCAL | {"num_experts_per_tok": 2, "router_jitter_noise": 0.7},
+        {"score": "sparse_mixer", "jitter": 0.7, "per_token": 2},
     ),
     "deepseek-v2": (DeepseekV2Moe, "deepseek_v2", _DEEPSEEK | {"topk_method": "greedy"}, {"factor": 2.5}),
     "deepseek-v2-groups": (
