@@ -25,7 +25,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "normalised": {"norm": 1.0, "factor": 2.5},
     "p-norm": {"norm": 3.0},
-    "norm of some size at least": {"norm": 1.0, "norm_least": 0.5},
+    "norm of some size at least": {"norm": 1.0, "norm_least": 0.9},
     "groups": {"groups": 4, "groups_per_token": 2, "factor": 16.0},
     "sigmoid, groups, bias": {
         "score": "sigmoid",
