@@ -14,7 +14,7 @@ from tgi.kernels import experts
 from tgi.kernels.library import Library
 from tgi.kernels.linear import linear
 from tgi.kernels.ops import Act, Finish
-from tgi.kernels.panels import Panels, join
+from tgi.kernels.panels import Panels, assemble
 from tgi.kernels.program import Program
 from tgi.layers.moe import GroupedExperts, SeparateExperts
 from tgi.parallel import Group
@@ -104,8 +104,8 @@ def test_each_row_goes_through_the_matrix_of_its_expert(
     counts = [chance.choice([0, 1, 2, 7, 30]) for _ in range(5)]
     first = torch.tensor([0, *counts]).cumsum(0).int()
     x = torch.randn(sum(counts), hidden)
-    gated = experts.linear(kernels, join(gate_ups), x, first, finish=Finish.GATE, act=Act.SILU)
-    out = experts.linear(kernels, join(downs), gated, first)
+    gated = experts.linear(kernels, assemble(gate_ups, gate_ups[0].outs, len(gate_ups)), x, first, finish=Finish.GATE, act=Act.SILU)
+    out = experts.linear(kernels, assemble(downs, downs[0].outs, len(downs)), gated, first)
     for expert, rows in enumerate(x.split(counts)):
         own = slice(int(first[expert]), int(first[expert + 1]))
         expected = linear(kernels, gate_ups[expert], rows, finish=Finish.GATE, act=Act.SILU)
