@@ -1,7 +1,7 @@
 """Mixtures of experts: routing beside torch's, products beside the linear kernel's, for every instruction set."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -64,6 +64,10 @@ def stacks(count: int, kind: str, hidden: int, inner: int, chance: random.Random
     return gate_ups, downs
 
 
+def joined(matrices: Sequence[Panels]) -> Panels:
+    return assemble(matrices, matrices[0].outs, len(matrices))
+
+
 @pytest.mark.parametrize("way", ROUTINGS.values(), ids=ROUTINGS.keys())
 @pytest.mark.parametrize(("count", "per_token"), [(8, 2), (16, 3), (20, 4), (72, 6)])
 def test_routing(kernels: Library, way: dict[str, Any], count: int, per_token: int) -> None:
@@ -104,8 +108,8 @@ def test_each_row_goes_through_the_matrix_of_its_expert(
     counts = [chance.choice([0, 1, 2, 7, 30]) for _ in range(5)]
     first = torch.tensor([0, *counts]).cumsum(0).int()
     x = torch.randn(sum(counts), hidden)
-    gated = experts.linear(kernels, assemble(gate_ups, gate_ups[0].outs, len(gate_ups)), x, first, finish=Finish.GATE, act=Act.SILU)
-    out = experts.linear(kernels, assemble(downs, downs[0].outs, len(downs)), gated, first)
+    gated = experts.linear(kernels, joined(gate_ups), x, first, finish=Finish.GATE, act=Act.SILU)
+    out = experts.linear(kernels, joined(downs), gated, first)
     for expert, rows in enumerate(x.split(counts)):
         own = slice(int(first[expert]), int(first[expert + 1]))
         expected = linear(kernels, gate_ups[expert], rows, finish=Finish.GATE, act=Act.SILU)
@@ -118,7 +122,7 @@ def test_each_row_goes_through_the_matrix_of_its_expert(
 def test_a_token_does_not_depend_on_the_others(kernels: Library, kind: str, any_threads: None) -> None:
     """Recorded or not, for any number of tokens and threads; what is recorded lends its memory to who comes next."""
     torch.manual_seed(1)
-    block = grouped(kernels, *map(join, stacks(7, kind, 96, 48, random.Random(1))))
+    block = grouped(kernels, *map(joined, stacks(7, kind, 96, 48, random.Random(1))))
     routing = Routing(per_token=3, norm=1.0)
     x, products = torch.randn(40, 96), torch.randn(40, 7)
 
