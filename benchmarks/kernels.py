@@ -98,7 +98,8 @@ class Random:
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape)
 
-    take_stored = take
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> torch.Tensor:
+        return torch.randn(shape)
 
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         pass
