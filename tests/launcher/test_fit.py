@@ -329,6 +329,13 @@ def test_quantized_weights_are_billed_as_what_they_are(tmp_path: Path) -> None:
     assert four < eight < plain
 
 
+def test_what_transformers_reads_is_billed_before_it_is_rounded(tmp_path: Path) -> None:
+    """And a tied head is packed beside the embedding."""
+    files = model(tmp_path, architectures=["OddForCausalLM"], model_type="odd", vocab_size=1, tie_word_embeddings=True)
+    plain, eight = (fit(Options(quantize=kind), files, NATIVE).ledger["weights"] for kind in (None, "int8"))
+    assert plain == eight == 2 * (205 + 64)
+
+
 def machine_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name

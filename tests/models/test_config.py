@@ -74,7 +74,6 @@ def test_every_row_is_tested(raws: dict[str, Raw]):
 @pytest.mark.parametrize(
     ("family", "key", "value"),
     [
-        ("llama", "architectures", ["MambaForCausalLM"]),
         ("llama", "architectures", []),
         ("llama", "architectures", ["LlamaForCausalLM", "Other"]),
         ("llama", "hidden_act", "quick_gelu"),

@@ -89,7 +89,7 @@ def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
 
 def pools(model: Model, blocks: int | Sequence[int]) -> list[KVPool]:
     """One for each kind of layer, of this size or these."""
-    windows = sorted({spec.window or math.inf for spec in model.specs}, reverse=True)
+    windows = sorted({spec.window or math.inf for spec in model.specs} or {math.inf}, reverse=True)
     sizes = [blocks] * len(windows) if isinstance(blocks, int) else blocks
     return [
         KVPool(size, None if window == math.inf else int(window)) for size, window in zip(sizes, windows, strict=True)

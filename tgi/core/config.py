@@ -92,6 +92,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the KV cache; the first is of the layers in which a token sees farthest."""
     packed: str | None = None
     """Folder where packed weights are kept."""
+    trust_remote_code: bool = False
+    """Python files of the model's folder may be run."""
     rope_scaling: str | None = None
     rope_factor: float | None = None
     ledger: dict[str, int] = {}

@@ -105,6 +105,7 @@ class BlockCache:
         for pool, blocks, first in zip(self.pools, request.blocks, request.firsts, strict=False):
             pool.release(blocks[first:])
         request.blocks, request.firsts = [], []
+        request.scratch.clear()  # it may be as large as the blocks
         request.published = request.computed = 0
 
     def check_integrity(self, requests: Iterable[Request]) -> None:

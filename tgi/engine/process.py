@@ -31,7 +31,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         step_tokens=limits.max_batch_prefill_tokens,
         max_running=limits.max_batch_size,
         beside=BESIDE_DECODES.get(settings.device),
-        prefix_caching=settings.prefix_caching,
+        prefix_caching=settings.prefix_caching and runner.paged,
     )
     mailbox = Mailbox(settings.socket, epoch=time.time_ns())
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

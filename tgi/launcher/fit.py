@@ -23,6 +23,7 @@ from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
 from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
+from tgi.models.config import TailConfig
 from tgi.models.registry import check as read_family
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,12 @@ class Plan:
 def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
     raw = read_config(files.folder)
-    config = read_family(raw, rope_scaling=options.rope_scaling, rope_factor=options.rope_factor)
+    config = read_family(
+        raw,
+        rope_scaling=options.rope_scaling,
+        rope_factor=options.rope_factor,
+        trust_remote_code=options.trust_remote_code,
+    )
     shape = config.shape
     dtype = choose_dtype(options.dtype, machine, raw)
     quantize = choose_quantize(options, files, machine)
@@ -203,10 +209,13 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")
     # A cache of int8 has a scale for each token and head.
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
+    # What has no row is read by transformers before it is rounded, and its embedding stays beside a packed head.
+    tail = isinstance(config, TailConfig)
+    rounded = None if tail else quantize
     bill = _Bill(shape, config.experts, WIDTH[dtype], WIDTH["float32" if native else dtype], cached, native)
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
-        "weights": bill.weights(files, quantize, copies=machine.device == "cpu" and not native),
+        "weights": bill.weights(files, rounded, copies=tail or (machine.device == "cpu" and not native)),
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
         "attention": bill.gathered(GATHERED_TOKENS),

@@ -170,8 +170,7 @@ class Options:
     trust_remote_code: bool = _flag(
         kinds.SWITCH,
         False,
-        "Code of a model's repository is never run: the model families are this server's own.",
-        "obsolete",
+        "Run the Python files of the model's repository, if neither this server nor transformers has the model itself.",
         commands=_ALL,
     )
     max_concurrent_requests: int = _flag(

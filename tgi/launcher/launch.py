@@ -62,6 +62,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         quantize=plan.quantize,
         kv_cache_dtype=options.kv_cache_dtype,
         packed=str(store(options).cache / "packed"),
+        trust_remote_code=options.trust_remote_code,
         rope_scaling=options.rope_scaling,
         rope_factor=options.rope_factor,
         ledger=plan.ledger,

@@ -193,6 +193,25 @@ class GptConfig(DecoderConfig):
         return self.qkv.transposed
 
 
+@dataclass(frozen=True, slots=True)
+class TailConfig:
+    """models/hf.py: what can be said of a model that only transformers knows."""
+
+    shape: ModelShape
+    """``tied`` and ``intermediate`` as the config states them, or a guess."""
+    model_type: str
+    remote: bool
+    """The config names code in the model's repository."""
+
+    experts = None
+    """None that a step is planned for: how they are computed is transformers' affair."""
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """Whatever windows its layers turn out to have, pages are planned as if they had none."""
+        return (None,) * self.shape.layers
+
+
 def _check_rope(rope: Rope, shape: ModelShape) -> None:
     """That the embedding fits the heads."""
     size = int(shape.head_dim * rope.partial)

@@ -2,15 +2,15 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, architecture, read_config
-from tgi.models.config import DecoderConfig, Family
-from tgi.models.families import baichuan, cohere, deepseek, experts, gemma, gpt, llama, olmo
+from tgi.models.config import DecoderConfig, Family, TailConfig
+from tgi.models.families import baichuan, cohere, deepseek, experts, gemma, gpt, llama, olmo, tail
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +89,12 @@ ARCHITECTURES: dict[str, Row] = {
 }
 
 
-class Model(Protocol):
-    """What the runtime knows of a model."""
+class _Model(Protocol):
+    """What the runtime knows of any model."""
 
     @property
-    def specs(self) -> "list[AttnSpec]":
-        """One per layer."""
+    def specs(self) -> "Sequence[AttnSpec]":
+        """One per layer that is served by our attention."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -111,20 +111,43 @@ class Model(Protocol):
     def head(self) -> "Head | None":
         """What ``logits`` computes, if that is one product of the native kernels."""
 
-    def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
-        """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
-
     def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """[rows, hidden] → float32 [rows, vocab], valid until the next call."""
 
 
-def check(raw: Raw, *, rope_scaling: str | None = None, rope_factor: float | None = None) -> DecoderConfig:
-    """The model's own config from a config.json; StartupError, naming the key, if anything in it is not implemented."""
-    name = architecture(raw)
-    if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise StartupError(f"config.json: architectures: {name!r} is not implemented; known: {known}")
-    return ARCHITECTURES[name].config.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
+class PagedModel(_Model, Protocol):
+    """Its keys and values are in the paged cache."""
+
+    def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
+        """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
+
+
+@runtime_checkable
+class CachingModel(_Model, Protocol):
+    """It keeps something of its own of each request."""
+
+    def advance(self, token_ids: "torch.Tensor", start: int, kept: Any) -> "tuple[torch.Tensor, Any]":
+        """int64 [tokens], all of one request, and what it kept when it last computed some (None: nothing) → [tokens -
+        start, hidden] of those from ``start`` on, and what it keeps now. What was handed in is used up."""
+
+
+Model = PagedModel | CachingModel
+
+
+def check(
+    raw: Raw,
+    *,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    trust_remote_code: bool = False,
+) -> DecoderConfig | TailConfig:
+    """The model's own config from a config.json, or its sizes if it has no row; StartupError, naming the key, if
+    anything in it is not implemented."""
+    row = ARCHITECTURES.get(architecture(raw))
+    if row is None:
+        scaled = rope_scaling is not None or rope_factor is not None
+        return tail.read(raw, scaled=scaled, trust_remote_code=trust_remote_code)
+    return row.config.read(raw, rope_scaling=rope_scaling, rope_factor=rope_factor)
 
 
 def load_model(
@@ -137,6 +160,7 @@ def load_model(
     max_total_tokens: int | None = None,
     quantize: str | None = None,
     packed: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None],
 ) -> Model:
     """Read the weights into memory, ready to run.
@@ -144,9 +168,15 @@ def load_model(
     ``dtype``: of weights, where they aren't quantized. ``quantize``: see Checkpoint; needs the native kernels.
     ``packed``: folder where packed weights are kept, if they shall be.
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
-    choose by it (None: all that the config allows). ``progress`` gets (bytes done, bytes in all).
+    choose by it (None: all that the config allows). ``trust_remote_code``: Python files of the model's folder may be
+    run, if it has no row here. ``progress`` gets (bytes done, bytes in all).
     """
-    parsed = check(read_config(files.folder), rope_scaling=rope_scaling, rope_factor=rope_factor)
+    parsed = check(
+        read_config(files.folder),
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        trust_remote_code=trust_remote_code,
+    )
 
     import torch
 
@@ -156,15 +186,32 @@ def load_model(
     from tgi.parallel import Group
     from tgi.quantization.packed import Pack
 
-    row = ARCHITECTURES[parsed.shape.architecture]
-    log.info("%s is served by %s (%s)", parsed.shape.architecture, row.module, row.description)
-    model_class = getattr(importlib.import_module(row.module), row.name)
     reach = max_total_tokens or parsed.shape.max_position_embeddings
     native = library() if device.type == "cpu" and dtype in (getattr(torch, name) for name in DTYPES) else None
     if device.type == "cpu" and (reason := why_not()) is not None:
         log.warning("No native kernels, plain torch instead: %s", reason)
     if quantize is not None and native is None:
         raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
+    name = parsed.shape.architecture
+    if isinstance(parsed, TailConfig):
+        from tgi.models import hf
+
+        served = hf.load(
+            files,
+            parsed,
+            dtype,
+            device,
+            reach,
+            library=native,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        log.info("%s is served by %s", name, served.description)
+        return served
+    row = ARCHITECTURES[name]
+    log.info("%s is served by %s (%s)", name, row.module, row.description)
+    model_class = getattr(importlib.import_module(row.module), row.name)
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
         pack = Pack.open(packed if native else None, sources, dtype, quantize)
@@ -190,6 +237,14 @@ def document() -> str:
             "`architectures` of a model's config.json decides. Each is tested against transformers on random weights:",
             "all at once, in chunks through the cache, in a batch with others, preempted. A value of the config that",
             "changes what is computed and isn't implemented stops the start with its name.",
+            "",
+            "An architecture without a row is served by transformers' own module of it (the *tail*), if transformers",
+            "knows it as a causal language model, or by the Python files of its repository with `--trust-remote-code`.",
+            "Linear layers that its tensor-parallel plan names are ours, with `--quantize` too; the others, experts",
+            "among them, stay as they are. Its attention is ours if it asks transformers' registry for it and, tried",
+            "at load on short sequences, makes the same logits with it; otherwise each request has a cache of",
+            "transformers' own and runs by itself, slower. The log says which. Refused by name: state-space models,",
+            "encoder-decoders, models of several parts (images, sound), and quantized checkpoints.",
             "",
             "| Architecture | Models | Implementation |",
             "|---|---|---|",

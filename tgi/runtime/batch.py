@@ -17,6 +17,8 @@ class Batch:
     """[T]."""
     segments: list[list[Segment]]
     """For each kind of layer."""
+    works: Sequence[Work]
+    """One for each segment."""
 
     last_rows: list[int]
     """Places in T of the last token of each chunk that samples, in the works' order."""
@@ -50,4 +52,4 @@ class Batch:
                 first = len(ids) - end
                 rows += (first + position - 1 for position in known)
                 scored += (tokens[position] for position in known)
-        return cls(ids, positions, segments, last, rows, scored)
+        return cls(ids, positions, segments, works, last, rows, scored)

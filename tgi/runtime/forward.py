@@ -1,4 +1,5 @@
-"""How the model's forward is run: step by step through Python, or recorded once as a program of native kernels."""
+"""How the model's forward is run: step by step through Python, request by request, or recorded once as a program of
+native kernels."""
 
 import logging
 from array import array
@@ -9,9 +10,10 @@ import torch
 
 from tgi.attention.base import Segment
 from tgi.core.config import BLOCK_SIZE
+from tgi.core.plan import Work
 from tgi.kernels.library import Library
 from tgi.kernels.program import NotRecordable, Program
-from tgi.models.registry import Model
+from tgi.models.registry import CachingModel, Model, PagedModel
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
 
@@ -31,7 +33,7 @@ class Forward(Protocol):
 class Eager:
     """The model's Python runs in each step: any model, any device."""
 
-    def __init__(self, model: Model, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: PagedModel, cache: KVCache, device: torch.device) -> None:
         self._model = model
         self._cache = cache
         self._device = device
@@ -49,7 +51,7 @@ class Eager:
 class Recorded:
     """One call a step, whatever the number of layers; nothing is allocated."""
 
-    def __init__(self, model: Model, cache: KVCache, library: Library, tokens: int) -> None:
+    def __init__(self, model: PagedModel, cache: KVCache, library: Library, tokens: int) -> None:
         """``tokens``: the most that a step may have. Raises NotRecordable."""
         self._cache = cache
         ids, positions = torch.zeros(2, tokens, dtype=torch.int64)
@@ -70,8 +72,29 @@ class Recorded:
         return self._hidden
 
 
+class OneByOne:
+    """Each request by itself, for a model that keeps what it needs of it: it lies in the request's scratch. Pages only
+    count tokens then."""
+
+    def __init__(self, model: CachingModel, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor:
+        assert then is None, "a model with a head of native kernels has native kernels throughout"
+        return torch.cat([self._advance(work) for work in batch.works])
+
+    def _advance(self, work: Work) -> torch.Tensor:
+        ids = torch.tensor(work.tokens[: work.start + work.length]).to(self._device, non_blocking=True)
+        hidden, work.scratch["kept"] = self._model.advance(ids, work.start, work.scratch.pop("kept", None))
+        return hidden
+
+
 def choose(model: Model, cache: KVCache, tokens: int, device: torch.device) -> Forward:
     """The fastest way for this model."""
+    if isinstance(model, CachingModel):
+        return OneByOne(model, device)
     if model.library is not None:
         try:
             return Recorded(model, cache, model.library, tokens)

@@ -11,6 +11,7 @@ import torch
 
 from tgi.attention.base import Precision
 from tgi.core.config import SCORED_ROWS, KVPool, Settings
+from tgi.core.errors import StartupError
 from tgi.core.messages import Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
@@ -74,8 +75,12 @@ class Runner:
             max_total_tokens=settings.limits.max_total_tokens,
             quantize=settings.quantize,
             packed=None if settings.packed is None else Path(settings.packed),
+            trust_remote_code=settings.trust_remote_code,
             progress=progress,
         )
+        if settings.kv_cache_dtype is not None and not model.specs:
+            name = f"--kv-cache-dtype {settings.kv_cache_dtype}"
+            raise StartupError(f"`{name}`: {settings.model.model_id} keeps a cache of its own")
         limits = settings.limits
         stored: torch.dtype = getattr(torch, settings.kv_cache_dtype or settings.dtype)
         return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device)
@@ -91,6 +96,11 @@ class Runner:
     @property
     def vocab_size(self) -> int:
         return self._model.vocab_size
+
+    @property
+    def paged(self) -> bool:
+        """Whether pages hold what was computed, so that requests can share them."""
+        return bool(self._model.specs)
 
     def launch(self, works: Sequence[Work]) -> Launched:
         """Start the forward of one step."""
