@@ -194,6 +194,7 @@ _Q = "base_model.model.model.layers.0.self_attn.q_proj"
     ("change", "text"),
     [
         ({f"{_Q}.lora_A.weight": torch.ones(4, 65)}, r"layers.0.self_attn.q_proj.weight: \(64, 4\) · \(4, 65\)"),
+        ({f"{_Q}.lora_A.weight": torch.ones(())}, r"q_proj.weight: \(64, 4\) · \(\)"),
         ({f"{_Q}.lora_A.weight": None}, "expected one A and one B of LoRA, got B"),
         ({f"{_Q}.lora_embedding_A": torch.ones(4, 64)}, "got A, B, embedding_A|got embedding_A, A, B"),
         ({f"{_Q}.lora_magnitude_vector": torch.ones(64)}, "lora_magnitude_vector is not implemented"),

@@ -41,13 +41,14 @@ def merge(
                 pass
             case _:
                 raise StartupError(f"{path}: tensor {target}: expected one A and one B of LoRA, got {', '.join(parts)}")
-        old, rank = merged[target], a.shape[0]
-        change = b.shape[0], *a.shape[1:]
+        old = merged[target]
+        change = b.shape[:1] + a.shape[1:]
         square = len(set(old.shape)) == 1
         turned = embedding or (square and transposed) or (not square and change[::-1] == old.shape)
-        if b.shape[1:] != (rank,) or (change[::-1] if turned else change) != old.shape:
+        fits = (change[::-1] if turned else change) == old.shape and a.shape[:1] == b.shape[1:]
+        if len(old.shape) != 2 or not fits:
             raise StartupError(f"{path}: tensor {target}: {b.shape} · {a.shape} does not fit {old.shape}")
-        scale = adapter.scale(target.removesuffix(".weight"), rank)
+        scale = adapter.scale(target.removesuffix(".weight"), a.shape[0])
         values = _Sum(old.values, a.values, b.values, scale, turned)
         merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, values)
     return merged
