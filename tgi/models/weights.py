@@ -22,8 +22,9 @@ from tgi.quantization.quantized import Quantized, Rows
 class Weights:
     """A checkpoint from which every tensor is taken once, none forgotten."""
 
-    def __init__(self, entries: Mapping[str, Entry], progress: Callable[[int, int], None]) -> None:
-        self._left = dict(entries)
+    def __init__(self, entries: dict[str, Entry], progress: Callable[[int, int], None]) -> None:
+        """``entries`` is emptied, so that what was read from a file at once goes as it is taken."""
+        self._left = entries
         self._where = " or ".join(sorted({str(entry.path) for entry in entries.values()})) or "no file of weights"
         self._total = sum(entry.bytes for entry in entries.values())
         self._done = 0
@@ -70,6 +71,8 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         entries = {name: entry for name, entry in entries.items() if not name.startswith(config.spare)}
         if config.shape.tied:
             entries.pop(head, None)
+        if config.experts is not None:
+            entries = _unstacked(entries, config.experts)
         if files.adapter:
             description, *paths = map(Path, files.adapter)
             own = read_files(paths, Path(files.folder), stack)
@@ -78,8 +81,6 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
                 if config.shape.tied and merged.get(name) is not entries.get(name):
                     raise StartupError(f"{paths[0]}: changes tensor {name}, which is embedding and head in one")
             entries = merged
-        if config.experts is not None:
-            entries = _unstacked(entries, config.experts)
         if config.unit_head and head in entries:
             entries[head] = replace(entries[head], values=_Unit(entries[head].values), stored=None)
         yield Weights(entries, progress)
