@@ -20,7 +20,7 @@ def write_gguf(folder: Path, quantized: str = "F32", pre: str = "gpt-2", **metad
     path = folder.with_suffix(".gguf")
     writer = gguf.GGUFWriter(path, config["model_type"].replace("mistral", "llama").removesuffix("_text"))
     _write_sizes(writer, config)
-    _write_tokenizer(writer, json.loads((folder / "tokenizer.json").read_bytes()), pre)
+    write_tokenizer(writer, folder, pre)
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_bytes())
     writer.add_chat_template(tokenizer_config["chat_template"])
     for key, value in metadata.items():
@@ -87,7 +87,8 @@ def _llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> li
     return divisors
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], pre: str) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre: str = "gpt-2") -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     added = {token["content"]: token for token in tokenizer["added_tokens"]}
     ids = tokenizer["model"]["vocab"] | {content: token["id"] for content, token in added.items()}
     tokens = sorted(ids, key=ids.__getitem__)

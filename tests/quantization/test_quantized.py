@@ -23,9 +23,9 @@ def blocks(kind: str, outs: int, inner: int, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
-@pytest.mark.parametrize("heads", [None, 4])
-def test_blocks_are_read_exactly(kind: str, heads: int | None) -> None:
-    stored = Stored(blocks(kind, 16, 512, 0), kind, (16, 512), heads)
+@pytest.mark.parametrize("order", [None, ["pairs", 4], ["groups", [4, 2]]])
+def test_blocks_are_read_exactly(kind: str, order: Any) -> None:
+    stored = Stored(blocks(kind, 16, 512, 0), kind, (16, 512), order)
     for rows in (slice(None), slice(3, 9), slice(1, 16, 2)):
         read = Kept(stored)[rows]
         assert isinstance(read, Quantized)

@@ -118,8 +118,6 @@ def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
         shape, end = tuple(row["shape"]), row["offset"] + row["bytes"]
         if end > data.size:
             raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
-        stored = gguf.Stored(
-            data[row["offset"] : end], row["type"], shape, row.get("permuted_heads"), row.get("shift", 0.0)
-        )
+        stored = gguf.Stored(data[row["offset"] : end], row["type"], shape, row.get("order"), row.get("shift", 0.0))
         entries[name] = Entry(path, shape, row["bytes"], stored, gguf.Kept(stored))
     return entries

@@ -20,8 +20,10 @@ class Stored:
     kind: str
     """ggml's name of the type."""
     shape: tuple[int, ...]
-    permuted_heads: int | None = None
-    """See ``_unpermuted``."""
+    order: Any = None
+    """Of rows, where the file has its own. ["pairs", heads]: those of a head that rotate together lie side by side: 0,
+    half, 1, half + 1, … They are read as 0, 1, …, half, half + 1, … ["groups", [heads, kv heads]]: all queries, all
+    keys, all values. They are read as the queries of a kv head, its key and its value, and so for the next."""
     shift: float = 0.0
     """To be added, to what is no matrix."""
 
@@ -40,9 +42,14 @@ class Stored:
 
     def _places(self, rows: slice) -> Any:
         """Where these rows are."""
-        if self.permuted_heads is None:
-            return rows
-        return np.arange(self.shape[0]).reshape(self.permuted_heads, -1, 2).swapaxes(1, 2).reshape(-1)[rows]
+        stored = np.arange(self.shape[0])
+        match self.order:
+            case ["pairs", heads]:
+                return stored.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)[rows]
+            case ["groups", [heads, kv_heads]]:
+                q, k, v = np.split(stored.reshape(heads + 2 * kv_heads, -1), [heads, heads + kv_heads])
+                return np.concatenate([part.reshape(kv_heads, -1) for part in (q, k, v)], axis=1).reshape(-1)[rows]
+        return rows
 
     def _values(self, blocks: Any) -> Any:
         """In floating point, with as many axes."""

@@ -12,7 +12,7 @@ from tgi.launcher.layout import write_folder
 
 __all__ = ["import_gguf"]
 
-_VERSION = 2
+_VERSION = 3
 """Part of a folder's key: raised when what is written into it changes."""
 
 

@@ -48,9 +48,13 @@ _SPLITS: Mapping[str, _Split] = {
     "default": _Split(),
     "gpt-2": _Split(),
     "olmo": _Split(),
+    "phi-2": _Split(),
+    "mpt": _Split(nfc=True),  # GPT-NeoX's
+    "bloom": _Split(" ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"),
     "smollm": _Split(digits=True),
     "starcoder": _Split(digits=True),
     "refact": _Split(digits=True),  # Granite 3 too
+    "command-r": _Split(digits=True, nfc=True, add_bos=True),
     "llama-bpe": _Split(_LLAMA3, ignore_merges=True, add_bos=True),
     "llama-v3": _Split(_LLAMA3, ignore_merges=True, add_bos=True),
     "llama3": _Split(_LLAMA3, ignore_merges=True, add_bos=True),
