@@ -37,9 +37,10 @@ TEXTS = [
 ]
 
 
-def load_gguf(path: Path, cache: Path) -> Model:
+def load_gguf(path: Path, cache: Path, quantize: str | None = None) -> Model:
     files = ModelFiles(model_id="tiny", folder=str(import_gguf(path, cache)), weights=[str(path)])
-    return load_model(files, torch.float32, torch.device("cpu"), max_total_tokens=64, progress=lambda d, t: None)
+    options: dict[str, Any] = {"max_total_tokens": 64, "quantize": quantize, "progress": lambda done, total: None}
+    return load_model(files, torch.float32, torch.device("cpu"), **options)
 
 
 def tokenizer(folder: Path) -> Tokenizer:
