@@ -298,7 +298,7 @@ def test_dtype(dtype: str, device: str, stored: str, chosen: str) -> None:
 )
 def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str | None) -> None:
     files = ModelFiles(model_id="m", folder="/x", weights=[f"/x/{name}"])
-    assert choose_quantize(Options(**options), files, {"cpu": CPU, "native": NATIVE}[machine]) == chosen
+    assert choose_quantize(Options(**options), files, None, {"cpu": CPU, "native": NATIVE}[machine]) == chosen
 
 
 def test_quantize_needs_the_kernels_that_multiply_it(tmp_path: Path) -> None:

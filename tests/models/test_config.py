@@ -86,7 +86,7 @@ def test_every_row_is_tested(raws: dict[str, Raw]):
         ("llama", "attention_bias", "yes"),
         ("llama", "partial_rotary_factor", 0.5),
         ("llama", "sliding_window", 128),
-        ("llama", "quantization_config", {"quant_method": "gptq"}),
+        ("llama", "quantization_config", {"quant_method": "quip"}),
         ("llama", "rope_interleaved", True),
         ("llama", "rope_scaling", {"type": "mrope", "mrope_section": [2, 3, 3]}),
         ("llama", "rope_scaling", {"type": "linear"}),

@@ -25,6 +25,7 @@ from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
 from tgi.models.config import TailConfig
 from tgi.models.registry import check as read_family
+from tgi.quantization.scheme import METHODS, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -156,8 +157,13 @@ def choose_dtype(dtype: str, machine: Machine, raw: Mapping[str, Any]) -> str:
     return "float16" if raw.get("dtype", raw.get("torch_dtype")) == "float16" else "bfloat16"
 
 
-def choose_quantize(options: Options, files: ModelFiles, machine: Machine) -> str | None:
-    """As in Settings. A GGUF file stays as it is unless another number format is asked for."""
+def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, machine: Machine) -> str | None:
+    """As in Settings. What is quantized stays so; a GGUF file unless another number format is asked for."""
+    if options.quantize in METHODS and (scheme is None or scheme.method != options.quantize):
+        found = "not quantized" if scheme is None else f"quantized by {scheme.method}"
+        raise ArgumentValidation(f"`--quantize {options.quantize}`: the weights of {files.model_id} are {found}")
+    if scheme is not None and options.quantize in (None, scheme.method):
+        return "stored" if machine.native else None
     if options.quantize is None:
         gguf = files.weights[0].endswith(".gguf")
         return "stored" if gguf and machine.native and options.dtype == "auto" else None
@@ -198,7 +204,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     )
     shape = config.shape
     dtype = choose_dtype(options.dtype, machine, raw)
-    quantize = choose_quantize(options, files, machine)
+    quantize = choose_quantize(options, files, config.scheme, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests
     prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)

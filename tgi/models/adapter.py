@@ -8,8 +8,7 @@ import torch
 
 from tgi.core.adapter import Adapter, Part, place
 from tgi.core.errors import StartupError
-from tgi.models.files import Entry
-from tgi.quantization.quantized import Rows
+from tgi.quantization.quantized import Entry, Rows
 
 
 def merge(
@@ -50,7 +49,7 @@ def merge(
             raise StartupError(f"{path}: tensor {target}: {b.shape} · {a.shape} does not fit {old.shape}")
         scale = adapter.scale(target.removesuffix(".weight"), a.shape[0])
         values = _Sum(old.values, a.values, b.values, scale, turned)
-        merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, values)
+        merged[target] = Entry(path, old.shape, old.bytes + a.bytes + b.bytes, "F32", values)
     return merged
 
 

@@ -23,6 +23,7 @@ from tgi.core.model_config import (
     number,
     read_rope,
 )
+from tgi.quantization.scheme import Scheme, read_scheme
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class DecoderConfig:
     unit_head: bool = False
     """Each row of the head is brought to length 1."""
     experts: Experts | None = None
+    scheme: Scheme | None = None
+    """How the weights are quantized, if they are."""
     spare_layers: int = 0
     """Behind the last, for other purposes than the next token: multi-token prediction."""
 
@@ -205,6 +208,7 @@ class TailConfig:
 
     experts = None
     """None that a step is planned for: how they are computed is transformers' affair."""
+    scheme = None
 
     @property
     def windows(self) -> tuple[None, ...]:
@@ -241,7 +245,7 @@ def keys_of(text: str) -> frozenset[str]:
 _BASE = keys_of(
     """architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim num_hidden_layers
     intermediate_size vocab_size max_position_embeddings tie_word_embeddings rope_scaling
-    rope_parameters rope_theta original_max_position_embeddings"""
+    rope_parameters rope_theta original_max_position_embeddings quantization_config compression_config"""
 )
 
 NEUTRAL = keys_of(
@@ -303,8 +307,6 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "per_layer_config": (),
-    "quantization_config": (),
-    "compression_config": (),
     "medusa_num_heads": (),
 }
 """Values beside null at which a key that a family does not read changes nothing."""
@@ -375,6 +377,7 @@ class Family:
             "windows": (None,) * shape.layers,
             "rotated": (True,) * shape.layers,
             "attention_scale": shape.head_dim**-0.5,
+            "scheme": read_scheme(raw),
         }
         config = self.config(**(values | self.rule(raw, shape)))  # type: ignore[arg-type]  # each rule names fields
         if config.experts is not None:

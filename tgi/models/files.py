@@ -16,22 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tgi.core.errors import StartupError
+from tgi.core.numbers import WIDTH
 from tgi.core.pickled import read_pickled
 from tgi.quantization import gguf
-from tgi.quantization.quantized import Quantized, Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored tensor."""
-
-    path: Path
-    shape: tuple[int, ...]
-    bytes: int
-    values: Rows[torch.Tensor]
-    """In floating point."""
-    stored: Rows[torch.Tensor | Quantized] | None = None
-    """The same and quantized, if it is stored so."""
+from tgi.quantization.quantized import Entry
 
 
 def read_files(paths: Sequence[Path], folder: Path, stack: ExitStack) -> dict[str, Entry]:
@@ -52,9 +40,6 @@ def read_files(paths: Sequence[Path], folder: Path, stack: ExitStack) -> dict[st
 _REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 """Tensors that some exports hold and that follow from the config: frequencies, and masks of what comes later."""
 
-_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Stored types that are plain numbers. Others (int8, float8) mean something only together with scales."""
-
 
 def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
     try:
@@ -66,10 +51,10 @@ def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
         if _REDUNDANT.search(name):
             continue
         stored = file.get_slice(name)
-        if (kind := stored.get_dtype()) not in _WIDTH:
+        kind, shape = stored.get_dtype(), tuple(stored.get_shape())
+        if kind not in WIDTH:
             raise StartupError(f"{path}: tensor {name} has type {kind}, which is not implemented")
-        shape = tuple(stored.get_shape())
-        entries[name] = Entry(path, shape, math.prod(shape) * _WIDTH[kind], _Mapped(file, name))
+        entries[name] = Entry(path, shape, math.prod(shape) * WIDTH[kind], kind, _Mapped(file, name))
     return entries
 
 
@@ -89,7 +74,7 @@ def _pickled(path: Path) -> dict[str, Entry]:
     """A file of torch.save's. What its pickle may do is judged before torch, which is as strict, reads it."""
     rows = {name: row for name, row in read_pickled(path).items() if not _REDUNDANT.search(name)}
     for name, row in rows.items():
-        if row.dtype not in _WIDTH:
+        if row.dtype not in WIDTH:
             raise StartupError(f"{path}: tensor {name} has type {row.dtype}, which is not implemented")
     try:
         archive = zipfile.is_zipfile(path)  # else a file of torch's before 1.6, which can't be mapped
@@ -97,7 +82,7 @@ def _pickled(path: Path) -> dict[str, Entry]:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise StartupError(f"{path}: not a readable file of torch.save's: {error}") from None
     return {
-        name: Entry(path, row.shape, math.prod(row.shape) * _WIDTH[row.dtype], state[name].detach())
+        name: Entry(path, row.shape, math.prod(row.shape) * WIDTH[row.dtype], row.dtype, state[name].detach())
         for name, row in rows.items()
     }
 
@@ -119,5 +104,5 @@ def _gguf(paths: Sequence[Path], index: Path) -> dict[str, Entry]:
         if end > data.size:
             raise StartupError(f"{path}: truncated: tensor {name} ends at byte {end} of {data.size}")
         stored = gguf.Stored(data[row["offset"] : end], row["type"], shape, row.get("order"), row.get("shift", 0.0))
-        entries[name] = Entry(path, shape, row["bytes"], stored, gguf.Kept(stored))
+        entries[name] = Entry(path, shape, row["bytes"], "F32", stored, gguf.Kept(stored))
     return entries

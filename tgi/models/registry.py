@@ -214,7 +214,7 @@ def load_model(
     model_class = getattr(importlib.import_module(row.module), row.name)
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
-        pack = Pack.open(packed if native else None, sources, dtype, quantize)
+        pack = Pack.open(packed if native else None, sources, dtype, quantize, parsed.scheme)
         checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize, pack)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()

@@ -1,5 +1,6 @@
 """A model's weights by the names that its dataflow knows: every tensor once, none forgotten."""
 
+import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,10 +14,12 @@ from tgi.core.adapter import read_adapter
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Experts
+from tgi.core.numbers import PLAIN
 from tgi.models.adapter import merge
 from tgi.models.config import DecoderConfig
-from tgi.models.files import Entry, read_files
-from tgi.quantization.quantized import Quantized, Rows
+from tgi.models.files import read_files
+from tgi.quantization.quantized import Entry, Quantized, Rows
+from tgi.quantization.scheme import METHODS
 
 
 class Weights:
@@ -48,6 +51,10 @@ class Weights:
             raise StartupError(f"{self._where}: tensor {name} is missing")
         if entry.shape != shape:
             raise StartupError(f"{entry.path}: tensor {name} has shape {entry.shape}, the config implies {shape}")
+        if entry.kind not in PLAIN:
+            raise StartupError(
+                f"{entry.path}: tensor {name} has type {entry.kind}, which no quantization_config explains"
+            )
         self._done += entry.bytes
         self._progress(self._done, self._total)
         return entry
@@ -69,6 +76,9 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         if not any(name.startswith(config.prefix) for name in entries):
             entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
         entries = {name: entry for name, entry in entries.items() if not name.startswith(config.spare)}
+        if config.scheme is not None:
+            unpack = importlib.import_module(METHODS[config.scheme.method].module).unpack
+            entries = unpack(entries, config.scheme)
         if config.shape.tied:
             entries.pop(head, None)
         if config.experts is not None:
@@ -114,7 +124,7 @@ def _unstacked(entries: Mapping[str, Entry], experts: Experts) -> dict[str, Entr
         for at, (expert, matrix) in enumerate(product(range(experts.count), stack.matrices)):
             values = _OneOf(entry.values, slice(at * rows, (at + 1) * rows), stack.transposed)
             module = f"{name.removesuffix(stack.name)}experts.{expert}.{matrix}"
-            found[f"{module}.weight"] = Entry(entry.path, shape, entry.bytes // count, values)
+            found[f"{module}.weight"] = Entry(entry.path, shape, entry.bytes // count, entry.kind, values)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,6 +14,20 @@ class Rows(Protocol[T]):
     """A tensor on CPU, all of it or some rows of it; may be a view of a file, or be made when it is asked for."""
 
     def __getitem__(self, rows: slice, /) -> T: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint, as it is stored or as a format makes it of stored ones."""
+
+    path: Path
+    shape: tuple[int, ...]
+    bytes: int
+    kind: str
+    """Number format of ``values``, as safetensors names it."""
+    values: Rows[torch.Tensor]
+    stored: "Rows[torch.Tensor | Quantized] | None" = None
+    """The same quantized, if it is stored so."""
 
 
 @dataclass(frozen=True, slots=True)
