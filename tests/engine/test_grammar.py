@@ -19,7 +19,7 @@ from tests import small_tokenizers
 from tests.engine.fake_runner import FakeRunner
 from tgi.core.config import KVPool
 from tgi.core.grammar import start
-from tgi.core.messages import Cancel, Delta, Sampling, Step, Submit, ToEngine, ToRouter
+from tgi.core.messages import Cancel, Delta, Hello, Sampling, Step, Submit, ToEngine, ToRouter
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.core.vocabulary import Vocabulary
 from tgi.engine.loop import Loop
@@ -368,7 +368,7 @@ def test_without_grammars_llguidance_is_not_loaded():
 
 
 def test_waking_ends_a_poll_and_is_never_heard(tmp_path: Path):
-    mailbox = Mailbox(tmp_path / "engine.sock", epoch=1)
+    mailbox = Mailbox(tmp_path / "engine.sock", Hello(1))
     threading.Timer(0.05, lambda: [mailbox.wake() for _ in range(100_000)]).start()
     assert list(mailbox.poll(wait=True)) == []
     threading.Event().wait(0.5)

@@ -10,7 +10,7 @@ from tgi.engine.mailbox import Gone, Mailbox
 
 @pytest.fixture
 def mailbox(tmp_path: Path):
-    box = Mailbox(tmp_path / "engine.sock", epoch=7)
+    box = Mailbox(tmp_path / "engine.sock", Hello(7))
     yield box
     box.close()
 

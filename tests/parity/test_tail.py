@@ -352,5 +352,5 @@ def test_code_beside_a_model_that_transformers_has_is_not_run(tmp_path: Path, tr
     folder, marker = write(tmp_path / "odd", *PAGED["olmo2"]), tmp_path / "ran"
     configure(folder, auto_map={"AutoConfig": "code.OddConfig", "AutoModelForCausalLM": "code.OddForCausalLM"})
     (folder / "code.py").write_text(CODE.format(marker=str(marker)))
-    assert load(folder, trust_remote_code=trusted).description.startswith("Olmo2ForCausalLM of transformers")
+    assert "Olmo2ForCausalLM of transformers" in load(folder, trust_remote_code=trusted).description
     assert not marker.exists()

@@ -244,6 +244,7 @@ def test_info(router: Router) -> None:
     assert info["max_input_tokens"] == LIMITS.max_input_tokens
     assert info["router"] == "text-generation-router"
     assert info["memory"] == {"weights": 1, "cache": 2}
+    assert info["implementation"] is None, "the fake engine is none of ours"
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/", "/livez", "/readyz"])

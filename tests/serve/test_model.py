@@ -101,7 +101,11 @@ async def together(server: Server, requests: Sequence[dict[str, Any]]) -> list[d
 
 def check_alone(server: Server, requests: Sequence[dict[str, Any]], crowd: Sequence[dict[str, Any]]) -> None:
     """Each gets the same tokens when it comes alone; with native kernels the same log-probabilities, to the bit."""
-    exact = library() is not None and httpx.get(f"{server.url}/info").json()["device"] == "cpu"
+    info = httpx.get(f"{server.url}/info").json()
+    exact = library() is not None and info["device"] == "cpu"
+    assert info["implementation"]["model"].startswith("tgi.models.dense, by the row of LlamaForCausalLM")
+    assert info["implementation"]["forward"] == "as one recorded program" or not exact
+    assert info["implementation"]["attention"] == ["native" if exact else "sdpa"]
     with httpx.Client(base_url=server.url, timeout=120) as client:
         for request, answer in zip(requests, crowd, strict=True):
             alone = client.post("/generate", json=request).raise_for_status().json()

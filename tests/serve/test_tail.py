@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -48,8 +49,11 @@ def test_greedy_text_is_the_references(tmp_path: Path, family: str, config: dict
                 for token in found:
                     assert int(theirs(input_ids=ids).logits[0, -1].argmax()) == token
                     ids = torch.cat((ids, torch.tensor([[token]])), 1)
-        (line,) = (line for line in server.output.splitlines() if "is served by" in line)
+        (line,) = (line for line in server.output.splitlines() if "has no row in" in line)
         assert by in line
+        told = httpx.get(f"{server.url}/info").json()["implementation"]
+        assert by in told["model"]
+        assert bool(told["attention"]) == (by == "paged attention")
     finally:
         assert server.stop() == 0, server.output
 

@@ -158,10 +158,22 @@ class StepStats(msgspec.Struct, array_like=True, frozen=True):
     """Tokens about which there was no choice, sent without having been drawn."""
 
 
+class Implementation(msgspec.Struct, frozen=True):
+    """What serves the model, in words for the operator."""
+
+    model: str
+    """Which code, and why."""
+    forward: str
+    """How a step is run."""
+    attention: list[str]
+    """Backends of its layers; none if the model has a cache of its own."""
+
+
 class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):
     """First message on a connection: the engine has loaded and serves."""
 
     epoch: int
+    implementation: Implementation | None = None
 
 
 class Step(msgspec.Struct, tag=12, array_like=True, frozen=True):

@@ -31,9 +31,9 @@ class Gone:
 class Mailbox:
     """Listens for routers. A connection is named by a number that is never used again."""
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        """Bind ``path``, for this user alone."""
-        self._hello = frame(Hello(epoch))
+    def __init__(self, path: Path, hello: Hello) -> None:
+        """Bind ``path``, for this user alone. ``hello``: what every router is told first."""
+        self._hello = frame(hello)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         path.chmod(0o600)  # before anybody can connect

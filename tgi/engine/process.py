@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tgi.core import child
 from tgi.core.config import BESIDE_DECODES, BLOCK_SIZE, Settings
-from tgi.core.messages import Loading, Ready
+from tgi.core.messages import Hello, Loading, Ready
 from tgi.core.vocabulary import Vocabulary
 from tgi.engine.mailbox import Mailbox
 from tgi.engine.scheduler import Scheduler
@@ -33,7 +33,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         beside=BESIDE_DECODES.get(settings.device),
         prefix_caching=settings.prefix_caching and runner.paged,
     )
-    mailbox = Mailbox(settings.socket, epoch=time.time_ns())
+    mailbox = Mailbox(settings.socket, Hello(time.time_ns(), runner.implementation))
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # glibc keeps what packing the weights has freed
     log.info(
@@ -45,6 +45,8 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         settings.pools[0].blocks,
         BLOCK_SIZE,
     )
+    if runner.implementation is not None:
+        log.info("It runs %s", runner.implementation.forward)
     report(Ready())
     config = settings.tokenizer_config_path
     vocabulary = partial(Vocabulary.load, Path(settings.model.folder), None if config is None else Path(config))

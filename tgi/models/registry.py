@@ -92,6 +92,9 @@ ARCHITECTURES: dict[str, Row] = {
 class _Model(Protocol):
     """What the runtime knows of any model."""
 
+    description: str
+    """What serves it and why, for the operator."""
+
     @property
     def specs(self) -> "Sequence[AttnSpec]":
         """One per layer that is served by our attention."""
@@ -207,10 +210,10 @@ def load_model(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        log.info("%s is served by %s", name, served.description)
+        served.description = f"{name} has no row in tgi.models.registry: {served.description}"
+        log.info("%s", served.description)
         return served
     row = ARCHITECTURES[name]
-    log.info("%s is served by %s (%s)", name, row.module, row.description)
     model_class = getattr(importlib.import_module(row.module), row.name)
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
@@ -219,6 +222,8 @@ def load_model(
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     pack.save()
+    model.description = f"{row.module}, by the row of {name} in tgi.models.registry ({row.description})"
+    log.info("%s", model.description)
     return model
 
 

@@ -23,6 +23,7 @@ from tgi.core.messages import (
     Cancel,
     Delta,
     Hello,
+    Implementation,
     Ping,
     Pong,
     Pooling,
@@ -172,6 +173,8 @@ class EngineClient:
         self._tickets: dict[int, Ticket] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._hello = asyncio.Event()
+        self.implementation: Implementation | None = None
+        """What serves the model; None while the engine is not there."""
         self._ping: _Ping | None = None
 
     async def run(self) -> None:
@@ -290,6 +293,7 @@ class EngineClient:
     def _take(self, message: ToRouter) -> None:
         match message:
             case Hello():
+                self.implementation = message.implementation
                 self._hello.set()
             case _ if not self.connected:
                 raise _ProtocolError(f"it began with {type(message).__name__} instead of Hello")
@@ -337,6 +341,7 @@ class EngineClient:
         """End all that is under way; what that was."""
         self._writer = None
         self._hello.clear()
+        self.implementation = None
         self._answer_ping(False)
         tickets, self._tickets = list(self._tickets.values()), {}
         for ticket in tickets:

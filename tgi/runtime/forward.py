@@ -1,7 +1,6 @@
 """How the model's forward is run: step by step through Python, request by request, or recorded once as a program of
 native kernels."""
 
-import logging
 from array import array
 from collections.abc import Callable
 from typing import Protocol
@@ -17,9 +16,6 @@ from tgi.models.registry import CachingModel, Model, PagedModel
 from tgi.runtime.batch import Batch
 from tgi.runtime.kvcache import KVCache
 
-log = logging.getLogger(__name__)
-
-
 Then = Callable[[torch.Tensor], tuple[Program, int]]
 """Given where the hidden states will be: the program that reads them, and its rows."""
 
@@ -27,13 +23,19 @@ Then = Callable[[torch.Tensor], tuple[Program, int]]
 class Forward(Protocol):
     """A step's tokens → hidden states [at least tokens, hidden], valid until the next call. ``then`` is run behind."""
 
+    @property
+    def how(self) -> str:
+        """In words."""
+
     def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor: ...
 
 
 class Eager:
     """The model's Python runs in each step: any model, any device."""
 
-    def __init__(self, model: PagedModel, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: PagedModel, cache: KVCache, device: torch.device, why: str = "") -> None:
+        """``why``: not another way."""
+        self.how = f"step by step ({why})" if why else "step by step"
         self._model = model
         self._cache = cache
         self._device = device
@@ -50,6 +52,8 @@ class Eager:
 
 class Recorded:
     """One call a step, whatever the number of layers; nothing is allocated."""
+
+    how = "as one recorded program"
 
     def __init__(self, model: PagedModel, cache: KVCache, library: Library, tokens: int) -> None:
         """``tokens``: the most that a step may have. Raises NotRecordable."""
@@ -76,6 +80,8 @@ class OneByOne:
     """Each request by itself, for a model that keeps what it needs of it: it lies in the request's scratch. Pages only
     count tokens then."""
 
+    how = "request by request"
+
     def __init__(self, model: CachingModel, device: torch.device) -> None:
         self._model = model
         self._device = device
@@ -95,9 +101,9 @@ def choose(model: Model, cache: KVCache, tokens: int, device: torch.device) -> F
     """The fastest way for this model."""
     if isinstance(model, CachingModel):
         return OneByOne(model, device)
-    if model.library is not None:
-        try:
-            return Recorded(model, cache, model.library, tokens)
-        except NotRecordable as error:
-            log.info("The model runs step by step: %s", error)
-    return Eager(model, cache, device)
+    if model.library is None:
+        return Eager(model, cache, device)
+    try:
+        return Recorded(model, cache, model.library, tokens)
+    except NotRecordable as error:
+        return Eager(model, cache, device, str(error))

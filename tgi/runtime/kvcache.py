@@ -26,6 +26,8 @@ class KVCache:
         self._backends = {
             spec: choose(spec, precision, device, BACKENDS)(spec, precision, device) for spec in dict.fromkeys(specs)
         }
+        self.names = sorted({backend.name for backend in self._backends.values()})
+        """Of the backends."""
         self._pages = [self._backends[spec].allocate(pools[self._pools[spec]].blocks) for spec in specs]
 
     def attend(self, segments: Sequence[Sequence[Segment]]) -> Attend:

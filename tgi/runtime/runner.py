@@ -12,7 +12,7 @@ import torch
 from tgi.attention.base import Precision
 from tgi.core.config import SCORED_ROWS, KVPool, Settings
 from tgi.core.errors import StartupError
-from tgi.core.messages import Token
+from tgi.core.messages import Implementation, Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
@@ -54,7 +54,11 @@ class Launched:
 class Runner:
     """One rank's model and cache."""
 
-    def __init__(self, model: Model, forward: Forward, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, forward: Forward, device: torch.device, implementation: Implementation | None = None
+    ) -> None:
+        """``implementation``: what there is to be told of it."""
+        self.implementation = implementation
         self._model = model
         self._forward = forward
         self._device = device
@@ -91,7 +95,8 @@ class Runner:
     ) -> "Runner":
         """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
         cache = KVCache(model.specs, pools, Precision(model.compute, stored), device)
-        return cls(model, choose(model, cache, tokens, device), device)
+        forward = choose(model, cache, tokens, device)
+        return cls(model, forward, device, Implementation(model.description, forward.how, cache.names))
 
     @property
     def vocab_size(self) -> int:

@@ -107,6 +107,7 @@ async def info(call: Call, service: Service, _: None) -> None:
         max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
         max_batch_total_tokens=limits.max_batch_total_tokens,
         memory=settings.ledger,
+        implementation=service.client.implementation,
     )
     await call.json(answer)
 

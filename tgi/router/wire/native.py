@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from tgi.core.messages import Implementation
 from tgi.router.wire.base import F32, I32, U32, U63, U64, Refusing
 from tgi.router.wire.grammar import Grammar
 
@@ -150,3 +151,5 @@ class Info(Struct, frozen=True, kw_only=True):
     max_batch_total_tokens: int
     memory: dict[str, int]
     """The memory ledger: name → bytes."""
+    implementation: Implementation | None
+    """What serves the model and why; null while the engine is not there."""
