@@ -260,6 +260,7 @@ NEUTRAL = keys_of(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences exponential_decay_length_penalty suppress_tokens begin_suppress_tokens remove_invalid_values
     _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled attn_implementation use_flash_attn
+    full_attn_mod interpolate_factor sliding_window_size model_max_length
     unsloth_version unsloth_fixed is_llama_config transformers.js_config chunk_size_feed_forward"""
 )
 
@@ -297,6 +298,9 @@ PLAIN: Mapping[str, tuple[object, ...]] = {
     "norm_type": ("layer_norm", "layernorm", "low_precision_layernorm"),
     "mlp_type": ("default",),
     "no_rope_layers": (),
+    "learned_embeddings": (True,),
+    "scale_embeddings": (False,),
+    "lm_head_bias": (False,),
     "norm_topk_prob": (False,),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
