@@ -25,15 +25,20 @@ from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
 from tgi.models.config import TailConfig
 from tgi.models.registry import check as read_family
-from tgi.quantization.scheme import METHODS, Scheme
+from tgi.quantization.scheme import Scheme
 
 log = logging.getLogger(__name__)
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number."""
 
-_QUANTIZED = {"int8": 1.125, "int4": 0.625}
-"""Bytes of one number with its share of a scale, in the smallest groups."""
+_QUANTIZED = {
+    "int8": 1.125,
+    "int4": 0.625,
+    **dict.fromkeys(("fp8", "bitsandbytes"), 1.03),
+    **dict.fromkeys(("bitsandbytes-nf4", "bitsandbytes-fp4"), 0.75),
+}
+"""What weights can be rounded to at load: bytes of one number with its share of a scale, in the smallest groups."""
 _GGUF = {
     **dict.fromkeys(("Q4_0", "Q4_1"), 0.625),
     "Q4_K": 0.75,
@@ -159,10 +164,11 @@ def choose_dtype(dtype: str, machine: Machine, raw: Mapping[str, Any]) -> str:
 
 def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, machine: Machine) -> str | None:
     """As in Settings. What is quantized stays so; a GGUF file unless another number format is asked for."""
-    if options.quantize in METHODS and (scheme is None or scheme.method != options.quantize):
+    names = () if scheme is None else scheme.names
+    if options.quantize not in (None, *_QUANTIZED, *names):
         found = "not quantized" if scheme is None else f"quantized by {scheme.method}"
         raise ArgumentValidation(f"`--quantize {options.quantize}`: the weights of {files.model_id} are {found}")
-    if scheme is not None and options.quantize in (None, scheme.method):
+    if scheme is not None and options.quantize in (None, *names):
         return "stored" if machine.native else None
     if options.quantize is None:
         gguf = files.weights[0].endswith(".gguf")

@@ -1,7 +1,7 @@
 """What a layer needs to take its weights: the checkpoint's tensors by name, and what becomes of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
 
@@ -12,7 +12,8 @@ from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
 from tgi.quantization.packed import Pack
-from tgi.quantization.quantized import Quantized, Rows, common, quantize, stack
+from tgi.quantization.quantized import Packed, Quantized, Rows, common, stack
+from tgi.quantization.rounding import ROUNDING, VOCABULARY
 
 
 class Tensors(Protocol):
@@ -24,7 +25,7 @@ class Tensors(Protocol):
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         """The tensor is known already; errors as with ``take``."""
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
         """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
 
 
@@ -33,7 +34,7 @@ class Shared:
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
-        self._read: dict[str, torch.Tensor | Quantized | None] = {}
+        self._read: dict[str, torch.Tensor | Packed | None] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in self._read:
@@ -47,7 +48,7 @@ class Shared:
             self._tensors.skip(name, shape)
             self._read[name] = None
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
         return self.take(name, shape)
 
 
@@ -80,7 +81,7 @@ class Checkpoint:
     library: Library | None = None
     """Our own kernels, if the model runs on them."""
     quantize: str | None = None
-    """"int8", "int4": round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
+    """A name of ROUNDING: round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
     pack: Pack = field(default_factory=Pack)
     """Where packed matrices are kept."""
 
@@ -88,6 +89,11 @@ class Checkpoint:
     def compute(self) -> torch.dtype:
         """Of activations."""
         return self.dtype if self.library is None else torch.float32
+
+    @property
+    def vocabulary(self) -> "Checkpoint":
+        """The same for the vocabulary's matrices."""
+        return replace(self, quantize=VOCABULARY.get(self.quantize, self.quantize))
 
     def vector(self, name: str, *shape: int) -> torch.Tensor:
         """A whole small tensor in the numbers of activations, alike on all ranks."""
@@ -119,13 +125,12 @@ class Checkpoint:
         bias: torch.Tensor | None = None,
         *,
         gated: bool = False,
-        bits: int | None = None,
     ) -> NativeLinear:
-        """The pieces packed for our own kernel. ``bits`` overrides what ``quantize`` says of rounding."""
+        """The pieces packed for our own kernel."""
         if self.pack.complete:
             for piece in pieces:
                 self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
-        panels = self.pack.panels(_name(pieces), lambda: self._panels([pieces], gated, bits))
+        panels = self.pack.panels(_name(pieces), lambda: self._panels([pieces], gated))
         if bias is not None:
             bias = _interleave(bias[:, None])[:, 0] if gated else bias
             bias = torch.nn.functional.pad(bias, (0, panels.rows - len(bias)))
@@ -137,43 +142,40 @@ class Checkpoint:
             for piece in chain.from_iterable(matrices):
                 self.tensors.skip(f"{piece.name}.weight", _stored_shape(piece))
         name = f"{len(matrices)} from {_name(matrices[0])}"
-        return self.pack.panels(name, lambda: self._panels(matrices, gated, None))
+        return self.pack.panels(name, lambda: self._panels(matrices, gated))
 
-    def _panels(self, matrices: Sequence[Sequence[Piece]], gated: bool, bits: int | None) -> Panels:
+    def _panels(self, matrices: Sequence[Sequence[Piece]], gated: bool) -> Panels:
         """Of matrices of one size, some rows at a time."""
-        if bits is None and self.quantize in ("int8", "int4"):
-            bits = int(self.quantize.removeprefix("int"))
         sources = [self._matrix(pieces) for pieces in matrices]
         samples = [part for source in sources for part in source.samples()]
-        quantized = [part for part in samples if isinstance(part, Quantized)]
-        form = common(quantized) if len(quantized) == len(samples) else None
+        packed = [part for part in samples if not isinstance(part, torch.Tensor)]
+        form = common(packed) if len(packed) == len(samples) else None
         height = sources[0].height
 
-        def packed() -> Iterator[Panels]:
+        def panels() -> Iterator[Panels]:
             for source in sources:
                 for rows in _slabs(height // 2 if gated else height, _width(matrices[0])):
                     parts = source[rows]
                     if gated:
                         parts += source[slice(height // 2 + rows.start, height // 2 + rows.stop)]
-                    yield _packed(self._joined(parts, form, bits), gated)
+                    yield _packed(self._joined(parts, form), gated, self.dtype)
 
-        return assemble(packed(), height, len(matrices))
+        return assemble(panels(), height, len(matrices))
 
-    def _joined(
-        self, parts: Sequence[torch.Tensor | Quantized], form: Quantized | None, bits: int | None
-    ) -> torch.Tensor | Quantized:
-        """One below the other: quantized in the ``form`` they are stored in, or rounded to ``bits``, or plain."""
+    def _joined(self, parts: Sequence[torch.Tensor | Packed], form: Packed | None) -> torch.Tensor | Packed:
+        """One below the other: quantized in the ``form`` they are stored in, or rounded, or plain."""
         if form is not None:
-            return stack([part for part in parts if isinstance(part, Quantized)], form)
+            return stack(parts, form)
         plain = torch.cat([_plain(part).to(self.dtype) for part in parts])
-        return plain if bits is None else quantize(plain, bits) or plain
+        rounded = ROUNDING[self.quantize](plain) if self.quantize in ROUNDING else None
+        return plain if rounded is None else rounded
 
     def _matrix(self, pieces: Sequence[Piece]) -> "_Matrix":
         runs = []
         for piece in pieces:
             name = f"{piece.name}.weight"
             if piece.transposed:
-                source: Rows[torch.Tensor | Quantized] = self.tensors.take(name, _stored_shape(piece)).T
+                source: Rows[torch.Tensor | Packed] = self.tensors.take(name, _stored_shape(piece)).T
             else:
                 source = self.tensors.rows(name, piece.shape, stored=self.quantize == "stored")
             runs += [_Run(source, range(*rows.indices(piece.shape[0])), piece.columns) for rows in piece.rows]
@@ -192,14 +194,14 @@ class Checkpoint:
 class _Run:
     """Rows of one of the checkpoint's matrices."""
 
-    source: Rows[torch.Tensor | Quantized]
+    source: Rows[torch.Tensor | Packed]
     rows: range
     columns: slice
 
-    def __getitem__(self, rows: slice) -> torch.Tensor | Quantized:
+    def __getitem__(self, rows: slice) -> torch.Tensor | Packed:
         some = self.rows[rows]
         part = self.source[slice(some.start, some.stop, some.step)]
-        return part.columns(self.columns) if isinstance(part, Quantized) else part[:, self.columns]
+        return part[:, self.columns] if isinstance(part, torch.Tensor) else part.columns(self.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class _Matrix:
     def height(self) -> int:
         return sum(len(run.rows) for run in self.runs)
 
-    def __getitem__(self, rows: slice) -> list[torch.Tensor | Quantized]:
+    def __getitem__(self, rows: slice) -> list[torch.Tensor | Packed]:
         """What these rows are made of."""
         found, at = [], 0
         for run in self.runs:
@@ -222,7 +224,7 @@ class _Matrix:
             at += len(run.rows)
         return found
 
-    def samples(self) -> list[torch.Tensor | Quantized]:
+    def samples(self) -> list[torch.Tensor | Packed]:
         """A row of each run."""
         return [run[0:1] for run in self.runs]
 
@@ -243,11 +245,13 @@ def _width(pieces: Sequence[Piece]) -> int:
     return stop - start
 
 
-def _packed(matrix: torch.Tensor | Quantized, gated: bool) -> Panels:
-    if isinstance(matrix, Quantized):
+def _packed(matrix: torch.Tensor | Packed, gated: bool, dtype: torch.dtype) -> Panels:
+    """``dtype``: of what no kernel multiplies as it is."""
+    if isinstance(matrix, Quantized) and matrix.group % 16 == 0:
         matrix = matrix.rows(_interleave) if gated else matrix
         return pack_quantized(matrix.stored, matrix.scale, matrix.min, bits=matrix.bits, zero=matrix.zero)
-    return pack(_interleave(matrix) if gated else matrix)
+    plain = _plain(matrix).to(dtype)
+    return pack(_interleave(plain) if gated else plain)
 
 
 def _name(pieces: Sequence[Piece]) -> str:
@@ -261,8 +265,8 @@ def _stored_shape(piece: Piece) -> tuple[int, int]:
     return (piece.shape[1], piece.shape[0]) if piece.transposed else piece.shape
 
 
-def _plain(part: torch.Tensor | Quantized) -> torch.Tensor:
-    return part.dequantize() if isinstance(part, Quantized) else part
+def _plain(part: torch.Tensor | Packed) -> torch.Tensor:
+    return part if isinstance(part, torch.Tensor) else part.dequantize()
 
 
 def _interleave(rows: torch.Tensor) -> torch.Tensor:

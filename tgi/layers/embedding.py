@@ -106,7 +106,5 @@ def _piece(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> Piece:
 
 
 def _native(checkpoint: Checkpoint, piece: Piece, *, bias: bool = False) -> NativeLinear:
-    """At least 8 bits, for rare tokens have nothing else than their row."""
     assert checkpoint.library is not None
-    bits = 8 if checkpoint.quantize == "int4" else None
-    return checkpoint.native(checkpoint.library, [piece], checkpoint.bias([piece]) if bias else None, bits=bits)
+    return checkpoint.vocabulary.native(checkpoint.library, [piece], checkpoint.bias([piece]) if bias else None)

@@ -67,7 +67,7 @@ class _Mapped:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         tensor: torch.Tensor = self.file.get_tensor(self.name)
-        return tensor[rows]
+        return tensor.reshape(tensor.shape or 1)[rows]
 
 
 def _pickled(path: Path) -> dict[str, Entry]:
@@ -82,7 +82,13 @@ def _pickled(path: Path) -> dict[str, Entry]:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise StartupError(f"{path}: not a readable file of torch.save's: {error}") from None
     return {
-        name: Entry(path, row.shape, math.prod(row.shape) * WIDTH[row.dtype], row.dtype, state[name].detach())
+        name: Entry(
+            path,
+            row.shape,
+            math.prod(row.shape) * WIDTH[row.dtype],
+            row.dtype,
+            state[name].detach().reshape(row.shape or 1),
+        )
         for name, row in rows.items()
     }
 

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -365,9 +365,7 @@ def _take_linears(module: PreTrainedModel, checkpoint: Checkpoint) -> str:
             continue
         style = plan.get(re.sub(r"\b\d+\b", "*", name))
         outs, columns, bias = linear.out_features, linear.in_features, linear.bias is not None
-        # The head has at least 8 bits: rare tokens have nothing else than their row.
-        eight = linear is head and checkpoint.quantize == "int4"
-        wanted = replace(checkpoint, quantize="int8") if eight else checkpoint
+        wanted = checkpoint.vocabulary if linear is head else checkpoint
         layer: ColumnLinear | RowLinear
         if style in _COLUMNS:
             blocks = _COLUMNS[style]

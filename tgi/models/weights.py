@@ -18,7 +18,7 @@ from tgi.core.numbers import PLAIN
 from tgi.models.adapter import merge
 from tgi.models.config import DecoderConfig
 from tgi.models.files import read_files
-from tgi.quantization.quantized import Entry, Quantized, Rows
+from tgi.quantization.quantized import Dequantized, Entry, Packed, Rows
 from tgi.quantization.scheme import METHODS
 
 
@@ -41,7 +41,7 @@ class Weights:
         """Count it as taken: its content is known already."""
         self._taken(name, shape)
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Quantized]:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
         """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
         entry = self._taken(name, shape)
         return entry.values if entry.stored is None or not stored else entry.stored
@@ -122,9 +122,16 @@ def _unstacked(entries: Mapping[str, Entry], experts: Experts) -> dict[str, Entr
             )
         shape = (entry.shape[-1], rows) if stack.transposed else (rows, entry.shape[-1])
         for at, (expert, matrix) in enumerate(product(range(experts.count), stack.matrices)):
-            values = _OneOf(entry.values, slice(at * rows, (at + 1) * rows), stack.transposed)
+            own = slice(at * rows, (at + 1) * rows)
+            values: Rows[torch.Tensor] = _OneOf(entry.values, own, stack.transposed)
+            stored = None
+            if entry.stored is not None:
+                stored = _Part(entry.stored, range(own.start, own.stop))
+                values = _OneOf(Dequantized(stored), slice(None), stack.transposed)
             module = f"{name.removesuffix(stack.name)}experts.{expert}.{matrix}"
-            found[f"{module}.weight"] = Entry(entry.path, shape, entry.bytes // count, entry.kind, values)
+            found[f"{module}.weight"] = Entry(
+                entry.path, shape, entry.bytes // count, entry.kind, values, None if stack.transposed else stored
+            )
     return found
 
 
@@ -140,3 +147,15 @@ class _OneOf:
     def __getitem__(self, rows: slice) -> torch.Tensor:
         matrix = self.stack[:].flatten(0, -2)[self.own]
         return (matrix.T if self.transposed else matrix)[rows]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows of a quantized matrix, or of a stack of them."""
+
+    stack: Rows[torch.Tensor | Packed]
+    own: range
+
+    def __getitem__(self, rows: slice) -> torch.Tensor | Packed:
+        own = self.own[rows]
+        return self.stack[own.start : own.stop : own.step]

@@ -1,7 +1,7 @@
 """Matrices of float8 numbers and of codes into a table, with scales: what a parser makes and a kernel multiplies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,12 @@ class Float8:
 
     def columns(self, run: slice) -> "Float8":
         """A run of columns; where it cuts groups, all become smaller."""
-        return replace(self, values=self.values[:, run], scale=_cut(self.scale, run, self.shape[1]))
+        return replace(self, values=self.values[:, run], scale=cut(self.scale, run, self.shape[1]))
+
+    def stack(self, parts: "Sequence[Float8]") -> "Float8":
+        """One above the other, in groups as large as these."""
+        values = torch.cat([part.values for part in parts])
+        return replace(self, values=values, scale=_stacked(parts, self.group))
 
     def dequantize(self) -> torch.Tensor:
         """float32 [outs, inner]."""
@@ -64,7 +69,12 @@ class Codes:
 
     def columns(self, run: slice) -> "Codes":
         """A run of columns; where it cuts groups, all become smaller."""
-        return replace(self, codes=self.codes[:, run], scale=_cut(self.scale, run, self.shape[1]))
+        return replace(self, codes=self.codes[:, run], scale=cut(self.scale, run, self.shape[1]))
+
+    def stack(self, parts: "Sequence[Codes]") -> "Codes":
+        """One above the other, in groups as large as these."""
+        codes = torch.cat([part.codes for part in parts])
+        return replace(self, codes=codes, scale=_stacked(parts, self.group))
 
     def dequantize(self) -> torch.Tensor:
         """float32 [outs, inner]."""
@@ -77,11 +87,29 @@ def _scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (values.view(outs, groups, -1) * scale[..., None]).view_as(values)
 
 
-def _cut(scale: torch.Tensor, run: slice, inner: int) -> torch.Tensor:
-    """The scales [outs, groups] of a run of the columns."""
+def cut(scale: torch.Tensor, run: slice, inner: int) -> torch.Tensor:
+    """The scales [outs, groups] of a run of the ``inner`` columns; where it cuts groups, of smaller ones."""
     start, stop, _ = run.indices(inner)
     group = inner // scale.shape[1]
     if start // group == (stop - 1) // group:
         return scale[:, start // group, None]
     size = math.gcd(group, start, stop)
     return scale.repeat_interleave(group // size, 1)[:, start // size : stop // size]
+
+
+def common(parts: Sequence[Float8 | Codes]) -> Float8 | Codes | None:
+    """A matrix of no rows in the form that holds all parts exactly; None if their numbers mean different things."""
+    first = parts[0]
+    for part in parts:
+        if isinstance(part, Float8) and isinstance(first, Float8) and part.values.dtype == first.values.dtype:
+            continue
+        if isinstance(part, Codes) and isinstance(first, Codes) and torch.equal(part.table, first.table):
+            continue
+        return None
+    groups = first.shape[1] // math.gcd(*(part.group for part in parts))
+    return replace(first.rows(lambda part: part[:0]), scale=torch.empty(0, groups))
+
+
+def _stacked(parts: Sequence[Float8] | Sequence[Codes], group: int) -> torch.Tensor:
+    """Scales [outs, groups] of groups that divide all others."""
+    return torch.cat([part.scale.repeat_interleave(part.group // group, 1) for part in parts])

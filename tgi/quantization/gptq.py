@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tgi.core.errors import StartupError
-from tgi.quantization.quantized import Entry, Quantized, Rows
+from tgi.quantization.quantized import Dequantized, Entry, Quantized
 from tgi.quantization.scheme import Gptq
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -37,16 +37,6 @@ def _matrix(module: str, packed: Entry, entries: Mapping[str, Entry], scheme: Gp
     stored = _Packed(parts, scheme.bits)
     size = sum(entry.bytes for entry in parts.values())
     return Entry(packed.path, (outs, inner), size, "F32", Dequantized(stored), stored)
-
-
-@dataclass(frozen=True, slots=True)
-class Dequantized:
-    """A quantized matrix in float32."""
-
-    stored: Rows[Quantized]
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        return self.stored[rows].dequantize()
 
 
 @dataclass(frozen=True, slots=True)

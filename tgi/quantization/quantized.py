@@ -1,11 +1,15 @@
-"""A matrix of small integers with scales, apart from the format it is stored in and the kernel that multiplies it."""
+"""Matrices as they are held between the format they are stored in and the kernel that multiplies them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+from tgi.quantization import forms
+from tgi.quantization.forms import Codes, Float8, cut
 
 T = TypeVar("T", covariant=True)
 
@@ -26,8 +30,8 @@ class Entry:
     kind: str
     """Number format of ``values``, as safetensors names it."""
     values: Rows[torch.Tensor]
-    stored: "Rows[torch.Tensor | Quantized] | None" = None
-    """The same quantized, if it is stored so."""
+    stored: "Rows[torch.Tensor | Packed] | None" = None
+    """The same quantized, if it is stored so. Rows of a stack are then counted through all its matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +62,10 @@ class Quantized:
         return replace(self, stored=pick(self.stored), scale=pick(self.scale), min=least)
 
     def columns(self, run: slice) -> "Quantized":
-        """A run of columns; ValueError if it cuts a group."""
-        start, stop, _ = run.indices(self.stored.shape[1])
-        if start % self.group or stop % self.group:
-            raise ValueError(f"columns {start} to {stop} cut a group of {self.group}")
-        groups = slice(start // self.group, stop // self.group)
-        least = None if self.min is None else self.min[:, groups]
-        return replace(self, stored=self.stored[:, run], scale=self.scale[:, groups], min=least)
+        """A run of columns; where it cuts groups, all become smaller."""
+        inner = self.shape[1]
+        least = None if self.min is None else cut(self.min, run, inner)
+        return replace(self, stored=self.stored[:, run], scale=cut(self.scale, run, inner), min=least)
 
     def dequantize(self) -> torch.Tensor:
         """float32 [outs, inner]."""
@@ -86,32 +87,58 @@ class Quantized:
         scale = self.scale.to(form.scale.dtype).repeat_interleave(times, 1)
         return Quantized(form.bits, form.zero, self.stored + (form.zero - self.zero), scale, least)
 
+    def stack(self, parts: "Sequence[Quantized]") -> "Quantized":
+        """One above the other, in this form."""
+        parts = [part.like(self) for part in parts]
+        mins = [part.min for part in parts if part.min is not None]
+        return replace(
+            self,
+            stored=torch.cat([part.stored for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            min=torch.cat(mins) if mins else None,
+        )
+
     @property
     def _form(self) -> tuple[object, ...]:
         return self.bits, self.zero, self.group, self.scale.dtype, self.min is not None
 
 
-def common(parts: Sequence[Quantized]) -> Quantized:
-    """A matrix of no rows in the narrowest form that holds all parts exactly."""
+Packed = Quantized | Float8 | Codes
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """A quantized matrix in float32."""
+
+    stored: "Rows[torch.Tensor | Packed]"
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        part = self.stored[rows]
+        return part if isinstance(part, torch.Tensor) else part.dequantize()
+
+
+def common(parts: Sequence[Packed]) -> Packed | None:
+    """A matrix of no rows in the narrowest form that holds all parts exactly; None if there is none."""
+    integers = [part for part in parts if isinstance(part, Quantized)]
+    others = [part for part in parts if not isinstance(part, Quantized)]
+    if integers and others:
+        return None
+    return _common(integers) if integers else forms.common(others)
+
+
+def _common(parts: Sequence[Quantized]) -> Quantized:
     zeros = {p.zero for p in parts}  # the largest is 128 wherever all 256 values occur
     bits = 4 if all(p.bits == 4 for p in parts) and len(zeros) == 1 else 8
     dtype = torch.float32 if any(p.scale.dtype == torch.float32 for p in parts) else torch.float16
     inner = parts[0].shape[1]
-    scale = torch.empty(0, inner // min(p.group for p in parts), dtype=dtype)
+    scale = torch.empty(0, inner // math.gcd(*(p.group for p in parts)), dtype=dtype)
     least = scale if any(p.min is not None for p in parts) else None
     return Quantized(bits, max(zeros), torch.empty(0, inner, dtype=torch.uint8), scale, least)
 
 
-def stack(parts: Sequence[Quantized], form: Quantized) -> Quantized:
+def stack(parts: Sequence[Any], form: Packed) -> Packed:
     """One matrix above the other, in the ``form`` that all have in common."""
-    parts = [part.like(form) for part in parts]
-    mins = [part.min for part in parts if part.min is not None]
-    return replace(
-        form,
-        stored=torch.cat([part.stored for part in parts]),
-        scale=torch.cat([part.scale for part in parts]),
-        min=torch.cat(mins) if mins else None,
-    )
+    return form.stack(parts)
 
 
 def quantize(weight: torch.Tensor, bits: int) -> Quantized | None:

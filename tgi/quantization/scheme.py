@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, flag, integer
+from tgi.quantization.groups import WeightGroup, named, read_groups
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ class Scheme:
         """Whether a module's weight is stored as it is."""
         return any(part in module for part in self.plain)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What ``--quantize`` may call it."""
+        return (self.method,)
+
     def resident(self, size: int, width: int) -> float:
         """Bytes that a stored tensor of ``size`` numbers of ``width`` bytes takes in memory, as our kernels read it."""
         return size * width
@@ -38,6 +44,50 @@ class Gptq(Scheme):
     bits: int
     group: int | None
     """Inputs that share a scale; None: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8(Scheme):
+    """float8 numbers. Scales of activations are not used: these are not rounded."""
+
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale; None: a row or all do."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("fp8",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp4(Scheme):
+    """MXFP4 or NVFP4."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitsAndBytes(Scheme):
+    """LLM.int8, or codes of 4 bits."""
+
+    bits: int
+    kind: str
+    """Of codes: ``nf4`` or ``fp4``."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("bitsandbytes",) if self.bits == 8 else ("bitsandbytes", f"bitsandbytes-{self.kind}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedTensors(Scheme):
+    """What llm-compressor writes."""
+
+    groups: tuple[WeightGroup, ...]
+
+    def group(self, module: str) -> WeightGroup | None:
+        """How the weight of a linear layer is stored: as its name says or, if nothing does, its class."""
+        if named(module, self.plain):
+            return None
+        each = (group for group in self.groups if named(module, group.targets))
+        return next(each, next((group for group in self.groups if "Linear" in group.targets), None))
 
 
 class Row(NamedTuple):
@@ -64,6 +114,92 @@ def _gptq(method: str, raw: Raw) -> Scheme:
     )
 
 
+def _fp8(method: str, raw: Raw) -> Scheme:
+    _only(
+        method,
+        raw,
+        """activation_scheme weight_block_size modules_to_not_convert ignored_layers modules_to_convert scale_fmt fmt
+        expert_dtype dequantize""",
+    )
+    _one_of(raw, "activation_scheme", "dynamic", "static")
+    _one_of(raw, "scale_fmt", None, "float", "ue8m0")
+    _one_of(raw, "fmt", None, "e4m3", "e5m2")
+    _one_of(raw, "expert_dtype", None, "fp8")
+    block = raw.get("weight_block_size")
+    if block is not None:
+        if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+            raise StartupError(f"quantization_config: weight_block_size: expected two sizes, got {block!r}")
+        block = (block[0], block[1])
+    return Fp8(method=method, block=block)
+
+
+def _fbgemm_fp8(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, "activation_scale_ub modules_to_not_convert")
+    return Fp8(method=method)
+
+
+def _modelopt(method: str, raw: Raw) -> Scheme:
+    _only(
+        method,
+        raw,
+        """quant_algo kv_cache_quant_algo kv_cache_scheme config_groups ignore exclude_modules group_size producer
+        has_zero_point pre_quant_scale""",
+    )
+    _one_of(raw, "quant_algo", "FP8", "NVFP4")
+    _one_of(raw, "has_zero_point", None, False)
+    _one_of(raw, "pre_quant_scale", None, False)
+    return Fp8(method=method) if raw["quant_algo"] == "FP8" else Fp4(method=method)
+
+
+def _mxfp4(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, "modules_to_not_convert dequantize")
+    return Fp4(method=method)
+
+
+def _bitsandbytes(method: str, raw: Raw) -> Scheme:
+    _only(
+        method,
+        raw,
+        """load_in_8bit load_in_4bit _load_in_8bit _load_in_4bit llm_int8_threshold llm_int8_skip_modules
+        llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight bnb_4bit_compute_dtype bnb_4bit_quant_type
+        bnb_4bit_use_double_quant bnb_4bit_quant_storage""",
+    )
+    eight, four = (flag(raw, key, False) or flag(raw, f"_{key}", False) for key in ("load_in_8bit", "load_in_4bit"))
+    if eight == four:
+        raise StartupError("quantization_config: load_in_8bit, load_in_4bit: expected one of them")
+    _one_of(raw, "bnb_4bit_quant_type", None, "nf4", "fp4")
+    return BitsAndBytes(method=method, bits=8 if eight else 4, kind=raw.get("bnb_4bit_quant_type") or "fp4")
+
+
+def _compressed_tensors(method: str, raw: Raw) -> Scheme:
+    _only(
+        method,
+        raw,
+        """config_groups format quantization_status ignore kv_cache_scheme global_compression_ratio sparsity_config
+        transform_config moe_sparsity_config version""",
+    )
+    _one_of(raw, "quantization_status", "compressed", "frozen")
+    for key in ("transform_config", "moe_sparsity_config"):
+        if isinstance(value := raw.get(key) or {}, dict) and not value.get("config_groups", value):
+            continue
+        raise StartupError(f"quantization_config: {key} is not implemented")
+    sparsity = raw.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise StartupError(f"quantization_config: sparsity_config: {sparsity!r} is not implemented")
+    return CompressedTensors(method=method, plain=_names(raw, "ignore"), groups=read_groups(raw))
+
+
+def _only(method: str, raw: Raw, keys: str) -> None:
+    """A warning for each other key."""
+    for key in sorted(set(raw) - set(keys.split()) - {"quant_method"}):
+        log.warning("config.json: quantization_config: %s is unknown for %s and has no effect", key, method)
+
+
+def _one_of(raw: Raw, key: str, *values: object) -> None:
+    if raw.get(key, values[0]) not in values:
+        raise StartupError(f"quantization_config: {key}: {raw[key]!r} is not implemented")
+
+
 def _names(raw: Raw, key: str) -> tuple[str, ...]:
     names = raw.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -73,6 +209,12 @@ def _names(raw: Raw, key: str) -> tuple[str, ...]:
 
 METHODS: Mapping[str, Row] = {
     "gptq": Row("tgi.quantization.gptq", _gptq, "GPTQ, 4 and 8 bits"),
+    "fp8": Row("tgi.quantization.fp8", _fp8, "float8, a scale for each tensor, row or block"),
+    "fbgemm_fp8": Row("tgi.quantization.fp8", _fbgemm_fp8, "float8, a scale for each row"),
+    "compressed-tensors": Row("tgi.quantization.compressed", _compressed_tensors, "compressed-tensors"),
+    "bitsandbytes": Row("tgi.quantization.bitsandbytes", _bitsandbytes, "LLM.int8, NF4, FP4"),
+    "mxfp4": Row("tgi.quantization.mx", _mxfp4, "MXFP4"),
+    "modelopt": Row("tgi.quantization.mx", _modelopt, "ModelOpt: NVFP4, float8"),
 }
 
 
