@@ -14,6 +14,7 @@ from tgi.launcher import fit as fitting
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.fit import Machine, Plan, choose_dtype, choose_quantize, elements, fit, probe
 from tgi.launcher.flags import Options
+from tgi.quantization.scheme import read_scheme
 
 GB = 10**9
 CONFIG = {
@@ -294,11 +295,38 @@ def test_dtype(dtype: str, device: str, stored: str, chosen: str) -> None:
         ({"dtype": "float32"}, "m.gguf", "native", None),
         ({"quantize": "int8"}, "m.gguf", "native", "int8"),
         ({"quantize": "int4"}, "m.safetensors", "native", "int4"),
+        ({"quantize": "fp8"}, "m.safetensors", "native", "fp8"),
+        ({"quantize": "bitsandbytes-nf4"}, "m.safetensors", "native", "bitsandbytes-nf4"),
     ],
 )
 def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str | None) -> None:
     files = ModelFiles(model_id="m", folder="/x", weights=[f"/x/{name}"])
     assert choose_quantize(Options(**options), files, None, {"cpu": CPU, "native": NATIVE}[machine]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "chosen"),
+    [
+        ({"quant_method": "fp8"}, "fp8", "stored"),
+        ({"quant_method": "fbgemm_fp8"}, "fp8", "stored"),
+        ({"quant_method": "fp8"}, None, "stored"),
+        ({"quant_method": "fp8"}, "int8", "int8"),
+        ({"quant_method": "fp8"}, "compressed-tensors", None),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes", "stored"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes-fp4", "stored"),
+        (None, "compressed-tensors", None),
+    ],
+)
+def test_a_name_of_the_checkpoint_s_own_format(
+    config: dict[str, object] | None, asked: str | None, chosen: str | None
+) -> None:
+    files = ModelFiles(model_id="m", folder="/x", weights=["/x/m.safetensors"])
+    scheme = read_scheme({"quantization_config": config})
+    if chosen is not None:
+        assert choose_quantize(Options(quantize=asked), files, scheme, NATIVE) == chosen
+        return
+    with pytest.raises(ArgumentValidation, match=f"--quantize {asked}"):
+        choose_quantize(Options(quantize=asked), files, scheme, NATIVE)
 
 
 def test_quantize_needs_the_kernels_that_multiply_it(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 that means in float32."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -9,7 +9,7 @@ import logging
 import math
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
 from tgi.models.config import TailConfig
 from tgi.models.registry import check as read_family
-from tgi.quantization.scheme import Scheme
+from tgi.quantization.scheme import Held, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ _QUANTIZED = {
     **dict.fromkeys(("bitsandbytes-nf4", "bitsandbytes-fp4"), 0.75),
 }
 """What weights can be rounded to at load: bytes of one number with its share of a scale, in the smallest groups."""
+_HEADS = {"int8": 1.125, "int4": 1.125}
+"""The same of the vocabulary's matrices, which the others leave alone."""
 _GGUF = {
     **dict.fromkeys(("Q4_0", "Q4_1"), 0.625),
     "Q4_K": 0.75,
@@ -169,7 +171,7 @@ def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, 
         found = "not quantized" if scheme is None else f"quantized by {scheme.method}"
         raise ArgumentValidation(f"`--quantize {options.quantize}`: the weights of {files.model_id} are {found}")
     if scheme is not None and options.quantize in (None, *names):
-        return "stored" if machine.native else None
+        return "stored" if machine.native and options.dtype != "float16" else None
     if options.quantize is None:
         gguf = files.weights[0].endswith(".gguf")
         return "stored" if gguf and machine.native and options.dtype == "auto" else None
@@ -224,7 +226,8 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     # What has no row is read by transformers before it is rounded, and its embedding stays beside a packed head.
     tail = isinstance(config, TailConfig)
     rounded = None if tail else quantize
-    bill = _Bill(shape, config.experts, WIDTH[dtype], WIDTH["float32" if native else dtype], cached, native)
+    compute = WIDTH["float32" if native else dtype]
+    bill = _Bill(shape, config.experts, config.scheme, WIDTH[dtype], compute, cached, native)
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": bill.weights(files, rounded, copies=tail or (machine.device == "cpu" and not native)),
@@ -294,6 +297,7 @@ class _Bill:
 
     shape: ModelShape
     experts: Experts | None
+    scheme: Scheme | None
     width: int
     compute: int
     cached: float
@@ -303,12 +307,16 @@ class _Bill:
     def weights(self, files: ModelFiles, quantize: str | None, *, copies: bool) -> int:
         """``copies``: a tied head is a packed copy of the embedding."""
         vocab = self.shape.vocab * self.shape.hidden
-        if quantize == "stored":
+        if quantize == "stored" and self.scheme is None:
             return stored_bytes(files)
+        if quantize == "stored":
+            plain, held = _numbers(files, self.scheme)
+            return int(plain * self.width + sum(each.bytes for each in held))
+        numbers = elements(files, self.scheme)
         if quantize is not None:
             heads = vocab if self.shape.tied else 2 * vocab
-            return int((elements(files) - heads) * _QUANTIZED[quantize] + heads * _QUANTIZED["int8"])
-        return (elements(files) + (vocab if copies and self.shape.tied else 0)) * self.width
+            return int((numbers - heads) * _QUANTIZED[quantize] + heads * _HEADS.get(quantize, self.width))
+        return (numbers + (vocab if copies and self.shape.tied else 0)) * self.width
 
     def activations(self, tokens: int) -> int:
         """A step at the widest place of a layer: residual, its norm, and either attention, the MLP, or experts."""
@@ -438,10 +446,18 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
     return int(length) if isinstance(length, int | float) and 1 <= length < 1e9 else 1 << 62
 
 
-def elements(files: ModelFiles) -> int:
+def elements(files: ModelFiles, scheme: Scheme | None = None) -> int:
     """Numbers in all weights. Tensors that are one and the same count once; masks, which are no weights, don't."""
-    headers = set(read_headers(files).values())
-    return sum(math.prod(header.shape) for header in headers if header.type not in ("BOOL", "U8"))
+    plain, held = _numbers(files, scheme)
+    return plain + sum(each.numbers for each in held)
+
+
+def _numbers(files: ModelFiles, scheme: Scheme | None) -> tuple[int, Collection[Held]]:
+    """Those in plain tensors, and what the others hold of quantized matrices."""
+    headers = read_headers(files)
+    held = {} if scheme is None else scheme.held({name: (each.type, each.shape) for name, each in headers.items()})
+    plain = {header for name, header in headers.items() if name not in held and header.type not in ("BOOL", "U8")}
+    return sum(math.prod(header.shape) for header in plain), held.values()
 
 
 def stored_bytes(files: ModelFiles) -> int:

@@ -42,9 +42,7 @@ _PURPOSE: dict[Command, str] = {
     "doesn't, 2: an error.",
 }
 
-_FORMATS = tuple(
-    "awq compressed-tensors eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8".split()
-)
+_FORMATS = tuple("awq eetq exl2 gptq marlin".split())
 """Quantizations that TGI names and this server doesn't have yet."""
 
 _ENGINE: tuple[Command, ...] = ("launcher", "serve")
@@ -140,10 +138,15 @@ class Options:
         kinds.integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
     )
     quantize: str | None = _flag(
-        kinds.one_of("int8", "int4", *_FORMATS),
+        kinds.one_of(
+            *("int8", "int4", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "compressed-tensors"),
+            *_FORMATS,
+        ),
         None,
-        "Quantize the weights while loading: `int8` and `int4` on CPU, with activations in int8 groups. A GGUF file "
-        "keeps its own quantization without this flag.",
+        "Quantize the weights while loading: `int8` and `int4` on CPU, with activations in int8 groups; `fp8`, a scale "
+        "for each row; `bitsandbytes`, int8 with a scale for each row; `bitsandbytes-nf4` and `-fp4`, blocks of 64. "
+        "The last four leave embedding and head alone. Weights that are quantized stay so without this flag; it may "
+        "name their format.",
         refused=_FORMATS,
     )
     speculate: int | None = _flag(

@@ -4,15 +4,29 @@ One table: a method's row names what reads its config and which module turns its
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, flag, integer
+from tgi.core.numbers import WIDTH
 from tgi.quantization.groups import WeightGroup, named, read_groups
 
 log = logging.getLogger(__name__)
+
+
+class Held(NamedTuple):
+    """What a stored tensor has of a quantized matrix: how many numbers, and the bytes that they take in memory with
+    their scales, as our kernels keep them."""
+
+    numbers: int
+    bytes: float
+
+
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Of a checkpoint's tensors by name: number format and shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +46,9 @@ class Scheme:
         """What ``--quantize`` may call it."""
         return (self.method,)
 
-    def resident(self, size: int, width: int) -> float:
-        """Bytes that a stored tensor of ``size`` numbers of ``width`` bytes takes in memory, as our kernels read it."""
-        return size * width
+    def held(self, headers: Headers) -> dict[str, Held]:
+        """The tensors that stand for quantized matrices. The others are as they are."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +71,26 @@ class Fp8(Scheme):
     def names(self) -> tuple[str, ...]:
         return ("fp8",)
 
+    def held(self, headers: Headers) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for name, (kind, shape) in headers.items():
+            if kind in ("F8_E4M3", "F8_E5M2") and len(shape) > 1:
+                found |= _held(headers, name, name, math.prod(shape), 1, None if self.block is None else self.block[1])
+        return found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp4(Scheme):
     """MXFP4 or NVFP4."""
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for name, (kind, shape) in headers.items():
+            if kind == "U8" and name.endswith("_blocks"):
+                found |= _held(headers, name, name, 2 * math.prod(shape), 0.5, 32)
+            elif kind == "U8" and name.endswith(".weight"):
+                found |= _held(headers, name, name, 2 * math.prod(shape), 0.5, 16)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +105,15 @@ class BitsAndBytes(Scheme):
     def names(self) -> tuple[str, ...]:
         return ("bitsandbytes",) if self.bits == 8 else ("bitsandbytes", f"bitsandbytes-{self.kind}")
 
+    def held(self, headers: Headers) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for name, (kind, shape) in headers.items():
+            if self.bits == 8 and kind == "I8":
+                found |= _held(headers, name, name, math.prod(shape), 1, None)
+            elif f"{name}.absmax" in headers:
+                found |= _held(headers, name, name, 2 * math.prod(shape) * WIDTH.get(kind, 1), 0.5, 64)
+        return found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedTensors(Scheme):
@@ -88,6 +127,37 @@ class CompressedTensors(Scheme):
             return None
         each = (group for group in self.groups if named(module, group.targets))
         return next(each, next((group for group in self.groups if "Linear" in group.targets), None))
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for name in headers:
+            module, _, part = name.rpartition(".")
+            if part == "weight_scale" and (group := self.group(module)) is not None:
+                weight = packed = f"{module}.weight"
+                if packed not in headers:
+                    packed = f"{module}.weight_packed"
+                kind, shape = headers.get(packed, ("", (0,)))
+                numbers = math.prod(shape) * WIDTH.get(kind, 1) * 8 // group.bits
+                columns = group.group or (group.block[1] if group.block is not None else None)
+                width, scale = 0.5 if group.bits <= 4 else 1, 4 if group.symmetric else 8
+                found |= _held(headers, weight, packed, numbers, width, columns, scale)
+        return found
+
+
+_BESIDE = (
+    *("_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_g_idx", "_shape"),
+    *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"),
+)
+"""What stands behind the name of a weight in those of the tensors that say something of it."""
+
+
+def _held(
+    headers: Headers, weight: str, packed: str, numbers: int, width: float, group: int | None, scale: int = 4
+) -> dict[str, Held]:
+    """Of a ``weight``, which is in the tensor ``packed``, and the tensors beside it. ``width``: bytes of one of its
+    ``numbers``. ``group``: how many share one of ``scale`` bytes; our kernels have one at least for 128."""
+    beside = {key: Held(0, 0) for part in _BESIDE if (key := weight + part) in headers}
+    return beside | {packed: Held(numbers, numbers * (width + scale / min(group or 128, 128)))}
 
 
 class Row(NamedTuple):
