@@ -310,15 +310,17 @@ def test_tensors_that_do_not_fit(tmp_path: Path, name: str, part: str, tensor: t
 
 
 def test_modules_by_name_and_by_pattern(tmp_path: Path) -> None:
-    """The most specific target decides; what is left out and yet quantized is a contradiction."""
+    """The most specific target decides; what is left out and yet quantized is a contradiction. In older files the config
+    has another name."""
     config = changed("w8a8", "config_groups/group_0/targets", ["re:.*self_attn.*"])
     other = dict(config["config_groups"]["group_0"]) | {
         "targets": ["Linear"],
         "weights": {"num_bits": 4, "strategy": "channel"},
     }
     config["config_groups"] = {"group_1": other | {"format": "pack-quantized"}, **config["config_groups"]}
+    del config["quant_method"]
     raw = read_config(str(write_model(tmp_path, "llama")))
-    scheme = check({**raw, "quantization_config": config}).scheme
+    scheme = check({**raw, "compression_config": config}).scheme
     assert scheme is not None
     found = [scheme.group(f"model.layers.0.{name}") for name in ("self_attn.q_proj", "mlp.up_proj")]  # type: ignore[attr-defined]  # it is CompressedTensors
     assert [group.format for group in found] == ["int-quantized", "pack-quantized"]

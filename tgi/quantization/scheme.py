@@ -295,7 +295,7 @@ def read_scheme(raw: Raw) -> Scheme | None:
         return None
     if not isinstance(settings, dict):
         raise StartupError(f"config.json: quantization_config: expected an object, got {settings!r}")
-    method = str(settings.get("quant_method"))
+    method = str(settings.get("quant_method") or ("compressed-tensors" if "config_groups" in settings else None))
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise StartupError(
