@@ -310,8 +310,8 @@ def test_tensors_that_do_not_fit(tmp_path: Path, name: str, part: str, tensor: t
 
 
 def test_modules_by_name_and_by_pattern(tmp_path: Path) -> None:
-    """The most specific target decides; what is left out and yet quantized is a contradiction. In older files the config
-    has another name."""
+    """The most specific target decides; what is left out and yet quantized is a contradiction. In older files the
+    config has another name."""
     config = changed("w8a8", "config_groups/group_0/targets", ["re:.*self_attn.*"])
     other = dict(config["config_groups"]["group_0"]) | {
         "targets": ["Linear"],
