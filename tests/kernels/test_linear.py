@@ -94,6 +94,22 @@ def test_quantized_rows_are_the_nearest_integers(kernels: Library, seed: int) ->
     assert ((q.view(5, 4, 32) * scale[..., None] - blocks).abs() <= 0.5001 * scale[..., None]).all()
 
 
+@pytest.mark.parametrize("size", [32, 176, 960])
+def test_columns_in_another_order(kernels: Library, size: int) -> None:
+    """One for all rows, or one for the rows of each matrix, of which some have none."""
+    torch.manual_seed(size)
+    x = torch.randn(9, size + 3)[:, :size]
+    order = torch.rand(4, size).argsort(1).int()
+    one = quantize(kernels, x, 16, order[:1])
+    assert all(map(torch.equal, one, quantize(kernels, x[:, order[0].long()], 16)))
+    first = torch.tensor([0, 0, 5, 5, 9], dtype=torch.int32)
+    each = quantize(kernels, x, 16, order, first)
+    expected = torch.cat((x[:5, order[1].long()], x[5:, order[3].long()]))
+    assert all(map(torch.equal, each, quantize(kernels, expected, 16)))
+    alone = [quantize(kernels, row[None], 16, order[:1]) for row in x]
+    assert all(torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*alone, strict=True), one, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(kernels: Library, kind: str) -> None:
     chance = random.Random(1)

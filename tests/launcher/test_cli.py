@@ -106,7 +106,7 @@ def test_download_weights(tmp_path: Path) -> None:
         (["quantize", "m", "out"], "`quantize` is not here"),
         (["nothing"], "'nothing'"),
         ([], "command"),
-        (["serve", "m", "--quantize", "awq"], "`--quantize` awq is not supported yet"),
+        (["serve", "m", "--speculate", "2"], "`--speculate` is not supported yet"),
         (["serve", "m", "--port", "80"], "--port"),
         (["serve"], "MODEL_ID"),
         (["download-weights", "m", "--extension", ".bin"], "invalid value '.bin' for `--extension`"),

@@ -315,6 +315,22 @@ def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str 
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes", "stored"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes-fp4", "stored"),
         (None, "compressed-tensors", None),
+        ({"quant_method": "gptq", "bits": 4}, "gptq", "stored"),
+        ({"quant_method": "gptq", "bits": 4}, "awq", None),
+        ({"quant_method": "gptq", "bits": 4}, "eetq", None),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin", "stored"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq", None),
+        ({"quant_method": "awq", "bits": 4}, "awq", "stored"),
+        ({"quant_method": "awq", "bits": 4}, "gptq", "stored"),  # as TGI, which converts it
+        ({"quant_method": "eetq"}, "eetq", "stored"),
+        ({"quant_method": "exl2"}, "exl2", "stored"),
+        ({"w_bit": 4, "version": "GEMM"}, "awq", "stored"),
+        ({"bits": 4}, "gptq", "stored"),
+        (None, "eetq", "int8"),
+        (None, "gptq", None),
+        (None, "exl2", None),
+        (None, "marlin", None),
+        (None, "hqq", None),
     ],
 )
 def test_a_name_of_the_checkpoint_s_own_format(

@@ -130,8 +130,16 @@ _REQUIRED = object()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder."""
-    path = Path(folder) / "config.json"
+    """The parsed config.json of a model folder. How its weights are quantized may be in a file of its own instead."""
+    raw = _read_object(Path(folder) / "config.json")
+    for name in ("quantize_config.json", "quant_config.json"):
+        path = Path(folder) / name
+        if not (raw.get("quantization_config") or raw.get("compression_config")) and path.exists():
+            raw["quantization_config"] = _read_object(path)
+    return raw
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:

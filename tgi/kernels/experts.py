@@ -127,7 +127,7 @@ def linear(
         first=first.data_ptr(),
         experts=panels.count,
     )
-    multiply(library, op, panels, x, None)
+    multiply(library, op, panels, x, None, first)
     return out
 
 

@@ -34,15 +34,22 @@ def linear(
     return out
 
 
-def multiply(library: Library, op: Linear, panels: Panels, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Do ``op``, whose result is described, for x [rows, inner] and the matrix."""
+def multiply(
+    library: Library,
+    op: Linear,
+    panels: Panels,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    first: torch.Tensor | None = None,
+) -> None:
+    """Do ``op``, whose result is described, for x [rows, inner] and the matrix; ``first``: of each matrix's rows."""
     assert x.dtype == torch.float32 and x.shape[1] == panels.inner and x.stride(1) == 1
     op.rows = x.shape[0]
     op.x, op.x_stride = x.data_ptr(), x.stride(0)
     op.weight, op.bias = panels.weight.data_ptr(), address(bias)
     op.form, op.inner, op.outs = panels.form, panels.inner, panels.outs
     if panels.scale is not None:
-        q, scale, total = quantize(library, x, panels.group)
+        q, scale, total = quantize(library, x, panels.group, panels.order, first)
         op.x, op.x_stride, op.x_scale, op.x_sum = q.data_ptr(), q.stride(0), scale.data_ptr(), total.data_ptr()
         op.sum_stride = total.stride(0)
         op.scale, op.min = panels.scale.data_ptr(), address(panels.min)

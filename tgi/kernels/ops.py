@@ -110,6 +110,9 @@ class Quantize(Op):
         ("sum_stride", c_int64),
         ("size", c_int32),
         ("group", c_int32),
+        ("matrices", c_int32),
+        ("order", c_void_p),
+        ("first", c_void_p),
     ]
 
 

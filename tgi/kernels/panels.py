@@ -29,6 +29,8 @@ class Panels:
     min: torch.Tensor | None = None
     count: int = 1
     """Of matrices."""
+    order: torch.Tensor | None = None
+    """int32 [count, inner]: the input that each column is of, where the columns are not in the order of inputs."""
 
     @property
     def rows(self) -> int:
@@ -56,7 +58,10 @@ class Panels:
             full = full * self.scale.float().transpose(1, 2).repeat_interleave(self.group, 2)
             if self.min is not None:
                 full = full + self.min.float().transpose(1, 2).repeat_interleave(self.group, 2)
-        return full.reshape(self.count, self.rows, self.inner)[:, : self.outs].reshape(-1, self.inner).float()
+        full = full.reshape(self.count, self.rows, self.inner)[:, : self.outs].float()
+        if self.order is not None:
+            full = torch.empty_like(full).scatter_(2, self.order.long()[:, None].expand_as(full), full)
+        return full.reshape(-1, self.inner)
 
 
 def pack(matrix: torch.Tensor) -> Panels:

@@ -17,7 +17,8 @@ def embed(
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rows ``first + ids`` (int64 [rows]) of a matrix, in float32, times ``factor``; added to ``into`` if that is
-    given."""
+    given. Its columns are in the order of inputs."""
+    assert panels.order is None
     out = empty(len(ids), panels.inner) if into is None else into
     op = Embed(
         Kind.EMBED,
@@ -119,8 +120,18 @@ def copy(library: Library, x: torch.Tensor, out: torch.Tensor) -> None:
     run(library, op)
 
 
-def quantize(library: Library, x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float32 [rows, size] → int8 [rows, size], and for each group its scale (float32) and its sum (int32)."""
+def quantize(
+    library: Library,
+    x: torch.Tensor,
+    group: int,
+    order: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """float32 [rows, size] → int8 [rows, size], and for each group its scale (float32) and its sum (int32).
+
+    ``order``, int32 [matrices, size]: the numbers of x are taken in this order first; of several matrices that of m for
+    the rows first[m] to first[m + 1].
+    """
     rows, size = x.shape
     q = empty(rows, size, torch.int8)
     scale, total = empty(rows, size // group), empty(rows, size // group, torch.int32)
@@ -136,6 +147,9 @@ def quantize(library: Library, x: torch.Tensor, group: int) -> tuple[torch.Tenso
         sum_stride=total.stride(0),
         size=size,
         group=group,
+        matrices=0 if order is None else len(order),
+        order=address(order),
+        first=address(first),
     )
-    run(library, op)
+    run(library, op, order)
     return q, scale, total

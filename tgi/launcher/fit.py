@@ -167,6 +167,9 @@ def choose_dtype(dtype: str, machine: Machine, raw: Mapping[str, Any]) -> str:
 def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, machine: Machine) -> str | None:
     """As in Settings. What is quantized stays so; a GGUF file unless another number format is asked for."""
     names = () if scheme is None else scheme.names
+    if options.quantize == "eetq" and scheme is None:
+        # What EETQ makes of weights as they are loaded: int8.
+        options = dataclasses.replace(options, quantize="int8")
     if options.quantize not in (None, *_QUANTIZED, *names):
         found = "not quantized" if scheme is None else f"quantized by {scheme.method}"
         raise ArgumentValidation(f"`--quantize {options.quantize}`: the weights of {files.model_id} are {found}")

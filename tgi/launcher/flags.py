@@ -42,8 +42,8 @@ _PURPOSE: dict[Command, str] = {
     "doesn't, 2: an error.",
 }
 
-_FORMATS = tuple("awq eetq exl2 gptq marlin".split())
-"""Quantizations that TGI names and this server doesn't have yet."""
+_STORED = ("awq", "compressed-tensors", "exl2", "gptq", "hqq", "marlin")
+"""Quantizations that checkpoints have and no load makes."""
 
 _ENGINE: tuple[Command, ...] = ("launcher", "serve")
 _HTTP: tuple[Command, ...] = ("launcher", "router")
@@ -139,15 +139,14 @@ class Options:
     )
     quantize: str | None = _flag(
         kinds.one_of(
-            *("int8", "int4", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "compressed-tensors"),
-            *_FORMATS,
+            *("int8", "int4", "eetq", "fp8", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"),
+            *_STORED,
         ),
         None,
-        "Quantize the weights while loading: `int8` and `int4` on CPU, with activations in int8 groups; `fp8`, a scale "
-        "for each row; `bitsandbytes`, int8 with a scale for each row; `bitsandbytes-nf4` and `-fp4`, blocks of 64. "
-        "The last four leave embedding and head alone. Weights that are quantized stay so without this flag; it may "
-        "name their format.",
-        refused=_FORMATS,
+        "Quantize the weights while loading: `int8`, `int4` and `eetq`, which is `int8`, on CPU, with activations in "
+        "int8 groups; `fp8`, a scale for each row; `bitsandbytes`, int8 with a scale for each row; `bitsandbytes-nf4` "
+        "and `-fp4`, blocks of 64. The last four leave embedding and head alone. Weights that are quantized stay so "
+        "without this flag; it may name their format.",
     )
     speculate: int | None = _flag(
         kinds.integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0)

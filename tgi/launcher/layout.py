@@ -12,7 +12,7 @@ from tgi.launcher.errors import DownloadError
 
 TOKENIZER = ("tokenizer*.json", "chat_template*", "special_tokens_map.json")
 """Patterns of the files that say how text becomes tokens."""
-SMALL_FILES = ("config.json", "generation_config.json", "*.py", *TOKENIZER)
+SMALL_FILES = ("config.json", "quant*_config.json", "generation_config.json", "*.py", *TOKENIZER)
 """Python files are run with `--trust-remote-code` alone."""
 _ADAPTER = "adapter_config.json"
 _FORMATS = (".safetensors", ".bin", ".pt")

@@ -12,7 +12,7 @@ from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
 from tgi.quantization.packed import Pack
-from tgi.quantization.quantized import Packed, Quantized, Rows, common, stack
+from tgi.quantization.quantized import Packed, Quantized, Rows, common, one_order, stack
 from tgi.quantization.rounding import ROUNDING, VOCABULARY
 
 
@@ -25,8 +25,11 @@ class Tensors(Protocol):
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         """The tensor is known already; errors as with ``take``."""
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
-        """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
+    def rows(
+        self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False
+    ) -> Rows[torch.Tensor | Packed]:
+        """The same for a matrix, or its transpose, whose rows will be asked for. ``stored``: quantized if they are
+        stored so."""
 
 
 class Shared:
@@ -48,8 +51,11 @@ class Shared:
             self._tensors.skip(name, shape)
             self._read[name] = None
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
-        return self.take(name, shape)
+    def rows(
+        self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False
+    ) -> Rows[torch.Tensor | Packed]:
+        matrix = self.take(name, shape)
+        return matrix.T if transposed else matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +153,8 @@ class Checkpoint:
     def _panels(self, matrices: Sequence[Sequence[Piece]], gated: bool) -> Panels:
         """Of matrices of one size, some rows at a time."""
         sources = [self._matrix(pieces) for pieces in matrices]
-        samples = [part for source in sources for part in source.samples()]
-        packed = [part for part in samples if not isinstance(part, torch.Tensor)]
-        form = common(packed) if len(packed) == len(samples) else None
+        samples = [source.samples() for source in sources]
+        form = _form(samples)
         height = sources[0].height
 
         def panels() -> Iterator[Panels]:
@@ -160,7 +165,8 @@ class Checkpoint:
                         parts += source[slice(height // 2 + rows.start, height // 2 + rows.stop)]
                     yield _packed(self._joined(parts, form), gated, self.dtype)
 
-        return assemble(panels(), height, len(matrices))
+        made = assemble(panels(), height, len(matrices))
+        return made if form is None else replace(made, order=_order(samples))
 
     def _joined(self, parts: Sequence[torch.Tensor | Packed], form: Packed | None) -> torch.Tensor | Packed:
         """One below the other: quantized in the ``form`` they are stored in, or rounded, or plain."""
@@ -173,11 +179,12 @@ class Checkpoint:
     def _matrix(self, pieces: Sequence[Piece]) -> "_Matrix":
         runs = []
         for piece in pieces:
-            name = f"{piece.name}.weight"
-            if piece.transposed:
-                source: Rows[torch.Tensor | Packed] = self.tensors.take(name, _stored_shape(piece)).T
-            else:
-                source = self.tensors.rows(name, piece.shape, stored=self.quantize == "stored")
+            source = self.tensors.rows(
+                f"{piece.name}.weight",
+                _stored_shape(piece),
+                stored=self.quantize == "stored",
+                transposed=piece.transposed,
+            )
             runs += [_Run(source, range(*rows.indices(piece.shape[0])), piece.columns) for rows in piece.rows]
         return _Matrix(runs)
 
@@ -243,6 +250,23 @@ def _slabs(height: int, width: int) -> Iterator[slice]:
 def _width(pieces: Sequence[Piece]) -> int:
     start, stop, _ = pieces[0].columns.indices(pieces[0].shape[1])
     return stop - start
+
+
+def _form(matrices: Sequence[Sequence[torch.Tensor | Packed]]) -> Packed | None:
+    """What holds all parts exactly; None if some are plain, or lie above others with columns in another order."""
+    parts = [part for part in chain.from_iterable(matrices) if not isinstance(part, torch.Tensor)]
+    if len(parts) < sum(map(len, matrices)) or not all(map(one_order, matrices)):
+        return None
+    return common(parts)
+
+
+def _order(matrices: Sequence[Sequence[torch.Tensor | Packed]]) -> torch.Tensor | None:
+    """int32 [matrices, inner]: the input that each column is of; None if they are in the order of inputs in all."""
+    orders = [part.order for part, *_ in matrices if isinstance(part, Quantized)]
+    if all(order is None for order in orders):
+        return None
+    usual = torch.arange(matrices[0][0].shape[1])
+    return torch.stack([usual if order is None else order for order in orders]).int()
 
 
 def _packed(matrix: torch.Tensor | Packed, gated: bool, dtype: torch.dtype) -> Panels:

@@ -335,8 +335,9 @@ class _Parameters:
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         raise AssertionError("a module's parameters are in no pack")
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> torch.Tensor:
-        return self.take(name, shape)
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> torch.Tensor:
+        matrix = self.take(name, shape)
+        return matrix.T if transposed else matrix
 
 
 class _Linear(nn.Module):

@@ -41,20 +41,21 @@ class Weights:
         """Count it as taken: its content is known already."""
         self._taken(name, shape)
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor | Packed]:
-        """The same for a matrix whose rows will be asked for. ``stored``: quantized if they are stored so."""
+    def rows(
+        self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False
+    ) -> Rows[torch.Tensor | Packed]:
+        """The same for a matrix, or its transpose, whose rows will be asked for. ``stored``: quantized if they are
+        stored so."""
         entry = self._taken(name, shape)
-        return entry.values if entry.stored is None or not stored else entry.stored
+        if stored and entry.stored is not None and entry.turned == transposed:
+            return entry.stored
+        return entry.values[:].T if transposed else entry.values
 
     def _taken(self, name: str, shape: tuple[int, ...]) -> Entry:
         if (entry := self._left.pop(name, None)) is None:
             raise StartupError(f"{self._where}: tensor {name} is missing")
         if entry.shape != shape:
             raise StartupError(f"{entry.path}: tensor {name} has shape {entry.shape}, the config implies {shape}")
-        if entry.kind not in PLAIN:
-            raise StartupError(
-                f"{entry.path}: tensor {name} has type {entry.kind}, which no quantization_config explains"
-            )
         self._done += entry.bytes
         self._progress(self._done, self._total)
         return entry
@@ -78,7 +79,13 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
         entries = {name: entry for name, entry in entries.items() if not name.startswith(config.spare)}
         if config.scheme is not None:
             unpack = importlib.import_module(METHODS[config.scheme.method].module).unpack
-            entries = unpack(entries, config.scheme)
+            plain, entries = entries, unpack(entries, config.scheme)
+            for name in entries.keys() - plain.keys() - {head}:
+                # Packed tensors are the same for modules whose weights are [in, out].
+                entries[name] = _turned(entries[name]) if config.transposed else entries[name]
+            if head in entries and entries[head].shape[0] == -(-config.shape.vocab // 32) * 32:
+                # ExLlamaV2 fills matrices up to whole words of its kernels.
+                entries[head] = replace(entries[head], shape=(config.shape.vocab, *entries[head].shape[1:]))
         if config.shape.tied:
             entries.pop(head, None)
         if config.experts is not None:
@@ -93,7 +100,24 @@ def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[i
             entries = merged
         if config.unit_head and head in entries:
             entries[head] = replace(entries[head], values=_Unit(entries[head].values), stored=None)
+        for name, entry in entries.items():
+            if entry.kind not in PLAIN:
+                rule = "no quantization_config explains" if config.scheme is None else f"{config.scheme.method} forbids"
+                raise StartupError(f"{entry.path}: tensor {name} has type {entry.kind}, which {rule}")
         yield Weights(entries, progress)
+
+
+def _turned(entry: Entry) -> Entry:
+    """The transpose of a quantized matrix, whose own rows stay at hand."""
+    return replace(entry, shape=entry.shape[::-1], values=_Transpose(entry.values), turned=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Transpose:
+    matrix: Rows[torch.Tensor]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self.matrix[:].T[rows]
 
 
 @dataclass(frozen=True, slots=True)

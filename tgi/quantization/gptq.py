@@ -1,12 +1,23 @@
 """GPTQ's tensors (Frantar et al., arXiv 2210.17323): integers packed into words along the inputs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from tgi.core.errors import StartupError
-from tgi.quantization.quantized import Dequantized, Entry, Quantized
+from tgi.quantization.grouped import (
+    FLOATS,
+    INTEGERS,
+    Columns,
+    Grouped,
+    Module,
+    Part,
+    columns_of,
+    fields,
+    unpacked,
+    whole,
+)
+from tgi.quantization.quantized import Entry
 from tgi.quantization.scheme import Gptq
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -14,45 +25,58 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 def unpack(entries: Mapping[str, Entry], scheme: Gptq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    found = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] not in _PARTS}
-    for name, entry in entries.items():
-        module, _, part = name.rpartition(".")
-        if part == "qweight":
-            found[f"{module}.weight"] = _matrix(module, entry, entries, scheme)
-    return found
+    entries = dict(entries)
+    # TGI's own quantizer writes tensors that overrule the config.
+    told = {key: entry for key in ("bits", "groupsize", "sym") if (entry := entries.pop(f"gptq_{key}", None))}
+    if "bits" in told and "groupsize" in told:
+        bits, group = (int(told[key].values[:]) for key in ("bits", "groupsize"))
+        scheme = replace(scheme, bits=bits, group=None if group == -1 else group)
+    return unpacked(entries, scheme.method, _PARTS, lambda module: _matrix(module, scheme))
 
 
-def _matrix(module: str, packed: Entry, entries: Mapping[str, Entry], scheme: Gptq) -> Entry:
-    words, outs = packed.shape
-    inner = words * 32 // scheme.bits
-    groups = 1 if scheme.group is None else inner // scheme.group
-    parts = {"qweight": packed}
-    for part, shape in (("scales", (groups, outs)), ("qzeros", (groups, outs * scheme.bits // 32))):
-        name = f"{module}.{part}"
-        if name not in entries:
-            raise StartupError(f"{packed.path}: tensor {name} is missing")
-        parts[part] = entry = entries[name]
-        if entry.shape != shape:
-            raise StartupError(f"{entry.path}: tensor {name} has shape {entry.shape}, gptq implies {shape}")
-    stored = _Packed(parts, scheme.bits)
-    size = sum(entry.bytes for entry in parts.values())
-    return Entry(packed.path, (outs, inner), size, "F32", Dequantized(stored), stored)
+def _matrix(module: Module, scheme: Gptq) -> Entry:
+    bits, group = scheme.of(module.name)
+    period = bits if 32 % bits else 1
+    qweight, words, outs = module.matrix("qweight", INTEGERS, period, 32 if 32 % bits else 1)
+    inner = words * 32 // bits
+    groups = -(-inner // (group or inner))
+    rule = f"bits {bits} and group_size {group or -1}"
+    scales = module.part("scales", FLOATS, (groups, outs), rule)
+    qzeros = module.part("qzeros", INTEGERS, (groups, -(-outs * bits // 32)), rule)
+    columns = Columns.even(inner, group)
+    if "g_idx" in module.parts:
+        index = module.part("g_idx", ("I32", "I64"), (inner,), rule).values[:].long()
+        if index.min() < 0 or index.max() >= groups:
+            raise module.wrong("g_idx", f"has groups {index.min()} to {index.max()}, of which there are {groups}")
+        columns = Columns.of(index)
+
+    def codes(rows: slice) -> torch.Tensor:
+        return fields(qweight.values[:][:, rows], bits).T
+
+    zeros = _zeros(qzeros, bits, outs, less_one=scheme.less_one)
+    return module.entry(outs, Grouped(bits, columns, codes, columns_of(scales), zeros))
 
 
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    parts: Mapping[str, Entry]
-    bits: int
+def _zeros(stored: Entry, bits: int, outs: int, *, less_one: bool) -> Part | int:
+    """A symmetric matrix has the same everywhere. ``less_one``: that much is taken off each."""
+    tile = 32 if 32 % bits else 32 // bits
+    wide = tile * bits // 32
 
-    def __getitem__(self, rows: slice) -> Quantized:
-        qweight, scales, qzeros = (self.parts[part].values[:] for part in ("qweight", "scales", "qzeros"))
-        each = 32 // self.bits
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
-        mask = (1 << self.bits) - 1
-        stored = (qweight[:, rows, None] >> shifts & mask).to(torch.uint8)  # [words, outs, each]
-        stored = stored.permute(1, 0, 2).reshape(stored.shape[1], -1)
-        scale = scales[:, rows].T.float()
-        outs = range(*rows.indices(scales.shape[1]))
-        zeros = (qzeros[:, [out // each for out in outs]] >> shifts[[out % each for out in outs]] & mask).T + 1
-        # In float32, for in half precision the product would not be what the checkpoint means.
-        return Quantized(self.bits, 0, stored, scale.contiguous(), (-zeros * scale).contiguous())
+    def zeros(rows: slice) -> torch.Tensor:
+        tiles, place = whole(rows, outs, tile)
+        words = stored.values[:][:, tiles.start * wide : tiles.stop * wide]
+        if less_one and 32 % bits == 0:
+            # As words, not one by one: GPTQModel takes it off so, and where a zero is 0 that borrows from the next.
+            words = words + _ones(bits)
+        found = fields(words.T, bits).T[:, place]
+        return (found + 1 & (1 << bits) - 1 if less_one and 32 % bits else found).T
+
+    first = int(zeros(slice(0, 1))[0, 0])
+    words = stored.values[:]
+    period = words.view(len(words), -1, wide)
+    return first if bool((period == period[:1, :1]).all()) and bool((zeros(slice(0, tile)) == first).all()) else zeros
+
+
+def _ones(bits: int) -> int:
+    """A word of ones."""
+    return sum(1 << at for at in range(0, 32, bits))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,8 @@ class Entry:
     values: Rows[torch.Tensor]
     stored: "Rows[torch.Tensor | Packed] | None" = None
     """The same quantized, if it is stored so. Rows of a stack are then counted through all its matrices."""
+    turned: bool = False
+    """What ``stored`` has rows of is the transpose of ``values``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Quantized:
     scale: torch.Tensor
     """float16 or float32 [outs, groups]."""
     min: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    """int64 [inner]: the input that each column is of, where they are not in the order of inputs."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,9 +66,13 @@ class Quantized:
         least = None if self.min is None else pick(self.min)
         return replace(self, stored=pick(self.stored), scale=pick(self.scale), min=least)
 
-    def columns(self, run: slice) -> "Quantized":
-        """A run of columns; where it cuts groups, all become smaller."""
+    def columns(self, run: slice) -> "Quantized | torch.Tensor":
+        """Those of a run of inputs. Where it cuts groups, all become smaller; plain if inputs are in another order."""
         inner = self.shape[1]
+        if run.indices(inner)[:2] == (0, inner):
+            return self
+        if self.order is not None:
+            return self.dequantize()[:, run]
         least = None if self.min is None else cut(self.min, run, inner)
         return replace(self, stored=self.stored[:, run], scale=cut(self.scale, run, inner), min=least)
 
@@ -73,7 +82,8 @@ class Quantized:
         values = (self.stored.view(outs, -1, self.group).float() - self.zero) * self.scale.float()[..., None]
         if self.min is not None:
             values = values + self.min.float()[..., None]
-        return values.view(outs, inner)
+        values = values.view(outs, inner)
+        return values if self.order is None else torch.empty_like(values).index_copy_(1, self.order, values)
 
     def like(self, form: "Quantized") -> "Quantized":
         """The same numbers in the ``form`` of another matrix, which holds them exactly."""
@@ -85,7 +95,7 @@ class Quantized:
             least = torch.zeros_like(self.scale) if least is None else least
             least = least.to(form.min.dtype).repeat_interleave(times, 1)
         scale = self.scale.to(form.scale.dtype).repeat_interleave(times, 1)
-        return Quantized(form.bits, form.zero, self.stored + (form.zero - self.zero), scale, least)
+        return Quantized(form.bits, form.zero, self.stored + (form.zero - self.zero), scale, least, self.order)
 
     def stack(self, parts: "Sequence[Quantized]") -> "Quantized":
         """One above the other, in this form."""
@@ -96,6 +106,7 @@ class Quantized:
             stored=torch.cat([part.stored for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
             min=torch.cat(mins) if mins else None,
+            order=parts[0].order,
         )
 
     @property
@@ -137,8 +148,18 @@ def _common(parts: Sequence[Quantized]) -> Quantized:
 
 
 def stack(parts: Sequence[Any], form: Packed) -> Packed:
-    """One matrix above the other, in the ``form`` that all have in common."""
+    """One matrix above the other, in the ``form`` that all have in common, as one order of columns."""
     return form.stack(parts)
+
+
+def one_order(parts: Sequence["torch.Tensor | Packed"]) -> bool:
+    """Whether the columns of all are in the same order."""
+    orders = [part.order for part in parts if isinstance(part, Quantized)]
+    if any(order is None for order in orders):
+        return all(order is None for order in orders)
+    return all(
+        torch.equal(order, other) for order, other in pairwise(orders) if order is not None and other is not None
+    )
 
 
 def quantize(weight: torch.Tensor, bits: int) -> Quantized | None:

@@ -5,7 +5,8 @@ One table: a method's row names what reads its config and which module turns its
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,12 +53,133 @@ class Scheme:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gptq(Scheme):
-    """Frantar et al., arXiv 2210.17323. Integers are packed along the inputs, groups of which share a scale."""
+class Grouped(Scheme):
+    """Integers, of which groups along the inputs share a scale."""
 
     bits: int
     group: int | None
     """Inputs that share a scale; None: all."""
+    symmetric: bool = False
+    """There are no zeros but the middle: a scale, in half precision, is all that is kept with a group."""
+
+    def _held(self, headers: Headers, parts: str, each: Callable[[str], float]) -> dict[str, Held]:
+        """``parts``: names in a module, the packed numbers' first. ``each``: how many a number of a module's stands
+        for."""
+        first, *others = parts.split()
+        found = {}
+        for name, (_, shape) in headers.items():
+            module, _, part = name.rpartition(".")
+            if part == first:
+                numbers = round(math.prod(shape) * each(module))
+                found[name] = Held(numbers, numbers * self._width(*self.of(module)))
+                found |= {key: Held(0, 0) for other in others if (key := f"{module}.{other}") in headers}
+        return found
+
+    def of(self, module: str) -> tuple[int, int | None]:
+        """Bits and group of a module."""
+        return self.bits, self.group
+
+    def _width(self, bits: int, group: int | None) -> float:
+        """Bytes of a number with its share of scales. Our kernels have one at least for 128 numbers."""
+        return (0.5 if bits <= 4 else 1) + (2 if self.symmetric else 8) / min(group or 128, 128)
+
+
+class Rule(NamedTuple):
+    """Other settings for modules whose names begin so."""
+
+    pattern: re.Pattern[str]
+    bits: int
+    group: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gptq(Grouped):
+    """Frantar et al., arXiv 2210.17323. Integers are packed along the inputs."""
+
+    less_one: bool = True
+    """Zeros are stored less one (version 1 of the format)."""
+    rules: tuple[Rule, ...] = ()
+    """The first that fits a module holds."""
+
+    def of(self, module: str) -> tuple[int, int | None]:
+        rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
+        return (self.bits, self.group) if rule is None else (rule.bits, rule.group)
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        return self._held(headers, "qweight qzeros scales g_idx", lambda module: 32 / self.of(module)[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Awq(Grouped):
+    """Lin et al., arXiv 2306.00978."""
+
+    version: str
+    """Kernel for which it is packed: ``gemm`` or ``gemv``."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return "awq", "gptq"
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        return self._held(headers, "qweight qzeros scales", lambda module: 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marlin(Grouped):
+    """GPTQ's matrices in the order of the GPU kernel Marlin (Frantar et al., arXiv 2408.11743)."""
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        return self._held(headers, "B s workspace", lambda module: 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eetq(Grouped):
+    """int8, a scale for each output."""
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        return {
+            name: held
+            for name, held in self._held(headers, "weight weight_scales", lambda module: 1).items()
+            if f"{name.removesuffix('_scales')}_scales" in headers
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exl2(Grouped):
+    """ExLlamaV2's mixture of 2 to 8 bits. Our kernels have one width for a matrix: the widest of its groups'."""
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        def each(module: str) -> float:
+            return headers[f"{module}.q_invperm"][1][0] / headers[f"{module}.q_weight"][1][0]
+
+        return self._held(headers, "q_weight q_scale q_scale_max q_groups q_invperm q_perm q_group_map", each)
+
+
+HQQ_PACKED = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+"""Bits → numbers to a word: of 8 bits or, of 3 bits, to one of 32."""
+HQQ_PARTS = (
+    "W_q nbits group_size shape scale zero axis packing unpack_view_dtype view_as_float quant_scale quant_zero "
+    "compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hqq(Grouped):
+    """Half-quadratic quantization (Badri & Shaji, 2023). Modules' own tensors say how each is packed."""
+
+    tags: tuple[tuple[str, int, int | None], ...] = ()
+    """Bits and group of layers of these names, of which layers' numbers and what is before them are left away."""
+
+    def of(self, module: str) -> tuple[int, int | None]:
+        tag = ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isdecimal())
+        return next(((bits, group) for name, bits, group in self.tags if name == tag), (self.bits, self.group))
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        def each(module: str) -> float:
+            kind, bits = headers[f"{module}.W_q"][0], self.of(module)[0]
+            return HQQ_PACKED[bits] * WIDTH.get(kind, 1) / (4 if bits == 3 else 1)
+
+        return self._held(headers, HQQ_PARTS, each)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,17 +292,40 @@ class Row(NamedTuple):
     description: str
 
 
+_GPTQ = """bits group_size sym checkpoint_format format is_marlin_format dynamic modules_to_not_convert pack_dtype
+    adapter rotation"""
+"""Keys that are read."""
+_MAKING = """desc_act static_groups act_group_aware true_sequential damp_percent damp_auto_increment mse lm_head meta
+    model_name_or_path model_file_base_name model_seqlen tokenizer dataset quantizer batch_size pad_token_id
+    block_name_to_quantize module_name_preceding_first_block modules_in_block_to_quantize cache_block_outputs
+    use_exllama disable_exllama exllama_config max_input_length use_cuda_fp16 backend kernel offload_to_disk
+    offload_to_disk_path pack_impl preprocessors telemetry fallback hessian gptaq foem v2 v2_alpha compile gc_mode"""
+"""Keys that say how it was made, or by what it was multiplied; what must be known of that is in the tensors."""
+
+
 def _gptq(method: str, raw: Raw) -> Scheme:
-    bits = integer(raw, "bits")
-    if bits not in (4, 8):
-        raise StartupError(f"quantization_config: bits: {bits} is not implemented for {method}")
-    group = raw.get("group_size", -1)
-    if type(group) is not int or (group != -1 and (group < 16 or group % 16)):
-        raise StartupError(f"quantization_config: group_size: expected -1 or a multiple of 16, got {group!r}")
-    if flag(raw, "desc_act", False):
-        raise StartupError("quantization_config: desc_act: True is not implemented")
+    format = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
+    if flag(raw, "is_marlin_format", False) or format == "marlin":
+        return _marlin("marlin", raw)
+    _only(method, raw, f"{_GPTQ} {_MAKING}")
+    if format not in ("gptq", "gptq_v2"):
+        key = "checkpoint_format" if raw.get("checkpoint_format") else "format"
+        raise StartupError(
+            f"quantization_config: {key}: {format!r} is not implemented for gptq; known: gptq, gptq_v2, marlin. "
+            "GPTQModel or llm-compressor quantize the original model to one of these."
+        )
+    bits, group = _bits(raw, "bits", 2, 3, 4, 8), _group(raw)
+    _one_of(raw, "pack_dtype", "int32", None)
+    _one_of(raw, "adapter", None)
+    _one_of(raw, "rotation", None)
     return Gptq(
-        method=method, plain=_names(raw, "modules_to_not_convert"), bits=bits, group=None if group == -1 else group
+        method=method,
+        plain=_names(raw, "modules_to_not_convert"),
+        bits=bits,
+        group=group,
+        symmetric=flag(raw, "sym", False),
+        less_one=format == "gptq",
+        rules=tuple(_rules(raw, bits, group)),
     )
 
 
@@ -259,15 +404,113 @@ def _compressed_tensors(method: str, raw: Raw) -> Scheme:
     return CompressedTensors(method=method, plain=_names(raw, "ignore"), groups=read_groups(raw))
 
 
+def _rules(raw: Raw, bits: int, group: int | None) -> Iterator[Rule]:
+    """GPTQModel's ``dynamic``: patterns of modules' names. Behind ``-:`` are modules that stayed as they were."""
+    dynamic = raw.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(own, dict) for own in dynamic.values()):
+        raise StartupError(f"quantization_config: dynamic: expected an object of objects, got {dynamic!r}")
+    for pattern, own in dynamic.items():
+        try:
+            compiled = re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise StartupError(f"quantization_config: dynamic: {pattern!r}: {error}") from None
+        if pattern.startswith("-:"):
+            own = {}
+        _only("dynamic", own, f"bits group_size sym {_MAKING}")
+        yield Rule(
+            compiled,
+            _bits(own, "bits", 2, 3, 4, 8) if "bits" in own else bits,
+            _group(own) if "group_size" in own else group,
+        )
+
+
+def _awq(method: str, raw: Raw) -> Scheme:
+    _only(
+        method,
+        raw,
+        """bits w_bit group_size q_group_size zero_point version format backend modules_to_not_convert do_fuse
+        modules_to_fuse fuse_max_seq_len exllama_config pack_dtype sym desc_act lm_head meta""",
+    )
+    bits = _bits(raw, "w_bit" if raw.get("bits") is None else "bits", 4)
+    _one_of(raw, "zero_point", True, None)
+    _one_of(raw, "desc_act", False, None)
+    _one_of(raw, "pack_dtype", "int32", None)
+    if raw.get("backend") == "llm-awq":
+        raise StartupError("quantization_config: backend: 'llm-awq' is not implemented; AutoAWQ writes what is")
+    version = str(raw.get("version") or raw.get("format") or "gemm").lower()
+    if version not in ("gemm", "gemv"):
+        raise StartupError(f"quantization_config: version: {version!r} is not implemented for awq; known: gemm, gemv")
+    group = _group(raw, "q_group_size" if raw.get("group_size") is None else "group_size")
+    return Awq(method=method, plain=_names(raw, "modules_to_not_convert"), bits=bits, group=group, version=version)
+
+
+def _marlin(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, f"{_GPTQ} {_MAKING}")
+    _one_of(raw, "checkpoint_format", "marlin", None, "gptq")  # AutoGPTQ says gptq beside is_marlin_format
+    _one_of(raw, "dynamic", None)
+    _one_of(raw, "sym", True, None)
+    return Marlin(method=method, bits=_bits({"bits": 4, **raw}, "bits", 4), group=_group(raw), symmetric=True)
+
+
+def _eetq(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, "weights modules_to_not_convert")
+    _one_of(raw, "weights", "int8")
+    return Eetq(method=method, plain=_names(raw, "modules_to_not_convert"), bits=8, group=None, symmetric=True)
+
+
+def _exl2(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, "version bits head_bits calibration")
+    return Exl2(method=method, bits=8, group=32, symmetric=False)
+
+
+def _hqq(method: str, raw: Raw) -> Scheme:
+    _only(method, raw, "quant_config skip_modules")
+    settings = raw.get("quant_config")
+    if not isinstance(settings, dict) or not settings:
+        raise StartupError(f"quantization_config: quant_config: expected an object, got {settings!r}")
+    own = {"": settings} if "weight_quant_params" in settings else settings
+    tags = [(tag, *_hqq_of(tag, each)) for tag, each in own.items()]
+    _, bits, group = tags[0]
+    return Hqq(method=method, plain=_names(raw, "skip_modules"), bits=bits, group=group, tags=tuple(tags))
+
+
+def _hqq_of(tag: str, settings: Any) -> tuple[int, int | None]:
+    """Bits and group of layers with this tag."""
+    weights = settings.get("weight_quant_params") if isinstance(settings, dict) else None
+    if not isinstance(weights, dict):
+        raise StartupError(f"quantization_config: quant_config: {tag or settings!r}: weight_quant_params is missing")
+    for key in ("scale_quant_params", "zero_quant_params"):
+        _one_of(settings, key, None)
+    _one_of(weights, "axis", 1)
+    _one_of(weights, "channel_wise", True)
+    return _bits(weights, "nbits", *HQQ_PACKED), _group({**weights, "group_size": weights.get("group_size") or -1})
+
+
 def _only(method: str, raw: Raw, keys: str) -> None:
     """A warning for each other key."""
-    for key in sorted(set(raw) - set(keys.split()) - {"quant_method"}):
+    for key in sorted(set(raw) - set(keys.split()) - {"quant_method", "method"}):
         log.warning("config.json: quantization_config: %s is unknown for %s and has no effect", key, method)
 
 
 def _one_of(raw: Raw, key: str, *values: object) -> None:
     if raw.get(key, values[0]) not in values:
         raise StartupError(f"quantization_config: {key}: {raw[key]!r} is not implemented")
+
+
+def _bits(raw: Raw, key: str, *known: int) -> int:
+    bits: int = integer(raw, key)
+    if bits not in known:
+        raise StartupError(
+            f"quantization_config: {key}: {bits} is not implemented; known: {', '.join(map(str, known))}"
+        )
+    return bits
+
+
+def _group(raw: Raw, key: str = "group_size") -> int | None:
+    group = raw.get(key, -1)
+    if type(group) is not int or (group < 1 and group != -1):
+        raise StartupError(f"quantization_config: {key}: expected -1 or a positive integer, got {group!r}")
+    return None if group == -1 else group
 
 
 def _names(raw: Raw, key: str) -> tuple[str, ...]:
@@ -278,7 +521,20 @@ def _names(raw: Raw, key: str) -> tuple[str, ...]:
 
 
 METHODS: Mapping[str, Row] = {
-    "gptq": Row("tgi.quantization.gptq", _gptq, "GPTQ, 4 and 8 bits"),
+    "gptq": Row(
+        "tgi.quantization.gptq",
+        _gptq,
+        "GPTQ in 2, 3, 4 and 8 bits, any group, symmetric or not, act-order, versions 1 and 2 (AutoGPTQ, GPTQModel)",
+    ),
+    "awq": Row("tgi.quantization.awq", _awq, "AWQ in 4 bits, packed for the kernels gemm and gemv (AutoAWQ)"),
+    "marlin": Row(
+        "tgi.quantization.marlin", _marlin, "GPTQ's 4 bits packed for the GPU kernel Marlin; not its 2:4 form"
+    ),
+    "eetq": Row("tgi.quantization.eetq", _eetq, "EETQ's int8, packed for GPUs from Turing on"),
+    "exl2": Row(
+        "tgi.quantization.exl2", _exl2, "ExLlamaV2's mixture of 2 to 8 bits, held in the widest of each matrix"
+    ),
+    "hqq": Row("tgi.quantization.hqq", _hqq, "HQQ in 1, 2, 3, 4 and 8 bits, groups along the inputs (transformers)"),
     "fp8": Row("tgi.quantization.fp8", _fp8, "float8, a scale for each tensor, row or block"),
     "fbgemm_fp8": Row("tgi.quantization.fp8", _fbgemm_fp8, "float8, a scale for each row"),
     "compressed-tensors": Row("tgi.quantization.compressed", _compressed_tensors, "compressed-tensors"),
@@ -288,6 +544,14 @@ METHODS: Mapping[str, Row] = {
 }
 
 
+def _guessed(settings: Raw) -> str:
+    """Of configs that don't say: llm-compressor's, and the files that AutoGPTQ and AutoAWQ wrote before there was a
+    place for it in config.json."""
+    if "config_groups" in settings:
+        return "compressed-tensors"
+    return "awq" if str(settings.get("version")).lower() in ("gemm", "gemv") else "gptq"
+
+
 def read_scheme(raw: Raw) -> Scheme | None:
     """Of a config.json; None if its weights are plain. StartupError names what is not implemented."""
     settings: Any = raw.get("quantization_config") or raw.get("compression_config")
@@ -295,7 +559,7 @@ def read_scheme(raw: Raw) -> Scheme | None:
         return None
     if not isinstance(settings, dict):
         raise StartupError(f"config.json: quantization_config: expected an object, got {settings!r}")
-    method = str(settings.get("quant_method") or ("compressed-tensors" if "config_groups" in settings else None))
+    method = str(settings.get("quant_method") or settings.get("method") or _guessed(settings))
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise StartupError(

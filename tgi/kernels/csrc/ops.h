@@ -59,7 +59,10 @@ struct Quantize : Op {
     float* scale;    // [rows, size / group]
     int32_t* sum;
     int64_t sum_stride;
-    int32_t size, group;  // group: a multiple of 16
+    int32_t size, group;    // group: a multiple of 16
+    int32_t matrices;       // that have an order and rows of their own
+    const int32_t* order;   // [matrices, size]: which number of x each is, or null: they are as in x
+    const int32_t* first;   // [matrices + 1]: of each matrix's rows, or null: all are the one's
 };
 
 struct Norm : Op {

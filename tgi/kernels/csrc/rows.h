@@ -1,5 +1,6 @@
 // What works on one row of activations at a time: embedding, norm, quantization. A row's result depends on that row alone.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "linear.h"
@@ -34,7 +35,16 @@ static void quantize_row(const float* x, int size, int group, int8_t* q, float* 
 
 static void quantize(const Quantize& op, int row) {
     int64_t groups = row * op.sum_stride;
-    quantize_row(op.x + row * op.x_stride, op.size, op.group, op.q + row * op.q_stride, op.scale + groups, op.sum + groups);
+    const float* x = op.x + row * op.x_stride;
+    float ordered[op.order ? op.size : 1];
+    if (op.order) {
+        // The last matrix that begins at this row or before has it: those without rows begin where the next one does.
+        int matrix = op.first ? (int)(std::upper_bound(op.first, op.first + op.matrices, row) - op.first) - 1 : 0;
+        const int32_t* order = op.order + (int64_t)matrix * op.size;
+        for (int i = 0; i < op.size; i++) ordered[i] = x[order[i]];
+        x = ordered;
+    }
+    quantize_row(x, op.size, op.group, op.q + row * op.q_stride, op.scale + groups, op.sum + groups);
 }
 
 // x / rms(x) * w (Zhang & Sennrich, arXiv 1910.07467).
