@@ -98,7 +98,7 @@ class Random:
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape)
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> torch.Tensor:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> torch.Tensor:
         return torch.randn(shape)
 
     def skip(self, name: str, shape: tuple[int, ...]) -> None:

@@ -97,7 +97,7 @@ class Given:
         assert tensor.shape == shape, name
         return tensor
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> torch.Tensor:
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> torch.Tensor:
         return self.take(name, shape)
 
     def finish(self) -> None:
