@@ -36,7 +36,7 @@ class Layout:
     dim: int
     """Of a query and a key: a multiple of 4, at most LARGEST_DIM."""
     form: Form
-    """FP32, BF16 or INT8 with a scale for each token and head."""
+    """FP32, BF16, or with a scale for each token and head INT8, E4M3 or E5M2."""
     window: int | None = None
     """A token sees itself and the ``window - 1`` tokens before it."""
     latent: int = 0
@@ -64,11 +64,11 @@ class Layout:
 
     @property
     def _size(self) -> int:
-        return {Form.FP32: 4, Form.BF16: 2, Form.INT8: 1}[self.form]
+        return {Form.FP32: 4, Form.BF16: 2}.get(self.form, 1)
 
     @property
     def _scales(self) -> int:
-        return 4 * PAGE if self.form is Form.INT8 else 0
+        return 4 * PAGE if self._size == 1 else 0
 
 
 class Step:
@@ -151,10 +151,12 @@ def turn(
     angles: tuple[torch.Tensor, torch.Tensor] | None = None,
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Norm and rotate the heads of q and k in ``qkv`` float32 [rows, layout.width], in place; store k and v.
 
     norm: float32 [heads + kv heads, dim], for RMSNorm. angles: cos and sin; dimension i turns against i + half.
+    scales: what E4M3 and E5M2 divide keys and values by; where a token's don't fit, they have a larger one.
     """
     layout = step.layout
     assert qkv.dtype == torch.float32 and qkv.shape[1] == layout.width
@@ -171,6 +173,8 @@ def turn(
         sin=address(sin),
         norm=address(norm),
         eps=eps,
+        key_scale=scales[0],
+        value_scale=scales[1],
     )
     if cos is not None and sin is not None:
         assert cos.stride() == sin.stride() and cos.stride(1) == 1 and 2 * cos.shape[1] <= layout.dim

@@ -3,7 +3,7 @@
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.ops import Act, Finish, Kind, Linear
+from tgi.kernels.ops import Act, Finish, Form, Kind, Linear
 from tgi.kernels.panels import Panels, address
 from tgi.kernels.program import empty, run
 from tgi.kernels.rows import quantize
@@ -24,7 +24,7 @@ def linear(
     """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
 
     act: on the product, or on its gate. cap: if not 0, values become cap · tanh(value / cap), or with Act.CLIP the
-    nearest within ± cap. Each row's result is bit-equal whatever the other rows are. Quantized: x is rounded to int8 in
+    nearest within ± cap. Each row's result is bit-equal whatever the other rows are. INT8, INT4: x is rounded to int8 in
     groups first.
     """
     if out is None:
@@ -48,10 +48,10 @@ def multiply(
     op.x, op.x_stride = x.data_ptr(), x.stride(0)
     op.weight, op.bias = panels.weight.data_ptr(), address(bias)
     op.form, op.inner, op.outs = panels.form, panels.inner, panels.outs
-    if panels.scale is not None:
+    op.scale, op.min, op.table = address(panels.scale), address(panels.min), address(panels.table)
+    op.group, op.zero, op.half = panels.group, panels.zero, panels.half
+    if panels.form in (Form.INT8, Form.INT4):
         q, scale, total = quantize(library, x, panels.group, panels.order, first)
         op.x, op.x_stride, op.x_scale, op.x_sum = q.data_ptr(), q.stride(0), scale.data_ptr(), total.data_ptr()
         op.sum_stride = total.stride(0)
-        op.scale, op.min = panels.scale.data_ptr(), address(panels.min)
-        op.group, op.zero, op.half = panels.group, panels.zero, panels.half
     run(library, op, panels, bias)

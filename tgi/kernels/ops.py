@@ -31,6 +31,9 @@ class Form(IntEnum):
     BF16 = 1
     INT8 = 2
     INT4 = 3
+    E4M3 = 4
+    E5M2 = 5
+    CODES = 6
 
 
 class Finish(IntEnum):
@@ -83,6 +86,7 @@ class Linear(Op):
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("min", c_void_p),
+        ("table", c_void_p),
         ("bias", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
@@ -138,6 +142,7 @@ class Embed(Op):
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("min", c_void_p),
+        ("table", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("form", c_int32),
@@ -273,6 +278,8 @@ class Turn(Paged):
         ("norm", c_void_p),
         ("half", c_int32),
         ("eps", c_float),
+        ("key_scale", c_float),
+        ("value_scale", c_float),
     ]
 
 

@@ -7,6 +7,8 @@ import torch
 
 from tgi.kernels.ops import Form
 
+FLOAT8 = {Form.E4M3: torch.float8_e4m3fn, Form.E5M2: torch.float8_e5m2}
+
 OUTPUTS = 32
 """Rows of a matrix come in twos of panels; the last are filled up with zeros."""
 
@@ -15,7 +17,8 @@ OUTPUTS = 32
 class Panels:
     """One matrix [outs, inner], or several one behind the other.
 
-    Quantized: (stored - zero) · scale + min, with one scale for each ``group`` columns.
+    INT8, INT4: (stored - zero) · scale + min; E4M3, E5M2: stored · scale; CODES: table[stored] · scale; with one scale
+    for each ``group`` columns.
     """
 
     form: Form
@@ -27,6 +30,8 @@ class Panels:
     scale: torch.Tensor | None = None
     """[panels, groups, 16] float32 or float16."""
     min: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    """float32 [16]."""
     count: int = 1
     """Of matrices."""
     order: torch.Tensor | None = None
@@ -50,18 +55,27 @@ class Panels:
         elif self.form is Form.BF16:
             full = self.weight.view(panels, -1, 16, 2).transpose(1, 2).reshape(panels, 16, -1)[..., : self.inner]
         else:
-            stored = self.weight.view(panels, -1, 16, 4)
-            if self.form is Form.INT4:
-                stored = torch.stack((stored & 15, stored >> 4), dim=2).view(panels, -1, 16, 4)
-            full = stored.transpose(1, 2).reshape(panels, 16, -1).float() - self.zero
             assert self.scale is not None
-            full = full * self.scale.float().transpose(1, 2).repeat_interleave(self.group, 2)
+            full = self._stored(panels) * self.scale.float().transpose(1, 2).repeat_interleave(self.group, 2)
             if self.min is not None:
                 full = full + self.min.float().transpose(1, 2).repeat_interleave(self.group, 2)
         full = full.reshape(self.count, self.rows, self.inner)[:, : self.outs].float()
         if self.order is not None:
             full = torch.empty_like(full).scatter_(2, self.order.long()[:, None].expand_as(full), full)
         return full.reshape(-1, self.inner)
+
+    def _stored(self, panels: int) -> torch.Tensor:
+        """float32 [panels, 16, inner]: what is multiplied by the scales."""
+        if self.form in FLOAT8:
+            weight = self.weight.view(FLOAT8[self.form]).view(panels, -1, 2, 16, 2)
+            return weight.permute(0, 3, 1, 4, 2).reshape(panels, 16, -1).float()
+        stored = self.weight.view(panels, -1, 16, 4)
+        if self.table is not None:
+            nibbles = torch.stack((stored & 15, stored >> 4), dim=-1)
+            return self.table[nibbles.transpose(1, 2).reshape(panels, 16, -1).int()]
+        if self.form is Form.INT4:
+            stored = torch.stack((stored & 15, stored >> 4), dim=2).view(panels, -1, 16, 4)
+        return stored.transpose(1, 2).reshape(panels, 16, -1).float() - self.zero
 
 
 def pack(matrix: torch.Tensor) -> Panels:
@@ -94,6 +108,30 @@ def pack_quantized(
         _grouped(scale),
         None if min is None else _grouped(min),
     )
+
+
+def pack_float8(values: torch.Tensor, scale: torch.Tensor) -> Panels:
+    """Of values: float8_e4m3fn or float8_e5m2 [outs, inner]; scale: float [outs, groups] of a multiple of 4 columns.
+
+    Where e4m3fn has no number, the whole group will have none.
+    """
+    outs, inner = values.shape
+    form = next(form for form, dtype in FLOAT8.items() if dtype == values.dtype)
+    group = inner // scale.shape[1]
+    broken = values.float().isnan().view(outs, -1, group).any(-1)
+    blocks = _padded(values.view(torch.uint8)).view(-1, 16, inner // 4, 2, 2).permute(0, 2, 4, 1, 3)
+    scale = _grouped(scale.masked_fill(broken, torch.nan))
+    return Panels(form, outs, inner, blocks.contiguous(), group, scale=scale)
+
+
+def pack_codes(codes: torch.Tensor, table: torch.Tensor, scale: torch.Tensor) -> Panels:
+    """Of codes: uint8 [outs, inner] below 16; table: float32 [16]; scale: float [outs, groups] of a multiple of 8
+    columns."""
+    outs, inner = codes.shape
+    pairs = _padded(codes).view(-1, 16, inner // 8, 4, 2)
+    blocks = (pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2)
+    group = inner // scale.shape[1]
+    return Panels(Form.CODES, outs, inner, blocks.contiguous(), group, scale=_grouped(scale), table=table)
 
 
 def assemble(parts: Iterable[Panels], outs: int, count: int = 1) -> Panels:

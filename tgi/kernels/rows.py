@@ -27,6 +27,7 @@ def embed(
         weight=panels.weight.data_ptr(),
         scale=address(panels.scale),
         min=address(panels.min),
+        table=address(panels.table),
         out=out.data_ptr(),
         out_stride=out.stride(0),
         form=panels.form,

@@ -32,7 +32,7 @@ _UNUSED_DAYS = 30
 _WORTH = 8 << 20
 """Bytes; less is packed anew as fast as it is found."""
 _SIZES = ("outs", "inner", "group", "zero", "count")
-_PARTS = ("weight", "scale", "min", "order")
+_PARTS = ("weight", "scale", "min", "order", "table")
 
 
 class Pack:

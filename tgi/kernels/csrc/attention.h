@@ -1,7 +1,8 @@
 // Attention over pages. A page holds keys and values of PAGE tokens for one head, as panels that a register reads (linear.h):
 // keys have a token in each lane and run along the head's dimension, values have a dimension in each lane and run along tokens.
-//   keys    FP32 [dim][16]         BF16 [dim/2][16][2]          INT8 [dim/4][16][4], float32 scales [16]
-//   values  FP32 [dim/16][16][16]  BF16 [dim/16][8][16][2]      INT8 [dim/16][4][16][4], float32 scales [16]
+//   keys    FP32 [dim][16]         BF16 [dim/2][16][2]      INT8 [dim/4][16][4]      E4M3, E5M2 [dim/4][2][16][2]
+//   values  FP32 [dim/16][16][16]  BF16 [dim/16][8][16][2]  INT8 [dim/16][4][16][4]  E4M3, E5M2 [dim/16][4][2][16][2]
+// and behind each of those of one byte, which begin as from_fp8 reads them, float32 scales [16] of the tokens.
 // So q·k and p·v are products of a few rows with panels, as in a linear layer. A row is one head of one token.
 //
 // A row's result depends on that row, its keys and their positions only: softmax goes on from block to block of 64 positions
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "linear.h"
 #include "ops.h"
 #include "plan.h"
 #include "rows.h"
@@ -26,8 +28,12 @@ constexpr int PAGES = BLOCK / PAGE;  // of a block
 // Numbers of one lane that lie side by side, in four bytes.
 template <int FORM> constexpr int PACK = FORM == FP32 ? 1 : FORM == BF16 ? 2 : 4;
 
+// Whether each token's keys, and its values, have a scale.
+constexpr bool scaled(int form) { return form != FP32 && form != BF16; }
+
 // One of them for each lane.
 template <int FORM> INLINE V16 unpack(I16 four, int j) {
+    if (FORM == E4M3 || FORM == E5M2) return from_fp8<FORM == E4M3>(four, j);
     if (FORM == FP32) return as_float(four);
     if (FORM == BF16) return j ? high_bf16(four) : low_bf16(four);
     switch (j) {
@@ -58,8 +64,9 @@ static void rotate(float* x, const float* cos, const float* sin, int half) {
     }
 }
 
-// A head's numbers as a page stores them, in 16s; returns their scale. What is no number stays none.
-template <int FORM> static float convert(const float* x, int dim, void* out) {
+// A head's numbers as a page stores them, in 16s; returns their scale, which INT8 takes from them alone, E4M3 and E5M2 if
+// they don't fit into the `given` one. What is no number stays none.
+template <int FORM> static float convert(const float* x, int dim, float given, void* out) {
     V16 most = zero(), wrong = zero();
     for (int i = 0; i < dim; i += 16) {
         V16 v = load_some(x + i, dim - i);
@@ -68,17 +75,31 @@ template <int FORM> static float convert(const float* x, int dim, void* out) {
         most = vmax(most, vmax(v, zero() - v));
         wrong = wrong + (v - v);
     }
-    if (FORM != INT8) return 1.f;
-    float top = largest(most), inverse = top > 0 ? 127.f / top : 0.f;
-    for (int i = 0; i < dim; i += 16) store_bytes((int8_t*)out + i, to_int(load_some(x + i, dim - i) * set1(inverse)));
-    return top / 127.f + sum(wrong);
+    if (!scaled(FORM)) return 1.f;
+    float top = largest(most);
+    if (FORM == INT8) {
+        float inverse = top > 0 ? 127.f / top : 0.f;
+        for (int i = 0; i < dim; i += 16) store_bytes((int8_t*)out + i, to_int(load_some(x + i, dim - i) * set1(inverse)));
+        return top / 127.f + sum(wrong);
+    }
+    float scale = std::max(given, top / (FORM == E4M3 ? 448.f : 57344.f)), inverse = 1.f / scale;
+    for (int i = 0; i < dim; i += 16) store_bytes((int8_t*)out + i, to_fp8<FORM == E4M3>(load_some(x + i, dim - i) * set1(inverse)));
+    return scale * UNIT<FORM> + sum(wrong);
 }
 
 template <int FORM> static void keep(const Turn& op, const float* x, bool value, char* page, int place) {
     constexpr int pack = PACK<FORM>;
     alignas(64) uint32_t words[DIM];
-    float scale = convert<FORM>(x, value ? op.size : op.dim, words);
-    if (!value) {
+    float scale = convert<FORM>(x, value ? op.size : op.dim, value ? op.value_scale : op.key_scale, words);
+    if (FORM == E4M3 || FORM == E5M2) {
+        const uint8_t* from = (const uint8_t*)words;
+        if (!value) {
+            for (int i = 0; i < op.dim; i++) page[i / 4 * 64 + i % 2 * 32 + place * 2 + i % 4 / 2] = from[i];
+        } else {
+            char* to = page + op.values + place / 4 * 64 + place % 2 * 32 + place % 4 / 2;
+            for (int i = 0; i < op.size; i++) to[i / 16 * 256 + i % 16 * 2] = from[i];
+        }
+    } else if (!value) {
         for (int i = 0; i < op.dim / pack; i++) ((uint32_t*)page)[i * 16 + place] = words[i];
     } else {
         using Number = std::conditional_t<FORM == FP32, uint32_t, std::conditional_t<FORM == BF16, uint16_t, uint8_t>>;
@@ -87,7 +108,7 @@ template <int FORM> static void keep(const Turn& op, const float* x, bool value,
         for (int panel = 0; panel < op.size; panel += 16, from += 16, to += 256)
             UNROLL for (int i = 0; i < 16; i++) to[i * pack] = from[i];
     }
-    if (FORM == INT8) ((float*)(page + (value ? op.page : op.values)))[place - 16] = scale;
+    if (scaled(FORM)) ((float*)(page + (value ? op.page : op.values)))[place - 16] = scale;
 }
 
 static void turn(const Turn& op, int rows, Worker& worker) {
@@ -112,6 +133,8 @@ static void turn(const Turn& op, int rows, Worker& worker) {
                     case FP32: keep<FP32>(op, x, value, page, slot % PAGE); break;
                     case BF16: keep<BF16>(op, x, value, page, slot % PAGE); break;
                     case INT8: keep<INT8>(op, x, value, page, slot % PAGE); break;
+                    case E4M3: keep<E4M3>(op, x, value, page, slot % PAGE); break;
+                    case E5M2: keep<E5M2>(op, x, value, page, slot % PAGE); break;
                 }
             }
         }
@@ -206,8 +229,8 @@ NOINLINE static void score(const float* q, const char* const* keys, const char* 
         }
     }
     UNROLL for (int p = 0; p < NP; p++) {
-        V16 scale = FORM == INT8 ? load((const float*)(keys[p] + dim / PACK<FORM> * 64)) : zero();
-        UNROLL for (int m = 0; m < MR; m++) store(scores + m * BLOCK + p * 16, FORM == INT8 ? acc[m][p] * scale : acc[m][p]);
+        V16 scale = scaled(FORM) ? load((const float*)(keys[p] + dim / PACK<FORM> * 64)) : zero();
+        UNROLL for (int m = 0; m < MR; m++) store(scores + m * BLOCK + p * 16, scaled(FORM) ? acc[m][p] * scale : acc[m][p]);
     }
 }
 
@@ -284,7 +307,7 @@ NOINLINE static void soften(const Task& t, int row, int rows, const Block& block
         for (int p = 0; p < PAGES; p++) {
             V16 e = vexp(load(t.scores + m * BLOCK + p * PAGE) - top);
             total = total + e;
-            if (t.op.form == INT8) e = e * load((const float*)(block.values[p] + t.panels * 256));
+            if (scaled(t.op.form)) e = e * load((const float*)(block.values[p] + t.panels * 256));
             store(t.scores + m * BLOCK + p * PAGE, e);
         }
         store(sums, total);
@@ -438,6 +461,8 @@ static void attend(const Attend& op, int, Worker& worker) {
             case FP32: attend_item<FP32>(t); break;
             case BF16: attend_item<BF16>(t); break;
             case INT8: attend_item<INT8>(t); break;
+            case E4M3: attend_item<E4M3>(t); break;
+            case E5M2: attend_item<E5M2>(t); break;
         }
     }
 }

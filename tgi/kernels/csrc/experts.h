@@ -104,18 +104,8 @@ static void arrange(const Arrange& op, int rows, Worker& worker) {
 
 // The product of one expert.
 static Linear linear_of(const Experts& op, int expert, int panels) {
-    Linear one = op;
-    const int64_t row = op.first[expert], bytes = op.form == INT8 || op.form == INT4 ? 1 : 4;
-    one.x = (const char*)op.x + row * op.x_stride * bytes;
-    one.out = op.out + row * op.out_stride;
-    one.weight = (const char*)op.weight + (int64_t)expert * panels * panel_bytes(op);
-    if (op.scale) {
-        const int64_t scales = (int64_t)expert * panels * (op.in / op.group) * 16 * (op.half ? 2 : 4);
-        one.x_scale = op.x_scale + row * op.sum_stride;
-        one.x_sum = op.x_sum + row * op.sum_stride;
-        one.scale = (const char*)op.scale + scales;
-        if (op.min) one.min = (const char*)op.min + scales;
-    }
+    Linear one = behind(op, op.first[expert], (int64_t)expert * panels);
+    one.out = op.out + op.first[expert] * op.out_stride;
     return one;
 }
 

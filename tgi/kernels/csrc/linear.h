@@ -1,6 +1,7 @@
 // y = W x for up to some thousand rows of x. W lies in panels of 16 outputs, an even number of them, so that a register
 // holds 16 outputs at one place along k (or at 2, 4 or 8 neighbouring places, if the numbers are narrower):
 //   FP32 [k][16]    BF16 [k/2][16][2]    INT8 [k/4][16][4], + 128    INT4 [k/8][16][4]: low half k…k+3, high half k+4…k+7
+//   E4M3, E5M2 [k/4][2][16][2], see from_fp8    CODES [k/8][16] of 32 bits, k in the lowest four
 // Each result is one sum along k in one accumulator (per group, if quantized), so it depends on its row and its panel only.
 #pragma once
 #include "ops.h"
@@ -61,49 +62,61 @@ template <int MR, int NP> INLINE void leave(V16 (&acc)[MR][NP], Sums sums) {
     UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) store(sums.to + m * sums.stride + p * 16, acc[m][p]);
 }
 
-template <int MR, int NP> static void tile_fp32(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
-    const float* x = (const float*)op.x + row * op.x_stride;
-    const float* w = (const float*)op.weight + (int64_t)panel * op.in * 16;
-    V16 acc[MR][NP];
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
-    for (int k = 0; k < op.in; k++) {
-        V16 b[NP];
-        UNROLL for (int p = 0; p < NP; p++) {
-            b[p] = load(w + ((int64_t)p * op.in + k) * 16);
-            ahead(p * (int64_t)op.in * 64, k);
-        }
-        UNROLL for (int m = 0; m < MR; m++) {
-            V16 a = set1(x[m * op.x_stride + k]);
-            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
-        }
+// Columns whose numbers lie side by side in 64 bytes of a panel.
+constexpr int depth(int form) { return form == FP32 ? 1 : form == BF16 ? 2 : form == INT4 || form == CODES ? 8 : 4; }
+constexpr bool is_int(int form) { return form == INT8 || form == INT4; }
+
+static int64_t panel_bytes(const Linear& op) { return (int64_t)(op.in + depth(op.form) - 1) / depth(op.form) * 64; }
+
+// The weights of 16 outputs in the next of the columns that 64 bytes hold, the j-th.
+template <int FORM> INLINE V16 expand(I16& held, int j, const Sixteen& table) {
+    if constexpr (FORM == BF16) return j ? high_bf16(held) : low_bf16(held);
+    if constexpr (FORM == E4M3 || FORM == E5M2) return from_fp8<FORM == E4M3>(held, j);
+    if constexpr (FORM == CODES) {
+        V16 found = look_up(table, held);
+        held = shr<4>(held);
+        return found;
     }
-    leave(acc, sums);
+    return as_float(held);
 }
 
-template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
-    const float* x = (const float*)op.x + row * op.x_stride;
-    int64_t pairs = (op.in + 1) / 2;
-    const char* w = (const char*)op.weight + panel * pairs * 64;
-    V16 acc[MR][NP];
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
-    for (int64_t k = 0; k < op.in / 2; k++) {
-        I16 b[NP];
+// What they are to be multiplied by.
+template <int FORM> constexpr float UNIT = FORM == E4M3 ? 256.f : 1.f;
+
+// acc += `columns` of x, a multiple of what 64 bytes hold, times the same of NP panels.
+template <int FORM, int MR, int NP>
+INLINE void add_columns(V16 (&acc)[MR][NP], const Linear& op, const float* x, const char* w, int64_t line, int columns,
+                        const Sixteen& table, Ahead ahead) {
+    constexpr int DEPTH = depth(FORM);
+    const int64_t bytes = panel_bytes(op);
+    for (int k = 0; k < columns; k += DEPTH, line++) {
+        I16 held[NP];
         UNROLL for (int p = 0; p < NP; p++) {
-            b[p] = iload(w + (p * pairs + k) * 64);
-            ahead(p * pairs * 64, k);
+            held[p] = iload(w + p * bytes + line * 64);
+            ahead(p * bytes, line);
         }
-        UNROLL for (int m = 0; m < MR; m++) {
-            V16 a = set1(x[m * op.x_stride + 2 * k]);
-            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(low_bf16(b[p]), a, acc[m][p]);
-        }
-        UNROLL for (int m = 0; m < MR; m++) {
-            V16 a = set1(x[m * op.x_stride + 2 * k + 1]);
-            UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(high_bf16(b[p]), a, acc[m][p]);
+        UNROLL for (int j = 0; j < DEPTH; j++) {
+            V16 b[NP];
+            UNROLL for (int p = 0; p < NP; p++) b[p] = expand<FORM>(held[p], j, table);
+            UNROLL for (int m = 0; m < MR; m++) {
+                V16 a = set1(x[m * op.x_stride + k + j]);
+                UNROLL for (int p = 0; p < NP; p++) acc[m][p] = fma(b[p], a, acc[m][p]);
+            }
         }
     }
-    if (op.in & 1) {
+}
+
+// FP32 and BF16.
+template <int FORM, int MR, int NP> static void tile_plain(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
+    const float* x = (const float*)op.x + row * op.x_stride;
+    const char* w = (const char*)op.weight + panel * panel_bytes(op);
+    const int odd = op.in % depth(FORM);
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    add_columns<FORM>(acc, op, x, w, 0, op.in - odd, Sixteen{}, ahead);
+    if (odd) {
         UNROLL for (int p = 0; p < NP; p++) {
-            V16 b = low_bf16(iload(w + (p * pairs + pairs - 1) * 64));
+            V16 b = low_bf16(iload(w + (p + 1) * panel_bytes(op) - 64));
             UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(b, set1(x[m * op.x_stride + op.in - 1]), acc[m][p]);
         }
     }
@@ -113,6 +126,27 @@ template <int MR, int NP> static void tile_bf16(const Linear& op, int row, int p
 INLINE V16 load_scale(const void* scales, int64_t at, bool half) {
     return half ? load_half((const f16*)scales + at) : load((const float*)scales + at);
 }
+
+// E4M3, E5M2 and CODES: a group's sum is multiplied by its scale, which costs less than to multiply the weights by it.
+template <int FORM, int MR, int NP> static void tile_scaled(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
+    const float* x = (const float*)op.x + row * op.x_stride;
+    const char* w = (const char*)op.weight + panel * panel_bytes(op);
+    const int groups = op.in / op.group, lines = op.group / depth(FORM);
+    const Sixteen table = FORM == CODES ? load_sixteen(op.table) : Sixteen{};
+    V16 acc[MR][NP];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) acc[m][p] = zero();
+    for (int g = 0; g < groups; g++) {
+        V16 part[MR][NP];
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int p = 0; p < NP; p++) part[m][p] = zero();
+        add_columns<FORM>(part, op, x + g * op.group, w, (int64_t)g * lines, op.group, table, ahead);
+        UNROLL for (int p = 0; p < NP; p++) {
+            V16 scale = load_scale(op.scale, ((int64_t)(panel + p) * groups + g) * 16, op.half) * set1(UNIT<FORM>);
+            UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(part[m][p], scale, acc[m][p]);
+        }
+    }
+    leave(acc, sums);
+}
+
 INLINE int32_t quad(const int8_t* x) {
     int32_t four;
     memcpy(&four, x, 4);
@@ -188,7 +222,7 @@ static void tile_int(const Linear& op, int row, int panel, Ahead ahead, Sums sum
 // How many rows a tile takes, and against how many panels: as many accumulators as there are registers, and at least so
 // many that an addition need not wait for the one before it.
 template <int FORM> struct Shape {
-    static constexpr bool ints = FORM == INT8 || FORM == INT4;  // which need two kinds of accumulators
+    static constexpr bool ints = is_int(FORM);  // which need two kinds of accumulators
     static constexpr int rows = PARTS == 1 ? (ints ? 6 : 12) : (ints ? 4 : 6);
     static constexpr int few = PARTS == 1 ? (ints ? 3 : 6) : 1;  // rows that go against four panels
     static constexpr int panels(int m) { return m <= few ? 4 : PARTS == 1 ? 2 : m <= (ints ? 1 : PARTS == 2 ? 2 : 3) ? 2 : 1; }
@@ -196,18 +230,9 @@ template <int FORM> struct Shape {
 
 template <int FORM, int MR, int NP>
 INLINE void tile(const Linear& op, int row, int panel, Ahead ahead, Sums sums) {
-    if constexpr (FORM == FP32) tile_fp32<MR, NP>(op, row, panel, ahead, sums);
-    if constexpr (FORM == BF16) tile_bf16<MR, NP>(op, row, panel, ahead, sums);
-    if constexpr (FORM == INT8) tile_int<MR, NP, false>(op, row, panel, ahead, sums);
-    if constexpr (FORM == INT4) tile_int<MR, NP, true>(op, row, panel, ahead, sums);
-}
-
-static int64_t panel_bytes(const Linear& op) {
-    switch (op.form) {
-        case FP32: return (int64_t)op.in * 64;
-        case BF16: return (int64_t)(op.in + 1) / 2 * 64;
-        default: return (int64_t)op.in * (op.form == INT8 ? 16 : 8);
-    }
+    if constexpr (is_int(FORM)) tile_int<MR, NP, FORM == INT4>(op, row, panel, ahead, sums);
+    else if constexpr (FORM == FP32 || FORM == BF16) tile_plain<FORM, MR, NP>(op, row, panel, ahead, sums);
+    else tile_scaled<FORM, MR, NP>(op, row, panel, ahead, sums);
 }
 
 // MR rows against GROUP panels, 2 or 4, whose results belong together.
@@ -254,7 +279,23 @@ static void panels(const Linear& op, int rows, int first, int end) {
         case BF16: return panels<BF16>(op, rows, first, end);
         case INT8: return panels<INT8>(op, rows, first, end);
         case INT4: return panels<INT4>(op, rows, first, end);
+        case E4M3: return panels<E4M3>(op, rows, first, end);
+        case E5M2: return panels<E5M2>(op, rows, first, end);
+        case CODES: return panels<CODES>(op, rows, first, end);
     }
+}
+
+// What is left of a product behind a row and a panel; `out` stays.
+static Linear behind(const Linear& op, int64_t row, int64_t panel) {
+    Linear rest = op;
+    rest.x = (const char*)op.x + row * op.x_stride * (is_int(op.form) ? 1 : 4);
+    if (is_int(op.form)) rest.x_scale += row * op.sum_stride, rest.x_sum += row * op.sum_stride;
+    rest.weight = (const char*)op.weight + panel * panel_bytes(op);
+    const int64_t scales = op.scale ? panel * (op.in / op.group) * 16 * (op.half ? 2 : 4) : 0;
+    rest.scale = (const char*)op.scale + scales;
+    if (op.min) rest.min = (const char*)op.min + scales;
+    if (op.bias) rest.bias += panel * 16;
+    return rest;
 }
 
 static void linear(const Linear& op, int rows, Worker& worker) {

@@ -19,7 +19,7 @@ struct Program {
 };
 
 // How the panels of a matrix hold their numbers. A panel is 16 outputs; see linear.h for its layout.
-enum Form : int32_t { FP32, BF16, INT8, INT4 };
+enum Form : int32_t { FP32, BF16, INT8, INT4, E4M3, E5M2, CODES };
 // What happens to a product.
 enum Finish : int32_t {
     STORE,  // out = act(alpha (y + bias)), capped
@@ -29,7 +29,7 @@ enum Finish : int32_t {
 enum Act : int32_t { NONE, SILU, GELU_TANH, GELU, RELU, RELU2, CLIP };
 
 struct Linear : Op {
-    const void* x;           // FP32, BF16: float32; otherwise int8, quantized in groups
+    const void* x;           // INT8, INT4: int8, quantized in groups; otherwise float32
     const float* x_scale;    // [rows, groups]
     const int32_t* x_sum;    // [rows, groups]: of a group's quantized numbers
     int64_t x_stride;        // numbers from row to row
@@ -37,6 +37,7 @@ struct Linear : Op {
     const void* weight;      // panels
     const void* scale;       // [panels, groups, 16], float32 or half
     const void* min;         // the same, or null: what is added to each weight
+    const float* table;      // [16]: what CODES stand for
     const float* bias;       // [panels, 16] or null
     float* out;
     int64_t out_stride;
@@ -84,6 +85,7 @@ struct Embed : Op {
     const void* weight;  // as in Linear
     const void* scale;
     const void* min;
+    const float* table;
     float* out;
     int64_t out_stride;
     int32_t form, size, group, half, zero;
@@ -189,7 +191,7 @@ struct Paged : Op {
     char* pages;
     int64_t page;    // bytes of a page of one head
     int64_t values;  // where they begin in it
-    int32_t form;    // FP32, BF16 or INT8
+    int32_t form;    // FP32, BF16, INT8, E4M3 or E5M2
     int32_t dim;     // of a query and a key
     int32_t size;    // of a value
     int32_t latent;  // whether a value is the end of its key
@@ -204,6 +206,7 @@ struct Turn : Paged {
     const float* norm;    // [heads + kv heads, dim] or null
     int32_t half;         // of the dimensions that turn
     float eps;
+    float key_scale, value_scale;  // of E4M3 and E5M2: what is stored is times this
 };
 
 struct Attend : Paged {

@@ -96,9 +96,26 @@ static void norm(const Norm& op, int row) {
         else rms_norm(x + at, op.weight + at, out + at, op.size, op.eps, op.add);
 }
 
+// A lane of a panel of E4M3, E5M2 or CODES.
+template <int FORM> static void embed_scaled(const Embed& op, int64_t panel, int lane, float* out) {
+    const int groups = op.size / op.group;
+    const char* w = (const char*)op.weight + panel * (op.size / depth(FORM) * 64);
+    const Sixteen table = FORM == CODES ? load_sixteen(op.table) : Sixteen{};
+    for (int k = 0; k < op.size; k += depth(FORM), w += 64) {
+        const V16 scale = load_scale(op.scale, (panel * groups + k / op.group) * 16, op.half) * set1(UNIT<FORM>);
+        I16 held = iload(w);
+        for (int j = 0; j < depth(FORM); j++) {
+            float all[16];
+            store(all, expand<FORM>(held, j, table) * scale);
+            out[k + j] = all[lane];
+        }
+    }
+}
+
 // A row of the matrix that the head also multiplies by, taken out of its panels: one copy of it serves both.
 static void embed(const Embed& op, int row) {
-    int64_t id = op.ids[row] + op.first, panel = id / 16, lane = id % 16;
+    int64_t id = op.ids[row] + op.first, panel = id / 16;
+    const int lane = id % 16;
     float fresh[op.add ? op.size : 1];
     float* into = op.out + row * op.out_stride;
     float* out = op.add ? fresh : into;
@@ -111,6 +128,9 @@ static void embed(const Embed& op, int row) {
             for (int k = 0; k < op.size; k++) out[k] = from_bf16(w[k / 2 * 32 + k % 2]);
             break;
         }
+        case E4M3: embed_scaled<E4M3>(op, panel, lane, out); break;
+        case E5M2: embed_scaled<E5M2>(op, panel, lane, out); break;
+        case CODES: embed_scaled<CODES>(op, panel, lane, out); break;
         default: {
             int64_t groups = op.size / op.group;
             const uint8_t* w = (const uint8_t*)op.weight + panel * op.size * (op.form == INT4 ? 8 : 16) + lane * 4;

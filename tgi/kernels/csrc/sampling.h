@@ -424,14 +424,7 @@ static void sample_row(const Sample& op, int row, Desk& d) {
 
 // Some rows' logits in one bucket.
 static void logits_of(const Linear& head, int row, int rows, int bucket, float* out, int64_t stride) {
-    Linear part = head;
-    const int64_t panel = bucket * (BUCKET / 16), scales = head.group ? panel * (head.in / head.group) * (head.half ? 32 : 64) : 0;
-    part.x = (const char*)head.x + row * head.x_stride * (head.group ? 1 : 4);
-    part.weight = (const char*)head.weight + panel * panel_bytes(head);
-    if (head.group) part.x_scale += row * head.sum_stride, part.x_sum += row * head.sum_stride;
-    if (head.scale) part.scale = (const char*)head.scale + scales;
-    if (head.min) part.min = (const char*)head.min + scales;
-    if (head.bias) part.bias += panel * 16;
+    Linear part = behind(head, row, (int64_t)bucket * (BUCKET / 16));
     part.out = out, part.out_stride = stride, part.outs = within(bucket, head.outs);
     panels(part, rows, 0, (part.outs + 31) / 32 * 2);
 }

@@ -51,6 +51,8 @@ INLINE IPart i_and(IPart a, IPart b) { return _mm512_and_si512(a, b); }
 template <int N> INLINE IPart i_shl(IPart a) { return _mm512_slli_epi32(a, N); }
 template <int N> INLINE IPart i_shr(IPart a) { return _mm512_srli_epi32(a, N); }
 template <int N> INLINE IPart i_sar(IPart a) { return _mm512_srai_epi32(a, N); }
+template <int N> INLINE IPart i_shl16(IPart a) { return _mm512_slli_epi16(a, N); }
+template <int N> INLINE IPart i_sar16(IPart a) { return _mm512_srai_epi16(a, N); }
 INLINE Part p_half(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE Part p_bf16(const bf16* p) { return p_bits(i_shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)))); }
 INLINE void p_store_low(uint16_t* p, IPart a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a)); }
@@ -91,6 +93,8 @@ INLINE IPart i_and(IPart a, IPart b) { return _mm256_and_si256(a, b); }
 template <int N> INLINE IPart i_shl(IPart a) { return _mm256_slli_epi32(a, N); }
 template <int N> INLINE IPart i_shr(IPart a) { return _mm256_srli_epi32(a, N); }
 template <int N> INLINE IPart i_sar(IPart a) { return _mm256_srai_epi32(a, N); }
+template <int N> INLINE IPart i_shl16(IPart a) { return _mm256_slli_epi16(a, N); }
+template <int N> INLINE IPart i_sar16(IPart a) { return _mm256_srai_epi16(a, N); }
 INLINE Part p_half(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Part p_bf16(const bf16* p) { return p_bits(i_shl<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)))); }
 INLINE void p_store_low(uint16_t* p, IPart a) {
@@ -137,6 +141,8 @@ INLINE IPart i_and(IPart a, IPart b) { return vandq_s32(a, b); }
 template <int N> INLINE IPart i_shl(IPart a) { return vshlq_n_s32(a, N); }
 template <int N> INLINE IPart i_shr(IPart a) { return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), N)); }
 template <int N> INLINE IPart i_sar(IPart a) { return vshrq_n_s32(a, N); }
+template <int N> INLINE IPart i_shl16(IPart a) { return vreinterpretq_s32_s16(vshlq_n_s16(vreinterpretq_s16_s32(a), N)); }
+template <int N> INLINE IPart i_sar16(IPart a) { return vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(a), N)); }
 INLINE Part p_half(const f16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE Part p_bf16(const bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE void p_store_low(uint16_t* p, IPart a) { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(a))); }
@@ -181,6 +187,8 @@ INLINE I16 operator&(I16 a, I16 b) { EACH a.part[i] = i_and(a.part[i], b.part[i]
 template <int N> INLINE I16 shl(I16 a) { EACH a.part[i] = i_shl<N>(a.part[i]); return a; }
 template <int N> INLINE I16 shr(I16 a) { EACH a.part[i] = i_shr<N>(a.part[i]); return a; }
 template <int N> INLINE I16 sar(I16 a) { EACH a.part[i] = i_sar<N>(a.part[i]); return a; }
+template <int N> INLINE I16 shl16(I16 a) { EACH a.part[i] = i_shl16<N>(a.part[i]); return a; }  // of 32 × int16
+template <int N> INLINE I16 sar16(I16 a) { EACH a.part[i] = i_sar16<N>(a.part[i]); return a; }
 INLINE V16 load_half(const f16* p) { V16 r; EACH r.part[i] = p_half(p + i * WIDTH); return r; }
 INLINE V16 load_bf16(const bf16* p) { V16 r; EACH r.part[i] = p_bf16(p + i * WIDTH); return r; }
 INLINE void store_bytes(int8_t* p, I16 a) { EACH p_store_bytes(p + i * WIDTH, a.part[i]); }  // values within a byte
@@ -218,6 +226,78 @@ INLINE int pack(float* p, V16 a, unsigned bits) {
 // The 32 bfloat16 of a panel's 16 outputs at two neighbours along k: even k in the lower halves, odd in the upper.
 INLINE V16 low_bf16(I16 pair) { return as_float(shl<16>(pair)); }
 INLINE V16 high_bf16(I16 pair) { return as_float(pair & iset1((int32_t)0xffff0000)); }
+
+// The first or the last 16 of 32 IEEE halves.
+template <bool LAST> INLINE V16 from_halves(I16 a) {
+#if defined(__AVX512F__)
+    return {{_mm512_cvtph_ps(LAST ? _mm512_extracti64x4_epi64(a.part[0], 1) : _mm512_castsi512_si256(a.part[0]))}};
+#elif defined(__AVX2__)
+    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(a.part[LAST])), _mm256_cvtph_ps(_mm256_extracti128_si256(a.part[LAST], 1))}};
+#elif defined(__aarch64__)
+    float16x8_t low = vreinterpretq_f16_s32(a.part[2 * LAST]), high = vreinterpretq_f16_s32(a.part[2 * LAST + 1]);
+    return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)), vcvt_high_f32_f16(high)}};
+#endif
+}
+
+// Numbers of 8 bits (Micikevicius et al., arXiv 2209.05433), 16 outputs at four neighbours along k, j of them: [2][16][2], those
+// of k + 2 and k + 3 in the upper bytes of the pairs. E5M2 is the upper half of an IEEE half. E4M3 has one bit less of
+// exponent: its halves are 2^-8 of what it means, denormal or not; its NaN becomes a number.
+template <bool E4M3> INLINE V16 from_fp8(I16 four, int j) {
+    I16 upper = j < 2 ? shl16<8>(four) : four;
+    I16 halves = E4M3 ? sar16<1>(upper) & iset1((int32_t)0xbf80bf80) : upper & iset1((int32_t)0xff00ff00);
+    return j % 2 ? from_halves<true>(halves) : from_halves<false>(halves);
+}
+
+// The nearest of these, half to even, in bytes as store_bytes takes them; x is at most the largest.
+template <bool E4M3> INLINE I16 to_fp8(V16 x) {
+    constexpr int mantissa = E4M3 ? 3 : 2, bias = E4M3 ? 7 : 15, drop = 23 - mantissa;
+    const V16 size = vmax(x, zero() - x);
+    const I16 bits = as_int(size), odd = shr<drop>(bits) & iset1(1);
+    I16 normal = shr<drop>(bits + odd + iset1((1 << (drop - 1)) - 1)) + iset1(-((127 - bias) << mantissa));
+    // Below the least normal number, 2^(1 - bias), codes count its last places: added to what has the same last place.
+    I16 small = as_int(size + set1((float)(1 << (24 - bias - mantissa)))) & iset1(15);
+    I16 code = as_int(where_less(size, set1(1.f / (1 << (bias - 1))), as_float(small), as_float(normal)));
+    return code + (sar<31>(as_int(x)) & iset1(-128));
+}
+
+// Sixteen numbers to choose from.
+struct Sixteen {
+#if defined(__AVX512F__)
+    Part numbers;
+#elif defined(__AVX2__)
+    Part first, last;
+#elif defined(__aarch64__)
+    uint8x16x4_t bytes;
+#endif
+};
+INLINE Sixteen load_sixteen(const float* p) {
+#if defined(__AVX512F__)
+    return {p_load(p)};
+#elif defined(__AVX2__)
+    return {p_load(p), p_load(p + 8)};
+#elif defined(__aarch64__)
+    return {vld1q_u8_x4((const uint8_t*)p)};
+#endif
+}
+// Those at the places that the lowest four bits of `at` say.
+INLINE V16 look_up(const Sixteen& table, I16 at) {
+    V16 r;
+#if defined(__AVX512F__)
+    r.part[0] = _mm512_permutexvar_ps(at.part[0], table.numbers);
+#elif defined(__AVX2__)
+    EACH {
+        __m256 first = _mm256_permutevar8x32_ps(table.first, at.part[i]), last = _mm256_permutevar8x32_ps(table.last, at.part[i]);
+        r.part[i] = _mm256_blendv_ps(first, last, p_bits(i_shl<28>(at.part[i])));
+    }
+#elif defined(__aarch64__)
+    EACH {
+        uint32x4_t place = vandq_u32(vreinterpretq_u32_s32(at.part[i]), vdupq_n_u32(15));
+        uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), place, 0x04040404);
+        r.part[i] = vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(bytes)));
+    }
+#endif
+    return r;
+}
 
 // Round to nearest even, as torch does; NaN stays NaN.
 INLINE bf16 to_bf16(float x) {
