@@ -21,8 +21,9 @@ from tgi.layers.rotary import Rotary
 
 pytestmark = native
 
-FORMS = (Form.FP32, Form.BF16, Form.INT8)
+FORMS = (Form.FP32, Form.BF16, Form.INT8, Form.E4M3, Form.E5M2)
 DTYPES = {Form.FP32: torch.float32, Form.BF16: torch.bfloat16}
+FLOAT8 = {Form.E4M3: torch.float8_e4m3fn, Form.E5M2: torch.float8_e5m2}
 SCALE = 0.3
 
 
@@ -33,11 +34,14 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def rounded(x: torch.Tensor, form: Form) -> torch.Tensor:
+def rounded(x: torch.Tensor, form: Form, given: float = 1.0) -> torch.Tensor:
     """What a page keeps of x [..., dim]."""
-    if form is not Form.INT8:
+    if form in DTYPES:
         return x.to(DTYPES[form]).float()
     top = x.abs().amax(-1, keepdim=True)
+    if form in FLOAT8:
+        scale = (top / torch.finfo(FLOAT8[form]).max).clamp(min=given)
+        return (x * scale.reciprocal()).to(FLOAT8[form]).float() * scale
     most = torch.full_like(top, 127)  # by a number, torch multiplies with its inverse
     return (x * (most / top)).round() * (top / most)
 
@@ -47,10 +51,14 @@ def unpacked(pages: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.T
     blocks, kv, dim, form = len(pages), layout.kv_heads, layout.dim, layout.form
     keys, values = pages[..., : layout.values].contiguous(), pages[..., layout.values :].contiguous()
     scales = []
-    if form is Form.INT8:
+    if form not in DTYPES:
         scales = [part[..., -4 * PAGE :].contiguous().view(torch.float32) for part in (keys, values)]
         keys, values = keys[..., : -4 * PAGE].contiguous(), values[..., : -4 * PAGE].contiguous()
-    dtype = DTYPES.get(form, torch.int8)
+    dtype = DTYPES.get(form, FLOAT8.get(form, torch.int8))
+    if form in FLOAT8:  # of four neighbours, the second and third change places
+        keys = keys.view(blocks, kv, dim // 4, 2, PAGE, 2).permute(0, 1, 2, 4, 5, 3).contiguous()
+        values = values.view(blocks, kv, -1, PAGE // 4, 2, 16, 2).permute(0, 1, 2, 3, 5, 6, 4).contiguous()
+        scales = [scale / (256 if form is Form.E4M3 else 1) for scale in scales]
     pack = 4 // dtype.itemsize
     k = keys.view(dtype).view(blocks, kv, dim // pack, PAGE, pack).permute(0, 3, 1, 2, 4).reshape(blocks, PAGE, kv, dim)
     panels = values.view(dtype).view(blocks, kv, -1, PAGE // pack, 16, pack)
@@ -232,11 +240,31 @@ def test_turning_norms_rotates_and_stores(kernels: Library, form: Form, latent: 
     keys, values = unpacked(pages, layout)
     places = [(6, 14), (6, 15), *((0, slot) for slot in range(16)), (3, 0), (3, 1), (2, 0)]
     at, slot = torch.tensor(places).T
-    tolerance = {Form.FP32: 2e-6, Form.BF16: 0.03, Form.INT8: 0.05}[form]
+    tolerance = {Form.FP32: 2e-6, Form.BF16: 0.03, Form.INT8: 0.05, Form.E4M3: 0.07, Form.E5M2: 0.13}[form]
     torch.testing.assert_close(keys[at, slot], k, atol=tolerance, rtol=tolerance)
     assert torch.equal(values[at, slot], rounded(v, form))
     keys[at, slot] = values[at, slot] = 0
     assert not keys.any() and not values.any()
+
+
+@pytest.mark.parametrize("form", FLOAT8)
+def test_numbers_of_eight_bits_are_the_nearest(kernels: Library, form: Form) -> None:
+    """With a scale that is given, and with one of the token's own where that is too small."""
+    layout = Layout(1, 1, 640, form)
+    numbers = torch.arange(128, dtype=torch.uint8).view(FLOAT8[form]).float()
+    numbers = numbers[numbers.isfinite()]
+    between = (numbers[1:] + numbers[:-1]) / 2
+    exact = torch.cat([numbers, between, between * (1 + 2**-20), between * (1 - 2**-20)])
+    exact = torch.cat([exact, -exact, torch.zeros(-2 * len(exact) % 640)]).view(-1, 640)
+    rows = torch.cat([exact * 0.5, exact * 3, torch.randn(3, 640) * torch.logspace(-9, 9, 640)])
+    qkv = torch.cat([rows, rows, rows / 4], 1)
+    pages = torch.zeros(1, 1, layout.page, dtype=torch.uint8)
+    step = Step(kernels, layout, len(rows))
+    step.plan([(0, len(rows), [0])])
+    turn(step, pages, qkv, scales=(0.5, 0.125))
+    keys, values = unpacked(pages, layout)
+    assert torch.equal(keys[0, : len(rows), 0], rounded(rows, form, 0.5))
+    assert torch.equal(values[0, : len(rows), 0], rounded(rows / 4, form, 0.125))
 
 
 def test_angles(kernels: Library) -> None:

@@ -9,10 +9,11 @@ from tests.kernels.conftest import native
 from tgi.core.model_config import Activation
 from tgi.kernels.library import Library
 from tgi.kernels.linear import linear
-from tgi.kernels.ops import Act, Finish
-from tgi.kernels.panels import Panels, pack, pack_quantized
+from tgi.kernels.ops import Act, Finish, Form
+from tgi.kernels.panels import Panels, pack, pack_codes, pack_float8, pack_quantized
 from tgi.kernels.rows import embed, layer_norm, quantize, rms_norm
 from tgi.quantization.base import activate
+from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.quantized import Quantized
 
 pytestmark = native
@@ -24,7 +25,12 @@ ACTS: dict[Act, Activation] = {
     Act.RELU: "relu",
     Act.RELU2: "relu2",
 }
-KINDS = ("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales")
+KINDS = (
+    *("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales"),
+    *("e4m3", "e4m3 in groups", "e5m2 in groups", "codes", "codes in float16 scales"),
+)
+TABLE = torch.linspace(-0.8, 1, 16) ** 3
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def random_quantized(outs: int, inner: int, kind: str, chance: random.Random) -> Quantized:
@@ -42,6 +48,16 @@ def panels_of(kind: str, outs: int, inner: int, chance: random.Random) -> tuple[
     if kind in ("fp32", "bf16"):
         matrix = torch.randn(outs, inner).to(torch.float32 if kind == "fp32" else torch.bfloat16)
         return pack(matrix), matrix.float()
+    if kind[:4] in FLOAT8:
+        groups = inner // chance.choice([g for g in (4, 16, 32) if inner % g == 0]) if "groups" in kind else 1
+        values = (torch.randn(outs, inner) * torch.logspace(-4, 0, inner)).to(FLOAT8[kind[:4]])  # denormal ones, too
+        float8 = Float8(values, torch.randn(outs, groups))
+        return pack_float8(float8.values, float8.scale), float8.dequantize()
+    if "codes" in kind:
+        group = chance.choice([g for g in (8, 16, 32, inner) if inner % g == 0])
+        scale = torch.randn(outs, inner // group).to(torch.float16 if "float16" in kind else torch.float32)
+        codes = Codes(torch.randint(0, 16, (outs, inner), dtype=torch.uint8), TABLE, scale.float())
+        return pack_codes(codes.codes, codes.table, scale), codes.dequantize()
     q = random_quantized(outs, inner, kind, chance)
     return pack_quantized(q.stored, q.scale, q.min, bits=q.bits, zero=q.zero), q.dequantize()
 
@@ -73,7 +89,7 @@ def test_the_product(kernels: Library, kind: str, seed: int) -> None:
     x = wide[:, :inner]
     bias = torch.nn.functional.pad(torch.randn(outs), (0, panels.rows - outs)) if chance.random() < 0.5 else None
     got = linear(kernels, panels, x, bias=bias)
-    if panels.scale is not None:  # what the kernel multiplies are integers and scales, and these it multiplies exactly
+    if panels.form in (Form.INT8, Form.INT4):  # what the kernel multiplies are integers and scales, and these it multiplies exactly
         q, scale, total = quantize(kernels, x, panels.group)
         assert torch.equal(total, q.view(rows, -1, panels.group).sum(-1, dtype=torch.int32))
         x = q.float() * scale.repeat_interleave(panels.group, 1)
@@ -169,6 +185,27 @@ def test_rows_of_the_matrix(kernels: Library, kind: str) -> None:
     ids = torch.tensor([0, 99, 17, 17, 50])
     assert torch.equal(embed(kernels, panels, ids), matrix[ids])
     torch.testing.assert_close(embed(kernels, panels, ids, 12.0), matrix[ids] * 12)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8.values(), ids=FLOAT8)
+def test_every_number_of_eight_bits(kernels: Library, dtype: torch.dtype) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8)
+    for column in range(4):
+        values = torch.zeros(256, 4, dtype=torch.uint8)
+        values[:, column] = numbers
+        panels = pack_float8(values.view(dtype), torch.ones(256, 1))
+        got = linear(kernels, panels, torch.eye(4)[column : column + 1])[0]
+        torch.testing.assert_close(got, numbers.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_group_with_what_is_no_number_has_none(kernels: Library) -> None:
+    """e4m3fn has no infinity."""
+    values = torch.randn(40, 16).to(torch.float8_e4m3fn)
+    values[5, 9] = torch.nan
+    panels = pack_float8(values, torch.ones(40, 2))
+    got = linear(kernels, panels, torch.ones(1, 16))
+    assert got[0, 5].isnan() and got.isnan().sum() == 1
+    assert torch.equal(embed(kernels, panels, torch.tensor([5])).isnan(), torch.arange(16)[None] >= 8)
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 64, 577])

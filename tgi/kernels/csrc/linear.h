@@ -222,9 +222,10 @@ static void tile_int(const Linear& op, int row, int panel, Ahead ahead, Sums sum
 // How many rows a tile takes, and against how many panels: as many accumulators as there are registers, and at least so
 // many that an addition need not wait for the one before it.
 template <int FORM> struct Shape {
-    static constexpr bool ints = is_int(FORM);  // which need two kinds of accumulators
-    static constexpr int rows = PARTS == 1 ? (ints ? 6 : 12) : (ints ? 4 : 6);
-    static constexpr int few = PARTS == 1 ? (ints ? 3 : 6) : 1;  // rows that go against four panels
+    static constexpr bool ints = is_int(FORM);                 // which need two kinds of accumulators
+    static constexpr bool expands = !ints && depth(FORM) > 2;  // which takes registers, too
+    static constexpr int rows = PARTS == 1 ? (ints ? 6 : expands ? 10 : 12) : (ints || expands ? 4 : 6);
+    static constexpr int few = PARTS == 1 ? (ints ? 3 : expands ? 4 : 6) : 1;  // rows that go against four panels
     static constexpr int panels(int m) { return m <= few ? 4 : PARTS == 1 ? 2 : m <= (ints ? 1 : PARTS == 2 ? 2 : 3) ? 2 : 1; }
 };
 
