@@ -104,6 +104,9 @@ class Random:
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         pass
 
+    def factor(self, name: str) -> float | None:
+        return None
+
 
 def experts(rows: Sequence[int]) -> None:
     """A layer of Granite 3.0 1B: eight of 32 experts for each token, by one product or one expert after the other."""
@@ -144,6 +147,7 @@ class Split:
 
     angles = None
     norm = None
+    scales = (1.0, 1.0)
 
     def __init__(self, spec: AttnSpec) -> None:
         self._spec = spec

@@ -89,7 +89,8 @@ def test_the_product(kernels: Library, kind: str, seed: int) -> None:
     x = wide[:, :inner]
     bias = torch.nn.functional.pad(torch.randn(outs), (0, panels.rows - outs)) if chance.random() < 0.5 else None
     got = linear(kernels, panels, x, bias=bias)
-    if panels.form in (Form.INT8, Form.INT4):  # what the kernel multiplies are integers and scales, and these it multiplies exactly
+    # What the kernel multiplies are then integers and scales, and these it multiplies exactly.
+    if panels.form in (Form.INT8, Form.INT4):
         q, scale, total = quantize(kernels, x, panels.group)
         assert torch.equal(total, q.view(rows, -1, panels.group).sum(-1, dtype=torch.int32))
         x = q.float() * scale.repeat_interleave(panels.group, 1)

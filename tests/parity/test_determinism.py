@@ -23,6 +23,8 @@ WAYS = {
     "bfloat16": {"dtype": torch.bfloat16, "stored": torch.bfloat16},
     "int8": {"dtype": torch.bfloat16, "stored": torch.int8, "quantize": "int8"},
     "int4": {"dtype": torch.bfloat16, "stored": torch.bfloat16, "quantize": "int4"},
+    "fp8": {"dtype": torch.bfloat16, "stored": torch.float8_e4m3fn, "quantize": "fp8"},
+    "nf4": {"dtype": torch.bfloat16, "stored": torch.float8_e5m2, "quantize": "bitsandbytes-nf4"},
 }
 
 

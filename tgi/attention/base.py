@@ -57,6 +57,10 @@ class Turn(Protocol):
     @property
     def norm(self) -> Norm | None: ...
 
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What a cache in float8_e4m3fn divides keys and values by."""
+
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As in Attend → q [tokens, heads, head_dim]; k likewise, and v [tokens, kv_heads, value_dim]."""
 

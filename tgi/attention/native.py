@@ -1,4 +1,4 @@
-"""Paged attention by the native kernel: CPUs, float32 arithmetic, a cache in float32, bfloat16 or int8."""
+"""Paged attention by the native kernel: CPUs, float32 arithmetic, a cache in float32, bfloat16, int8 or float8."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,13 @@ from tgi.kernels import attention as kernel
 from tgi.kernels.library import library
 from tgi.kernels.ops import Form
 
-_FORMS = {torch.float32: Form.FP32, torch.bfloat16: Form.BF16, torch.int8: Form.INT8}
+_FORMS = {
+    torch.float32: Form.FP32,
+    torch.bfloat16: Form.BF16,
+    torch.int8: Form.INT8,
+    torch.float8_e4m3fn: Form.E4M3,
+    torch.float8_e5m2: Form.E5M2,
+}
 
 assert kernel.PAGE == BLOCK_SIZE
 
@@ -71,6 +77,7 @@ class _Prepared:
             angles=turn.angles,
             norm=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
+            scales=turn.scales if self.step.layout.form is Form.E4M3 else (1.0, 1.0),
         )
         return kernel.attend(
             self.step, pages, qkv, scale=self.spec.scale, softcap=self.spec.softcap, slopes=self.slopes

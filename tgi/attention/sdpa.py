@@ -29,13 +29,15 @@ class SdpaAttention:
         self.spec = spec
         self._precision = precision
         self._device = device
-        self._workspace = torch.empty(0, dtype=precision.stored, device=device)
+        # torch moves no float8 numbers, but bytes.
+        self._moved = torch.uint8 if precision.stored.itemsize == 1 else precision.stored
+        self._workspace = torch.empty(0, dtype=self._moved, device=device)
         self._slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device).view(-1, 1, 1)
 
     def allocate(self, blocks: int) -> torch.Tensor:
         spec = self.spec
         kinds = 1 if spec.latent else 2
-        return zeros((blocks, BLOCK_SIZE, kinds, spec.kv_heads, spec.head_dim), self._precision.stored, self._device)
+        return zeros((blocks, BLOCK_SIZE, kinds, spec.kv_heads, spec.head_dim), self._moved, self._device)
 
     def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
         slots: list[int] = []
@@ -64,10 +66,25 @@ class SdpaAttention:
         shape = (part.blocks.numel(), *pages.shape[1:])
         size = part.blocks.numel() * pages[0].numel()
         if self._workspace.numel() < size:
-            self._workspace = torch.empty(size, dtype=self._precision.stored, device=self._device)
+            self._workspace = torch.empty(size, dtype=self._moved, device=self._device)
         out = self._workspace[:size].view(shape)
         torch.index_select(pages, 0, part.blocks, out=out)
-        return out.view(part.batch, -1, *pages.shape[2:])[:, : part.context].to(self._precision.compute)
+        kept = out.view(self._precision.stored).view(part.batch, -1, *pages.shape[2:])
+        return kept[:, : part.context].to(self._precision.compute)
+
+    def kept(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        """Keys or values as pages hold them. In float8 what is too large becomes the largest; what is no number stays
+        none."""
+        stored = self._precision.stored
+        if stored.itemsize > 1:
+            return x.to(stored)
+        x, most = x.float() / scale, torch.finfo(stored).max
+        return (x.clamp(-most, most) + (x - x)).to(stored).view(self._moved)
+
+    def scales(self, turn: Turn) -> tuple[float, float]:
+        """Of keys and values."""
+        key, value = turn.scales if self._precision.stored == torch.float8_e4m3fn else (1.0, 1.0)
+        return key, key if self.spec.latent else value
 
     def _part(self, at: int, tokens: int, group: Sequence[Segment]) -> "_Part":
         """Blocks and mask of one group. Only the blocks that the window reaches are gathered."""
@@ -144,11 +161,15 @@ class _Prepared:
             # A masked score of 0 times what an earlier request left behind could be NaN.
             pages.index_fill_(0, self.begun, 0)
         flat = pages.view(-1, *pages.shape[2:])
-        flat[:, 0].index_copy_(0, self.slots, k.to(pages.dtype))
+        key, value = self.backend.scales(turn)
+        flat[:, 0].index_copy_(0, self.slots, self.backend.kept(k, key))
         if not self.backend.spec.latent:
-            flat[:, 1].index_copy_(0, self.slots, v.to(pages.dtype))
+            flat[:, 1].index_copy_(0, self.slots, self.backend.kept(v, value))
+        if key != 1:
+            q = q * key
         outs = [self._attend(pages, part, q[part.at : part.at + part.tokens]) for part in self.parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if value == 1 else out.mul_(value)
 
     def _attend(self, pages: torch.Tensor, part: _Part, q: torch.Tensor) -> torch.Tensor:
         spec = self.backend.spec

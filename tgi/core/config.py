@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     quantize: str | None = None
     """"int8", "int4": the weights are rounded so at load; "stored": they stay as the checkpoint has them quantized."""
     kv_cache_dtype: str | None = None
-    """"int8"; None: ``dtype``."""
+    """"int8", "fp8_e4m3fn", "fp8_e5m2"; None: ``dtype``."""
     pools: list[KVPool]
     """Of the KV cache; the first is of the layers in which a token sees farthest."""
     packed: str | None = None

@@ -24,8 +24,8 @@ def linear(
     """float32 x [rows, inner] times the matrix → [rows, outs], or half as wide with Finish.GATE. bias: [panels · 16].
 
     act: on the product, or on its gate. cap: if not 0, values become cap · tanh(value / cap), or with Act.CLIP the
-    nearest within ± cap. Each row's result is bit-equal whatever the other rows are. INT8, INT4: x is rounded to int8 in
-    groups first.
+    nearest within ± cap. Each row's result is bit-equal whatever the other rows are. With INT8 and INT4, x is rounded
+    to int8 in groups first.
     """
     if out is None:
         out = empty(x.shape[0], panels.outs // 2 if finish is Finish.GATE else panels.outs)

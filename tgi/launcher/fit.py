@@ -221,11 +221,10 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     budget = _budget(machine, options.cuda_memory_fraction)
     slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
     native = machine.native and dtype in DTYPES
-    if options.kv_cache_dtype is not None and not native:
-        name = f"--kv-cache-dtype {options.kv_cache_dtype}"
-        raise ArgumentValidation(f"`{name}` needs the native kernels, which run on CPU")
-    # A cache of int8 has a scale for each token and head.
-    cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim
+    if options.kv_cache_dtype == "int8" and not native:
+        raise ArgumentValidation("`--kv-cache-dtype int8` needs the native kernels, which run on CPU")
+    # In bytes our own kernels have a scale for each token and head.
+    cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim * native
     # What has no row is read by transformers before it is rounded, and its embedding stays beside a packed head.
     tail = isinstance(config, TailConfig)
     rounded = None if tail else quantize
@@ -330,11 +329,19 @@ class _Bill:
             widest = max(widest, experts.routing.per_token * pair, 3 * experts.shared_intermediate)
         return tokens * (3 * shape.hidden + widest) * self.compute
 
+    def kept(self, tokens: int) -> int:
+        """Keys and values of one layer in the cache."""
+        return int(self._kept(tokens) * self.cached)
+
     def gathered(self, tokens: int) -> int:
-        """Keys and values of one layer."""
+        """The same as attention reads them: once more in its own numbers, if no kernel of ours converts them."""
+        converted = 0 if self.native or self.cached == self.compute else self.compute
+        return int(self._kept(tokens) * (self.cached + converted))
+
+    def _kept(self, tokens: int) -> int:
         shape = self.shape
         values = shape.latent * self.native if shape.latent else shape.head_dim
-        return int(tokens * shape.kv_heads * (shape.head_dim + values) * self.cached)
+        return tokens * shape.kv_heads * (shape.head_dim + values)
 
     def context(self, chunk: int) -> int:
         """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once
@@ -374,7 +381,7 @@ class _Cache:
             if kinds and window is not None:
                 # A window begins and ends within a block.
                 most = _blocks(requests * (window + 2 * BLOCK_SIZE) + step) * BLOCK_SIZE
-            kinds.append(_Kind(window, bill.gathered(layers[window]), most))
+            kinds.append(_Kind(window, bill.kept(layers[window]), most))
         return cls(kinds)
 
     def pools(self, capacity: int) -> list[KVPool]:

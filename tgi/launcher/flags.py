@@ -166,8 +166,8 @@ class Options:
     kv_cache_dtype: str | None = _flag(
         kinds.one_of("int8", "fp8_e4m3fn", "fp8_e5m2"),
         None,
-        "Number format of the KV cache, if not `--dtype`: `int8` on CPU.",
-        refused=("fp8_e4m3fn", "fp8_e5m2"),
+        "Number format of the KV cache, if not `--dtype`; `int8` on CPU. `fp8_e4m3fn` takes its scales from the "
+        "checkpoint, if that has any.",
     )
     trust_remote_code: bool = _flag(
         kinds.SWITCH,

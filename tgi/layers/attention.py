@@ -37,6 +37,7 @@ class Turn:
     norm: HeadNorm | None
     latent: int = 0
     """As in AttnSpec."""
+    scales: tuple[float, float] = (1.0, 1.0)
 
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As in attention.base."""
@@ -48,6 +49,16 @@ class Turn:
         if self.angles is not None:
             turning = rotate(turning, self.angles)
         return turning[:, : self.heads], turning[:, self.heads :], v
+
+
+def cache_scales(checkpoint: Checkpoint, name: str) -> tuple[float, float]:
+    """Turn's ``scales`` of the module ``name``."""
+    for names in (("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale")):
+        key, value = (checkpoint.tensors.factor(f"{name}.{each}") for each in names)
+        if key is not None or value is not None:
+            return key or 1.0, value or 1.0
+    both = checkpoint.tensors.factor(f"{name}.kv_scale") or 1.0
+    return both, both
 
 
 def _pieces(name: str, shape: ModelShape, qkv: Qkv, group: Group) -> list[Piece]:
@@ -145,18 +156,26 @@ def _by_head(checkpoint: Checkpoint, name: str, suffix: str, heads: int, dim: in
 class SelfAttention:
     """One layer's attention: o(attend(qkv(x)))."""
 
-    __slots__ = ("_clip", "_heads", "_index", "_kv_heads", "_norms", "_o", "_qkv")
+    __slots__ = ("_clip", "_heads", "_index", "_kv_heads", "_norms", "_o", "_qkv", "_scales")
 
     def __init__(
-        self, index: int, shape: ModelShape, qkv: ColumnLinear, o: RowLinear, norms: QkNorms, clip: float | None
+        self,
+        index: int,
+        shape: ModelShape,
+        qkv: ColumnLinear,
+        o: RowLinear,
+        norms: QkNorms,
+        clip: float | None,
+        scales: tuple[float, float],
     ) -> None:
-        """``index``: of the layer. ``clip``: the most that q, k and v may be."""
+        """``index``: of the layer. ``clip``: the most that q, k and v may be. ``scales``: as in Turn."""
         self._index = index
         self._heads, self._kv_heads = shape.heads, shape.kv_heads
         self._qkv = qkv
         self._o = o
         self._norms = norms
         self._clip = clip
+        self._scales = scales
 
     @classmethod
     def load(
@@ -188,6 +207,7 @@ class SelfAttention:
             RowLinear.load(checkpoint, f"{name}.{o}", shape.hidden, width, bias=o_bias, transposed=qkv.transposed),
             QkNorms() if norm is None else QkNorms.load(checkpoint, name, shape, qkv, norm, eps, norm_offset),
             clip,
+            cache_scales(checkpoint, name),
         )
 
     def __call__(self, x: torch.Tensor, angles: Angles | None, attend: Attend) -> torch.Tensor:
@@ -202,4 +222,5 @@ class SelfAttention:
         qkv = self._qkv(x) if self._clip is None else self._qkv.method.clipped(x, self._clip)
         for columns, norm in self._norms.before:
             norm.replace(qkv[:, columns])
-        return attend(self._index, qkv, Turn(self._heads, self._kv_heads, angles, self._norms.turned))
+        turn = Turn(self._heads, self._kv_heads, angles, self._norms.turned, scales=self._scales)
+        return attend(self._index, qkv, turn)

@@ -1,6 +1,6 @@
 """What a layer needs to take its weights: the checkpoint's tensors by name, and what becomes of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 
 from tgi.kernels.library import Library
-from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_quantized
+from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_codes, pack_float8, pack_quantized
 from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, dense
+from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.packed import Pack
 from tgi.quantization.quantized import Packed, Quantized, Rows, common, one_order, stack
 from tgi.quantization.rounding import ROUNDING, VOCABULARY
@@ -30,6 +31,9 @@ class Tensors(Protocol):
     ) -> Rows[torch.Tensor | Packed]:
         """The same for a matrix, or its transpose, whose rows will be asked for. ``stored``: quantized if they are
         stored so."""
+
+    def factor(self, name: str) -> float | None:
+        """The tensor, one positive number, if it is there; StartupError if it is anything else."""
 
 
 class Shared:
@@ -56,6 +60,9 @@ class Shared:
     ) -> Rows[torch.Tensor | Packed]:
         matrix = self.take(name, shape)
         return matrix.T if transposed else matrix
+
+    def factor(self, name: str) -> float | None:
+        return self._tensors.factor(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,13 +276,23 @@ def _order(matrices: Sequence[Sequence[torch.Tensor | Packed]]) -> torch.Tensor 
     return torch.stack([usual if order is None else order for order in orders]).int()
 
 
+_COLUMNS: Mapping[type[Packed], int] = {Quantized: 16, Float8: 4, Codes: 8}
+"""Our kernels multiply groups of a multiple of so many."""
+
+
 def _packed(matrix: torch.Tensor | Packed, gated: bool, dtype: torch.dtype) -> Panels:
     """``dtype``: of what no kernel multiplies as it is."""
-    if isinstance(matrix, Quantized) and matrix.group % 16 == 0:
-        matrix = matrix.rows(_interleave) if gated else matrix
-        return pack_quantized(matrix.stored, matrix.scale, matrix.min, bits=matrix.bits, zero=matrix.zero)
-    plain = _plain(matrix).to(dtype)
-    return pack(_interleave(plain) if gated else plain)
+    if isinstance(matrix, torch.Tensor) or matrix.group % _COLUMNS[type(matrix)]:
+        plain = _plain(matrix).to(dtype)
+        return pack(_interleave(plain) if gated else plain)
+    packed: Packed = matrix.rows(_interleave) if gated else matrix
+    match packed:
+        case Quantized():
+            return pack_quantized(packed.stored, packed.scale, packed.min, bits=packed.bits, zero=packed.zero)
+        case Float8():
+            return pack_float8(packed.values, packed.scale)
+        case Codes():
+            return pack_codes(packed.codes, packed.table, packed.scale)
 
 
 def _name(pieces: Sequence[Piece]) -> str:

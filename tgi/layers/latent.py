@@ -14,7 +14,7 @@ from tgi.core.model_config import Latent, ModelShape
 from tgi.kernels.library import Library
 from tgi.kernels.program import empty
 from tgi.kernels.rows import copy
-from tgi.layers.attention import Turn
+from tgi.layers.attention import Turn, cache_scales
 from tgi.layers.checkpoint import Checkpoint, Piece, Shared
 from tgi.layers.linear import ColumnLinear, RowLinear
 from tgi.layers.norm import RMSNorm
@@ -38,7 +38,10 @@ class Absorbed(Protocol):
 class LatentAttention:
     """One layer's attention. A cached key is what turns, and behind it the latent vector, which is its value."""
 
-    __slots__ = ("_absorbed", "_heads", "_index", "_key", "_key_norm", "_latent", "_o", "_q", "_q_down", "_q_norm")
+    __slots__ = (
+        *("_absorbed", "_heads", "_index", "_key", "_key_norm", "_latent", "_o", "_q", "_q_down", "_q_norm"),
+        "_scales",
+    )
 
     def __init__(self, checkpoint: Checkpoint, name: str, index: int, shape: ModelShape, latent: Latent) -> None:
         """The module ``name`` of the layer ``index``."""
@@ -47,6 +50,7 @@ class LatentAttention:
         self._index = index
         self._latent = latent
         self._heads = len(heads)
+        self._scales = cache_scales(checkpoint, name)
         self._q_down = self._q_norm = None
         inner, q = shape.hidden, "q_proj"
         if latent.q_rank is not None:
@@ -77,7 +81,7 @@ class LatentAttention:
         if self._q_down is not None and self._q_norm is not None:
             x = self._q_norm(self._q_down(x))
         qkv = self._absorbed.join(self._q(x), key)
-        attended = attend(self._index, qkv, Turn(self._heads, 1, angles, None, self._latent.rank))
+        attended = attend(self._index, qkv, Turn(self._heads, 1, angles, None, self._latent.rank, self._scales))
         self._o.add(into, self._absorbed.out(attended), factor)
 
 

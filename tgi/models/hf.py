@@ -339,6 +339,9 @@ class _Parameters:
         matrix = self.take(name, shape)
         return matrix.T if transposed else matrix
 
+    def factor(self, name: str) -> float | None:
+        raise AssertionError("a module's attention asks for its own tensors")
+
 
 class _Linear(nn.Module):
     """A layer of ours in the place of one of torch's."""

@@ -51,6 +51,16 @@ class Weights:
             return entry.stored
         return entry.values[:].T if transposed else entry.values
 
+    def factor(self, name: str) -> float | None:
+        """A tensor that is one positive number, if it is there; StartupError if it is anything else."""
+        if name not in self._left:
+            return None
+        entry = self._taken(name, self._left[name].shape)
+        number = entry.values[:].flatten().float()
+        if len(number) != 1 or not 0 < number.item() < math.inf:
+            raise StartupError(f"{entry.path}: tensor {name}: expected one positive number, got {number.tolist()[:4]}")
+        return number.item()
+
     def _taken(self, name: str, shape: tuple[int, ...]) -> Entry:
         if (entry := self._left.pop(name, None)) is None:
             raise StartupError(f"{self._where}: tensor {name} is missing")

@@ -1,6 +1,5 @@
 """What parsers share: a module's stored tensors, checked, and the matrix that they make."""
 
-import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -8,32 +7,19 @@ import torch
 from tgi.core.errors import StartupError
 from tgi.quantization.quantized import Dequantized, Entry, Packed, Rows
 
-log = logging.getLogger(__name__)
-
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Floating point of 4 bits (OCP Microscaling Formats 1.0): the values of its codes."""
 
 _ACTIVATIONS = frozenset(
     """input_scale input_scale_ub input_zero_point input_global_scale activation_scale output_scale output_zero_point
-    output_global_scale""".split()
+    output_global_scale q_scale q_zero_point k_zero_point v_zero_point""".split()
 )
-_CACHE = frozenset("k_scale v_scale q_scale kv_scale k_zero_point v_zero_point q_zero_point".split())
 
 
 def weights_alone(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Without the scales of activations, which are not rounded by them but stay float32 or are rounded finer, and
-    those of keys and values, whose cache is in a format of its own: what is computed is nearer to the model before it
-    was quantized."""
-    kept = {}
-    cache = False
-    for name, entry in entries.items():
-        part = name.rpartition(".")[2]
-        cache = cache or part in _CACHE
-        if part not in _ACTIVATIONS | _CACHE:
-            kept[name] = entry
-    if cache:
-        log.info("The checkpoint's scales of keys and values are not used: --kv-cache-dtype has its own")
-    return kept
+    """Without the scales of activations, which are not rounded by them but stay float32 or are rounded finer: what is
+    computed is nearer to the model before it was quantized."""
+    return {name: entry for name, entry in entries.items() if name.rpartition(".")[2] not in _ACTIVATIONS}
 
 
 def part(

@@ -86,7 +86,7 @@ class Runner:
             name = f"--kv-cache-dtype {settings.kv_cache_dtype}"
             raise StartupError(f"`{name}`: {settings.model.model_id} keeps a cache of its own")
         limits = settings.limits
-        stored: torch.dtype = getattr(torch, settings.kv_cache_dtype or settings.dtype)
+        stored: torch.dtype = getattr(torch, (settings.kv_cache_dtype or settings.dtype).replace("fp8", "float8"))
         return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device)
 
     @classmethod
