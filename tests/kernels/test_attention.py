@@ -309,6 +309,7 @@ def test_recorded_steps_equal_those_run_one_by_one(kernels: Library) -> None:
     "dim, compute, stored, device, reason",
     [
         (64, torch.float32, torch.int8, "cpu", None),
+        (64, torch.float32, torch.float8_e4m3fn, "cpu", None),
         (64, torch.float32, torch.float16, "cpu", "no cache in torch.float16"),
         (64, torch.bfloat16, torch.bfloat16, "cpu", "no arithmetic in torch.bfloat16"),
         (6, torch.float32, torch.float32, "cpu", "no heads of 6 dimensions"),

@@ -353,13 +353,17 @@ def test_quantize_needs_the_kernels_that_multiply_it(tmp_path: Path) -> None:
         fit(Options(quantize="int4", dtype="float16"), model(tmp_path), NATIVE)
 
 
-def test_a_cache_in_int8_holds_more_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("machine", "kind"), [(NATIVE, "int8"), (NATIVE, "fp8_e5m2"), (GPU, "fp8_e4m3fn")])
+def test_a_cache_of_bytes_holds_more_tokens(tmp_path: Path, machine: Machine, kind: str) -> None:
     options = {"max_concurrent_requests": 1 << 20, "max_batch_size": 8}
     plain, small = (
-        fit(Options(kv_cache_dtype=kind, **options), model(tmp_path), NATIVE).limits.max_batch_total_tokens
-        for kind in (None, "int8")
+        fit(Options(kv_cache_dtype=each, **options), model(tmp_path), machine).limits.max_batch_total_tokens
+        for each in (None, kind)
     )
     assert 1.5 * plain < small
+
+
+def test_a_cache_in_int8_is_our_own_kernels_alone(tmp_path: Path) -> None:
     with pytest.raises(ArgumentValidation, match="--kv-cache-dtype int8"):
         fit(Options(kv_cache_dtype="int8"), model(tmp_path), GPU)
 

@@ -41,7 +41,7 @@ def packs(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8", "bitsandbytes-nf4"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "qwen3-moe", "granite-moe"])
 def test_the_second_start_maps_what_the_first_has_packed(tmp_path: Path, family: str, quantize: str | None) -> None:
     if family in VARIANTS:

@@ -74,6 +74,18 @@ def test_mixed_steps_equal_the_definition(device: str, window: int | None, seed:
             done[number] = span.stop
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("stored", "most"), [(torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)])
+def test_float8_keeps_the_largest_and_what_is_no_number(device: str, stored: torch.dtype, most: float):
+    backend = SdpaAttention(AttnSpec(1, 1, 8, 1.0), Precision(torch.float32, stored), torch.device(device))
+    pages = backend.allocate(1)
+    v = torch.tensor([0.3, -1e6, 1e6, torch.nan, torch.inf, -torch.inf, 0.0, -7.0], device=device)
+    qkv = torch.cat((torch.zeros(16, device=device), v))[None]
+    out = backend.prepare([Segment(0, 1, [0])]).run(pages, qkv, Turn(1, 1, None, None))
+    expected = [torch.tensor(0.3).to(stored).item(), -most, most, *3 * [torch.nan], 0.0, -7.0]
+    torch.testing.assert_close(out[0].cpu(), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
 def test_no_backend_for_a_spec_is_an_error_with_each_reason():
     precision = Precision(torch.float32, torch.int8)
     with pytest.raises(StartupError, match=r"sdpa: no cache in torch\.int8"):
