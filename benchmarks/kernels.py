@@ -1,95 +1,28 @@
-"""The pieces that a step is made of, beside torch's: linear layers in every form, mixtures of experts, and paged
-attention on CPU.
+"""Mixtures of experts and paged attention on CPU, beside torch's; linear.py has the linear layers.
 
     python benchmarks/kernels.py
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py --rows 1 8 --only linear
+    OMP_NUM_THREADS=1 python benchmarks/kernels.py --rows 1 8 --only experts
 
-Weights and pages are rotated, so that they come from memory and not from a cache. Medians. The bytes that a linear
-layer reads per second are those of its weights, as they are stored.
+Weights and pages are rotated, so that they come from memory and not from a cache. Medians.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
+from linear import WORKING_SET, seconds
 from tgi.attention.base import AttnSpec, Precision, Segment
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.model_config import Experts, ModelShape, Routing
 from tgi.kernels.library import Library, library
-from tgi.kernels.panels import Panels, pack, pack_quantized
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.moe import ExpertsMethod, GroupedExperts, SeparateExperts
 from tgi.parallel import Group
-from tgi.quantization.base import LinearMethod, NativeLinear, PackedLinear, PlainLinear
 from tgi.runtime.kvcache import BACKENDS
 
-WORKING_SET = 240_000_000
-"""Bytes of all weights of one measurement."""
-
-PARTS = ("linear", "experts", "attention")
-
-SHAPES = ((960, 576), (3072, 576), (576, 1536), (49152, 576))
-"""SmolLM2-135M's matrices, [out, in]."""
-
-
-def seconds(work: Callable[[], object], runs: int = 9) -> float:
-    work()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def panels(form: str, out: int, inner: int) -> Panels:
-    """A random matrix in one of the kernels' forms; quantized ones have a scale for each 32 columns."""
-    if form in ("fp32", "bf16"):
-        return pack(torch.randn(out, inner, dtype=torch.float32 if form == "fp32" else torch.bfloat16))
-    bits = 8 if form == "int8" else 4
-    stored = torch.randint(2**bits, (out, inner), dtype=torch.uint8)
-    return pack_quantized(stored, torch.rand(out, inner // 32), None, bits=bits, zero=2 ** (bits - 1))
-
-
-def native_method(native: Library, form: str, out: int, inner: int) -> LinearMethod:
-    return NativeLinear(native, panels(form, out, inner), None)
-
-
-def methods(out: int, inner: int) -> dict[str, tuple[Callable[[], LinearMethod], float]]:
-    """Name → (one more of it, bytes of its weights)."""
-    size = out * inner
-    found: dict[str, tuple[Callable[[], LinearMethod], float]] = {
-        "F.linear": (lambda: PlainLinear(torch.randn(out, inner), None), 4 * size),
-        "oneDNN": (lambda: PackedLinear(torch.randn(out, inner), None), 4 * size),
-    }
-    native = library()
-    if native is not None:
-        for form, of_each in (("fp32", 4.0), ("bf16", 2.0), ("int8", 1.0625), ("int4", 0.5625)):
-            found[form] = (partial(native_method, native, form, out, inner), of_each * size)
-    return found
-
-
-def linear(out: int, inner: int, rows: Sequence[int]) -> None:
-    print(f"\n{out} x {inner}, GFLOP/s (GB/s)\n")
-    print(f"| method |{''.join(f' {count} |' for count in rows)} bit-equal rows |\n|---|{'---|' * len(rows)}---|")
-    for name, (make, size) in methods(out, inner).items():
-        copies = [make() for _ in range(max(1, int(WORKING_SET / size)))]
-        cells = []
-        for count in rows:
-            each = seconds(partial(all_of, copies, torch.randn(count, inner))) / len(copies)
-            cells.append(f"{2e-9 * count * out * inner / each:.0f} ({1e-9 * size / each:.1f})")
-        x = torch.randn(8, inner)
-        equal = torch.equal(copies[0](x), torch.cat([copies[0](x[row : row + 1]) for row in range(8)]))
-        print(f"| {name} | {' | '.join(cells)} | {'yes' if equal else 'no'} |", flush=True)
-
-
-def all_of(methods: Sequence[LinearMethod], x: torch.Tensor) -> None:
-    for method in methods:
-        method(x)
+PARTS = ("experts", "attention")
 
 
 class Random:
@@ -182,9 +115,6 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 32, 128, 512])
     arguments = parser.parse_args()
-    if "linear" in arguments.only:
-        for out, inner in SHAPES:
-            linear(out, inner, arguments.rows)
     if "experts" in arguments.only:
         experts(arguments.rows)
     if "attention" in arguments.only:
