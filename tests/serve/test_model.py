@@ -130,6 +130,7 @@ def test_64_concurrent_mixed_requests_give_what_each_gives_alone(server: Server)
         ([], True),
         (["--dtype", "bfloat16"], True),
         (["--quantize", "int8", "--kv-cache-dtype", "int8"], True),
+        (["--quantize", "fp8", "--kv-cache-dtype", "fp8_e4m3fn"], True),
         (["--quantize", "int4"], False),  # rounds what was 4-bit before once more
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
