@@ -35,7 +35,7 @@ class Stored:
 
     matrices: Mapping[str, Packed]
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> "Stored | _Rows":
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> "_Rows":
         assert stored and self.matrices[name].shape == shape
         return _Rows(self.matrices[name])
 
