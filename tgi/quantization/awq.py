@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Grouped, Module, fields, unpacked, whole
+from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Integers, Module, columns_of, fields, unpacked, whole
 from tgi.quantization.quantized import Entry
 from tgi.quantization.scheme import Awq
 
-_PARTS = ("qweight", "qzeros", "scales")
 _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """Where a word has its first output, its second, …, with the kernel ``gemm``."""
 
@@ -16,7 +15,7 @@ _SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 def unpack(entries: Mapping[str, Entry], scheme: Awq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
     make = {"gemm": _gemm, "gemv": _gemv}[scheme.version]
-    return unpacked(entries, scheme.method, _PARTS, lambda module: make(module, scheme))
+    return unpacked(entries, scheme, lambda module: make(module, scheme))
 
 
 def _gemm(module: Module, scheme: Awq) -> Entry:
@@ -34,11 +33,11 @@ def _gemm(module: Module, scheme: Awq) -> Entry:
 
     return module.entry(
         outs,
-        Grouped(
+        Integers(
             4,
             Columns.even(inner, scheme.group),
             lambda rows: outputs(qweight, rows),
-            lambda rows: scales.values[:][:, rows].T,
+            columns_of(scales),
             lambda rows: outputs(qzeros, rows),
         ),
     )
@@ -59,7 +58,7 @@ def _gemv(module: Module, scheme: Awq) -> Entry:
 
     return module.entry(
         outs,
-        Grouped(
+        Integers(
             4,
             Columns.even(inner, scheme.group),
             lambda rows: inputs(qweight, rows),

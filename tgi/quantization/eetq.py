@@ -4,20 +4,14 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, Columns, Grouped, Module, modules, whole
+from tgi.quantization.grouped import FLOATS, Columns, Integers, Module, unpacked, whole
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Scheme
-
-_PARTS = ("weight_scales", "weight")
+from tgi.quantization.scheme import Eetq
 
 
-def unpack(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, Entry]:
+def unpack(entries: Mapping[str, Entry], scheme: Eetq) -> dict[str, Entry]:
     """Weights with scales as the matrices that they mean; all others as they are."""
-    found = dict(entries)
-    for module in modules(entries, scheme.method, _PARTS):
-        del found[f"{module.name}.weight_scales"]
-        found[f"{module.name}.weight"] = _matrix(module)
-    return found
+    return unpacked(entries, scheme, _matrix)
 
 
 def _matrix(module: Module) -> Entry:
@@ -32,5 +26,5 @@ def _matrix(module: Module) -> Entry:
         return stored.transpose(1, 2).reshape(-1, inner // 16, 8, 2).mT.reshape(-1, inner)[place]
 
     return module.entry(
-        outs, Grouped(8, Columns.even(inner, None), codes, lambda rows: scales.values[:][rows, None], 128)
+        outs, Integers(8, Columns.even(inner, None), codes, lambda rows: scales.values[:][rows, None], 128)
     )

@@ -5,16 +5,14 @@ from itertools import pairwise
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Grouped, Module, fields, unpacked, whole
+from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Integers, Module, fields, unpacked, whole
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Scheme
-
-_PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm", "q_group_map")
+from tgi.quantization.scheme import Exl2
 
 
-def unpack(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, Entry]:
+def unpack(entries: Mapping[str, Entry], scheme: Exl2) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    return unpacked(entries, scheme.method, _PARTS, _matrix)
+    return unpacked(entries, scheme, _matrix)
 
 
 def _matrix(module: Module) -> Entry:
@@ -49,4 +47,4 @@ def _matrix(module: Module) -> Entry:
         steps = fields(scales.values[:][:, tiles].T, 4).T[:, own].float() + 1
         return (steps.square() * (most.values[:].float() / 256)[:, None]).T
 
-    return module.entry(outs, Grouped(widest, columns, codes, scale, half, ordered=True))
+    return module.entry(outs, Integers(widest, columns, codes, scale, half, ordered=True))

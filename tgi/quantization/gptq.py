@@ -9,7 +9,7 @@ from tgi.quantization.grouped import (
     FLOATS,
     INTEGERS,
     Columns,
-    Grouped,
+    Integers,
     Module,
     Part,
     columns_of,
@@ -20,18 +20,15 @@ from tgi.quantization.grouped import (
 from tgi.quantization.quantized import Entry
 from tgi.quantization.scheme import Gptq
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
 
 def unpack(entries: Mapping[str, Entry], scheme: Gptq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    entries = dict(entries)
-    # TGI's own quantizer writes tensors that overrule the config.
-    told = {key: entry for key in ("bits", "groupsize", "sym") if (entry := entries.pop(f"gptq_{key}", None))}
-    if "bits" in told and "groupsize" in told:
-        bits, group = (int(told[key].values[:]) for key in ("bits", "groupsize"))
+    if {"gptq_bits", "gptq_groupsize"} <= entries.keys():
+        # TGI's own quantizer writes tensors that overrule the config.
+        bits, group = (int(entries[key].values[:]) for key in ("gptq_bits", "gptq_groupsize"))
         scheme = replace(scheme, bits=bits, group=None if group == -1 else group)
-    return unpacked(entries, scheme.method, _PARTS, lambda module: _matrix(module, scheme))
+        entries = {name: entry for name, entry in entries.items() if not name.startswith("gptq_")}
+    return unpacked(entries, scheme, lambda module: _matrix(module, scheme))
 
 
 def _matrix(module: Module, scheme: Gptq) -> Entry:
@@ -54,7 +51,7 @@ def _matrix(module: Module, scheme: Gptq) -> Entry:
         return fields(qweight.values[:][:, rows], bits).T
 
     zeros = _zeros(qzeros, bits, outs, less_one=scheme.less_one)
-    return module.entry(outs, Grouped(bits, columns, codes, columns_of(scales), zeros))
+    return module.entry(outs, Integers(bits, columns, codes, columns_of(scales), zeros))
 
 
 def _zeros(stored: Entry, bits: int, outs: int, *, less_one: bool) -> Part | int:

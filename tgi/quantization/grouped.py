@@ -11,6 +11,7 @@ import torch
 
 from tgi.core.errors import StartupError
 from tgi.quantization.quantized import Dequantized, Entry, Quantized
+from tgi.quantization.scheme import Grouped
 
 INTEGERS = ("I32",)
 FLOATS = ("F16", "BF16", "F32")
@@ -50,37 +51,33 @@ class Module:
     def wrong(self, part: str, what: str) -> StartupError:
         return StartupError(f"{self.parts[part].path}: tensor {self.name}.{part} {what}")
 
-    def entry(self, outs: int, rows: "Grouped") -> Entry:
+    def entry(self, outs: int, rows: "Integers") -> Entry:
         """The matrix ``weight``; our kernels multiply it as it is stored if its groups are theirs."""
         path, size = next(iter(self.parts.values())).path, sum(part.bytes for part in self.parts.values())
         stored = None if rows.columns.unit % GRAIN else rows
         return Entry(path, (outs, rows.columns.count), size, "F32", Dequantized(rows), stored)
 
 
-def unpacked(
-    entries: Mapping[str, Entry], method: str, parts: tuple[str, ...], make: Callable[[Module], Entry]
-) -> dict[str, Entry]:
-    """``entries`` with the one matrix that ``make`` makes of the tensors ``parts`` of a module that has the first of
-    them. What belongs to no such module stays: somebody will ask what it is."""
+def unpacked(entries: Mapping[str, Entry], scheme: Grouped, make: Callable[[Module], Entry]) -> dict[str, Entry]:
+    """``entries`` with the one matrix that ``make`` makes of a quantized module's tensors. What belongs to none stays:
+    somebody will ask what it is."""
     found = dict(entries)
-    for module in modules(entries, method, parts):
+    for module in _modules(entries, scheme):
         for part in module.parts:
             del found[f"{module.name}.{part}"]
         weight = f"{module.name}.weight"
         if weight in found:
-            raise module.wrong(parts[0], f"stands for {weight}, which is also there")
+            raise module.wrong(scheme.PACKED, f"stands for {weight}, which is also there")
         found[weight] = make(module)
     return found
 
 
-def modules(entries: Mapping[str, Entry], method: str, parts: tuple[str, ...]) -> Iterator[Module]:
-    """Those that have the first of ``parts``."""
+def _modules(entries: Mapping[str, Entry], scheme: Grouped) -> Iterator[Module]:
     for name in entries:
         module, _, part = name.rpartition(".")
-        if part == parts[0]:
-            yield Module(
-                module, method, {part: entries[f"{module}.{part}"] for part in parts if f"{module}.{part}" in entries}
-            )
+        if part == scheme.PARTS[0]:
+            own = {part: entry for part in scheme.PARTS if (entry := entries.get(f"{module}.{part}"))}
+            yield Module(module, scheme.method, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +124,7 @@ Part = Callable[[slice], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Grouped:
+class Integers:
     """A matrix that is unpacked when rows are asked for: (code - zero) · scale."""
 
     bits: int

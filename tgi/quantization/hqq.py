@@ -5,16 +5,14 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, Columns, Grouped, Module, unpacked
+from tgi.quantization.grouped import FLOATS, Columns, Integers, Module, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import HQQ_PACKED, HQQ_PARTS, Scheme
-
-_PARTS = tuple(HQQ_PARTS.split())
+from tgi.quantization.scheme import HQQ_PACKED, Hqq
 
 
-def unpack(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, Entry]:
+def unpack(entries: Mapping[str, Entry], scheme: Hqq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    return unpacked(entries, scheme.method, _PARTS, _matrix)
+    return unpacked(entries, scheme, _matrix)
 
 
 def _matrix(module: Module) -> Entry:
@@ -56,7 +54,7 @@ def _matrix(module: Module) -> Entry:
 
     return module.entry(
         outs,
-        Grouped(
+        Integers(
             bits,
             Columns.even(inner, size),
             codes,

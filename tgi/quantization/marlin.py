@@ -4,18 +4,17 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Grouped, Module, fields, unpacked, whole
+from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Integers, Module, fields, unpacked, whole
 from tgi.quantization.quantized import Entry
 from tgi.quantization.scheme import Marlin
 
-_PARTS = ("B", "s", "workspace")
 _TILE = 64
 """Outputs of a tile, of 16 inputs."""
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Marlin) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    return unpacked(entries, scheme.method, _PARTS, lambda module: _matrix(module, scheme))
+    return unpacked(entries, scheme, lambda module: _matrix(module, scheme))
 
 
 def _matrix(module: Module, scheme: Marlin) -> Entry:
@@ -41,4 +40,4 @@ def _matrix(module: Module, scheme: Marlin) -> Entry:
         held = own.reshape(groups, -1, 8, 8).mT if groups > 1 else own.reshape(1, -1, 4, 4, 2).transpose(2, 3)
         return held.reshape(groups, -1)[:, place].T
 
-    return module.entry(outs, Grouped(4, Columns.even(inner, scheme.group), codes, scale, 8))
+    return module.entry(outs, Integers(4, Columns.even(inner, scheme.group), codes, scale, 8))

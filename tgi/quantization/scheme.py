@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw, flag, integer
@@ -38,10 +38,6 @@ class Scheme:
     plain: tuple[str, ...] = ()
     """Modules that are not quantized: those whose names have one of these in them."""
 
-    def keeps(self, module: str) -> bool:
-        """Whether a module's weight is stored as it is."""
-        return any(part in module for part in self.plain)
-
     @property
     def names(self) -> tuple[str, ...]:
         """What ``--quantize`` may call it."""
@@ -56,28 +52,35 @@ class Scheme:
 class Grouped(Scheme):
     """Integers, of which groups along the inputs share a scale."""
 
+    PARTS: ClassVar[tuple[str, ...]]
+    """A quantized module's tensors. Whatever has the first is one; which of them may be missing the parser knows."""
+    PACKED: ClassVar[str]
+    """That which has the integers."""
+
     bits: int
     group: int | None
     """Inputs that share a scale; None: all."""
     symmetric: bool = False
     """There are no zeros but the middle: a scale, in half precision, is all that is kept with a group."""
 
-    def _held(self, headers: Headers, parts: str, each: Callable[[str], float]) -> dict[str, Held]:
-        """``parts``: names in a module, the packed numbers' first. ``each``: how many a number of a module's stands
-        for."""
-        first, *others = parts.split()
-        found = {}
-        for name, (_, shape) in headers.items():
-            module, _, part = name.rpartition(".")
-            if part == first:
-                numbers = round(math.prod(shape) * each(module))
-                found[name] = Held(numbers, numbers * self._width(*self.of(module)))
-                found |= {key: Held(0, 0) for other in others if (key := f"{module}.{other}") in headers}
-        return found
-
     def of(self, module: str) -> tuple[int, int | None]:
         """Bits and group of a module."""
         return self.bits, self.group
+
+    def each(self, module: str, headers: Headers) -> float:
+        """How many integers one of the packed numbers holds."""
+        return 8
+
+    def held(self, headers: Headers) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        for name in headers:
+            module, _, part = name.rpartition(".")
+            packed = f"{module}.{self.PACKED}"
+            if part == self.PARTS[0] and packed in headers:
+                found |= {key: Held(0, 0) for other in self.PARTS if (key := f"{module}.{other}") in headers}
+                numbers = round(math.prod(headers[packed][1]) * self.each(module, headers))
+                found[packed] = Held(numbers, numbers * self._width(*self.of(module)))
+        return found
 
     def _width(self, bits: int, group: int | None) -> float:
         """Bytes of a number with its share of scales. Our kernels have one at least for 128 numbers."""
@@ -96,6 +99,9 @@ class Rule(NamedTuple):
 class Gptq(Grouped):
     """Frantar et al., arXiv 2210.17323. Integers are packed along the inputs."""
 
+    PARTS = ("qweight", "qzeros", "scales", "g_idx")
+    PACKED = "qweight"
+
     less_one: bool = True
     """Zeros are stored less one (version 1 of the format)."""
     rules: tuple[Rule, ...] = ()
@@ -105,13 +111,16 @@ class Gptq(Grouped):
         rule = next((rule for rule in self.rules if rule.pattern.match(module)), None)
         return (self.bits, self.group) if rule is None else (rule.bits, rule.group)
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        return self._held(headers, "qweight qzeros scales g_idx", lambda module: 32 / self.of(module)[0])
+    def each(self, module: str, headers: Headers) -> float:
+        return 32 / self.of(module)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Awq(Grouped):
     """Lin et al., arXiv 2306.00978."""
+
+    PARTS = ("qweight", "qzeros", "scales")
+    PACKED = "qweight"
 
     version: str
     """Kernel for which it is packed: ``gemm`` or ``gemv``."""
@@ -120,52 +129,52 @@ class Awq(Grouped):
     def names(self) -> tuple[str, ...]:
         return "awq", "gptq"
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        return self._held(headers, "qweight qzeros scales", lambda module: 8)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marlin(Grouped):
     """GPTQ's matrices in the order of the GPU kernel Marlin (Frantar et al., arXiv 2408.11743)."""
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        return self._held(headers, "B s workspace", lambda module: 8)
+    PARTS = ("B", "s", "workspace")
+    PACKED = "B"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eetq(Grouped):
     """int8, a scale for each output."""
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        return {
-            name: held
-            for name, held in self._held(headers, "weight weight_scales", lambda module: 1).items()
-            if f"{name.removesuffix('_scales')}_scales" in headers
-        }
+    PARTS = ("weight_scales", "weight")
+    PACKED = "weight"
+
+    def each(self, module: str, headers: Headers) -> float:
+        return 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exl2(Grouped):
-    """ExLlamaV2's mixture of 2 to 8 bits. Our kernels have one width for a matrix: the widest of its groups'."""
+    """ExLlamaV2's mixture of 2 to 8 bits. Our kernels have one width for a matrix: that of its widest group."""
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        def each(module: str) -> float:
-            return headers[f"{module}.q_invperm"][1][0] / headers[f"{module}.q_weight"][1][0]
+    PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm", "q_group_map")
+    PACKED = "q_weight"
 
-        return self._held(headers, "q_weight q_scale q_scale_max q_groups q_invperm q_perm q_group_map", each)
+    def each(self, module: str, headers: Headers) -> float:
+        inputs, words = (headers.get(f"{module}.{part}", ("", (0,)))[1][0] for part in ("q_invperm", "q_weight"))
+        return inputs / max(words, 1)
 
 
 HQQ_PACKED = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 """Bits → numbers to a word: of 8 bits or, of 3 bits, to one of 32."""
-HQQ_PARTS = (
-    "W_q nbits group_size shape scale zero axis packing unpack_view_dtype view_as_float quant_scale quant_zero "
-    "compute_dtype offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hqq(Grouped):
     """Half-quadratic quantization (Badri & Shaji, 2023). Modules' own tensors say how each is packed."""
+
+    PARTS = (
+        *("W_q", "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype"),
+        *("view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict"),
+        *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
+    )
+    PACKED = "W_q"
 
     tags: tuple[tuple[str, int, int | None], ...] = ()
     """Bits and group of layers of these names, of which layers' numbers and what is before them are left away."""
@@ -174,12 +183,9 @@ class Hqq(Grouped):
         tag = ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isdecimal())
         return next(((bits, group) for name, bits, group in self.tags if name == tag), (self.bits, self.group))
 
-    def held(self, headers: Headers) -> dict[str, Held]:
-        def each(module: str) -> float:
-            kind, bits = headers[f"{module}.W_q"][0], self.of(module)[0]
-            return HQQ_PACKED[bits] * WIDTH.get(kind, 1) / (4 if bits == 3 else 1)
-
-        return self._held(headers, HQQ_PARTS, each)
+    def each(self, module: str, headers: Headers) -> float:
+        bits = self.of(module)[0]
+        return HQQ_PACKED[bits] * WIDTH.get(headers[f"{module}.W_q"][0], 1) / (4 if bits == 3 else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +326,6 @@ def _gptq(method: str, raw: Raw) -> Scheme:
     _one_of(raw, "rotation", None)
     return Gptq(
         method=method,
-        plain=_names(raw, "modules_to_not_convert"),
         bits=bits,
         group=group,
         symmetric=flag(raw, "sym", False),
@@ -441,7 +446,7 @@ def _awq(method: str, raw: Raw) -> Scheme:
     if version not in ("gemm", "gemv"):
         raise StartupError(f"quantization_config: version: {version!r} is not implemented for awq; known: gemm, gemv")
     group = _group(raw, "q_group_size" if raw.get("group_size") is None else "group_size")
-    return Awq(method=method, plain=_names(raw, "modules_to_not_convert"), bits=bits, group=group, version=version)
+    return Awq(method=method, bits=bits, group=group, version=version)
 
 
 def _marlin(method: str, raw: Raw) -> Scheme:
@@ -455,7 +460,7 @@ def _marlin(method: str, raw: Raw) -> Scheme:
 def _eetq(method: str, raw: Raw) -> Scheme:
     _only(method, raw, "weights modules_to_not_convert")
     _one_of(raw, "weights", "int8")
-    return Eetq(method=method, plain=_names(raw, "modules_to_not_convert"), bits=8, group=None, symmetric=True)
+    return Eetq(method=method, bits=8, group=None, symmetric=True)
 
 
 def _exl2(method: str, raw: Raw) -> Scheme:
@@ -471,7 +476,7 @@ def _hqq(method: str, raw: Raw) -> Scheme:
     own = {"": settings} if "weight_quant_params" in settings else settings
     tags = [(tag, *_hqq_of(tag, each)) for tag, each in own.items()]
     _, bits, group = tags[0]
-    return Hqq(method=method, plain=_names(raw, "skip_modules"), bits=bits, group=group, tags=tuple(tags))
+    return Hqq(method=method, bits=bits, group=group, tags=tuple(tags))
 
 
 def _hqq_of(tag: str, settings: Any) -> tuple[int, int | None]:
