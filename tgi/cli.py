@@ -20,8 +20,6 @@ from tgi.launcher.flags import Command, Options
 
 log = logging.getLogger(__name__)
 
-_QUANTIZE = "`quantize` is not here: serve weights that are quantized already, such as a GGUF file"
-
 
 def launcher(argv: Sequence[str] | None = None) -> int:
     """``text-generation-launcher``."""
@@ -51,8 +49,6 @@ def server(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="text-generation-server", allow_abbrev=False)
     parser.add_argument("command", choices=("serve", "download-weights", "detect-watermark", "quantize"))
     command: Command = parser.parse_args(words[:1]).command
-    if command not in flags.PROGRAMS:
-        parser.error(_QUANTIZE)
     started = time.monotonic()
     log_to = sys.stderr if command == "detect-watermark" else sys.stdout
     options = _options(command, "text_generation_server", words[1:], log_to)
@@ -62,6 +58,8 @@ def server(argv: Sequence[str] | None = None) -> int:
         from tgi.launcher.apart import serve_engine
 
         return _run(lambda: serve_engine(options, started))
+    if command == "quantize":
+        return _run(lambda: _quantize(options), stopped=1)
     return _run(lambda: _download(options))
 
 
@@ -78,6 +76,13 @@ def _detect(options: Options) -> int:
     from tgi.launcher.launch import store
 
     return 0 if detect_watermark(options, store(options)) else 1
+
+
+def _quantize(options: Options) -> int:
+    from tgi.launcher.launch import store
+    from tgi.launcher.quantize import quantize
+
+    return quantize(options, store(options))
 
 
 def _options(command: Command, target: str, argv: Sequence[str] | None, log_to: TextIO | None = None) -> Options:

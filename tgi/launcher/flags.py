@@ -23,7 +23,7 @@ Status = Literal["works", "refused", "obsolete"]
 """``refused``: an error when used, because the feature isn't there. ``obsolete``: a warning, because this server has
 nothing for it to change."""
 
-Command = Literal["launcher", "router", "serve", "download-weights", "detect-watermark"]
+Command = Literal["launcher", "router", "serve", "download-weights", "detect-watermark", "quantize"]
 
 PROGRAMS: dict[Command, str] = {
     "launcher": "text-generation-launcher",
@@ -31,6 +31,7 @@ PROGRAMS: dict[Command, str] = {
     "serve": "text-generation-server serve",
     "download-weights": "text-generation-server download-weights",
     "detect-watermark": "text-generation-server detect-watermark",
+    "quantize": "text-generation-server quantize",
 }
 
 _PURPOSE: dict[Command, str] = {
@@ -40,6 +41,7 @@ _PURPOSE: dict[Command, str] = {
     "download-weights": "Fetch a model into the cache.",
     "detect-watermark": "Say whether a text carries the watermark of a server of this model. Status 0: it does, 1: it "
     "doesn't, 2: an error.",
+    "quantize": "Write a model with fewer bits for each weight, layer by layer. A run that was ended goes on.",
 }
 
 _STORED = ("awq", "compressed-tensors", "exl2", "gptq", "hqq", "marlin")
@@ -48,9 +50,10 @@ _STORED = ("awq", "compressed-tensors", "exl2", "gptq", "hqq", "marlin")
 _ENGINE: tuple[Command, ...] = ("launcher", "serve")
 _HTTP: tuple[Command, ...] = ("launcher", "router")
 _WEIGHTS: tuple[Command, ...] = ("launcher", "serve", "download-weights")
-_FILES: tuple[Command, ...] = (*_WEIGHTS, "detect-watermark")
+_QUANTIZE: tuple[Command, ...] = ("quantize",)
+_FILES: tuple[Command, ...] = (*_WEIGHTS, "detect-watermark", *_QUANTIZE)
 _SERVING: tuple[Command, ...] = ("launcher", "router", "serve")
-_ALL: tuple[Command, ...] = (*_SERVING, "download-weights")
+_ALL: tuple[Command, ...] = (*_SERVING, "download-weights", *_QUANTIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +165,7 @@ class Options:
         kinds.one_of("auto", "cpu", "cuda"),
         "auto",
         "Where the model runs. `auto`: a CUDA GPU if there is one, else the CPU.",
+        commands=(*_ENGINE, *_QUANTIZE),
     )
     kv_cache_dtype: str | None = _flag(
         kinds.one_of("int8", "fp8_e4m3fn", "fp8_e5m2"),
@@ -275,7 +279,7 @@ class Options:
         kinds.text("DIR"),
         None,
         "Folder to read the files of weights from, instead of the hub cache.",
-        commands=_WEIGHTS,
+        commands=(*_WEIGHTS, *_QUANTIZE),
     )
     disable_custom_kernels: bool = _flag(
         kinds.SWITCH, False, "The kernels that it turned off don't exist here.", "obsolete"
@@ -396,7 +400,7 @@ class Options:
         None,
         "What is logged; wins over `LOG_LEVEL`.",
         only="cli",
-        commands=("serve", "download-weights"),
+        commands=("serve", "download-weights", *_QUANTIZE),
     )
     extension: str = _flag(
         kinds.one_of(".safetensors"), ".safetensors", "Files to fetch.", only="cli", commands=("download-weights",)
@@ -441,6 +445,71 @@ class Options:
     )
     json: bool = _flag(
         kinds.SWITCH, False, "Print the result as a JSON object.", only="cli", commands=("detect-watermark",)
+    )
+    output_dir: str | None = _flag(
+        kinds.text("OUTPUT_DIR"),
+        None,
+        "Folder that is written: empty or not there, or begun by the same command.",
+        only="place",
+        commands=_QUANTIZE,
+    )
+    method: str = _flag(
+        kinds.one_of("gptq", "awq", "int8", "fp8"),
+        "gptq",
+        "How weights are quantized. `gptq` and `awq` read a text to see what matters, `int8` and `fp8` just round.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    bits: int | None = _flag(
+        kinds.integer(),
+        None,
+        "Bits of a weight: 4 or 8 for `gptq`; `awq` has 4, the others 8. Unset means 4 where there is a choice.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    groupsize: int | None = _flag(
+        kinds.GROUP,
+        None,
+        "Inputs that share a scale, for `gptq` and `awq`; -1: all, for `gptq`. Unset means 128, or the largest of 64, "
+        "32 and 16 that divides the inputs of all matrices.",
+        short="--group-size",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    sym: bool = _flag(
+        kinds.SWITCH, True, "`gptq`: zero is in the middle of each group's range.", only="cli", commands=_QUANTIZE
+    )
+    percdamp: float = _flag(
+        kinds.number(0, 1, above=True),
+        0.01,
+        "`gptq`: what is added to the Hessian's diagonal, as a share of its mean.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    act_order: bool = _flag(
+        kinds.SWITCH,
+        False,
+        "`gptq`: weights of large inputs are rounded first. Groups stay runs of neighbours.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    dataset: str | None = _flag(
+        kinds.text("FILE"),
+        None,
+        "Text that is read, in UTF-8; unset means a novel of 1865 that comes with this server.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    samples: int | None = _flag(
+        kinds.integer(1),
+        None,
+        "Sequences of the text; unset means what it has, up to 128.",
+        only="cli",
+        commands=_QUANTIZE,
+    )
+    sequence_length: int = _flag(kinds.integer(16, 2**20), 512, "Tokens of a sequence.", only="cli", commands=_QUANTIZE)
+    upload_to_model_id: str | None = _flag(
+        kinds.text("ID"), None, "Nothing is sent to a hub.", "refused", only="cli", commands=_QUANTIZE
     )
 
     log_level: str = _flag(
@@ -492,7 +561,9 @@ class Options:
     hf_api_token: str | None = _flag(
         kinds.text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
     )
-    cuda_visible_devices: str | None = _flag(kinds.ANY, None, "GPUs to see; the first one is used.", only="env")
+    cuda_visible_devices: str | None = _flag(
+        kinds.ANY, None, "GPUs to see; the first one is used.", only="env", commands=(*_ENGINE, *_QUANTIZE)
+    )
     aip_http_port: int | None = _flag(
         kinds.integer(0, 65535),
         None,
@@ -724,6 +795,7 @@ _LETTERS: dict[Command, str] = {
     "serve": "S",
     "download-weights": "D",
     "detect-watermark": "W",
+    "quantize": "Q",
 }
 
 

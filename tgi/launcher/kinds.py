@@ -42,6 +42,10 @@ def integer(low: int = 0, high: int = 2**63 - 1) -> Kind:
     return Kind("N", allowed, parse)
 
 
+def _group(value: str) -> int:
+    return -1 if value == "-1" else integer(1, 2**20).parse(value)
+
+
 def number(low: float, high: float, *, above: bool = False) -> Kind:
     """A finite float from ``low`` (or ``above`` it) to ``high``."""
     allowed = f"{'>' if above else ''}{low:g}..{high:g}" if high < float("inf") else f"{'>' if above else ''}{low:g}.."
@@ -134,6 +138,7 @@ ANY = Kind("TEXT", "", str)
 BIT = choice(**{"true": True, "1": True, "false": False, "0": False})
 COLLECTOR = Kind("URL", "", _collector)
 """Where traces go: TGI's Rust side wants a URL, its Python side takes a host and a port, too."""
+GROUP = Kind("N", "-1|1..", _group)
 HEADER = Kind("TEXT", "", _header)
 """The value of an HTTP header."""
 LABEL = Kind("TEXT", "", _label)

@@ -1,0 +1,189 @@
+"""How matrices are quantized, one class for each way: what it must know of the inputs, what becomes of a matrix, and
+what the checkpoint then says of itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tgi.core.job import Job
+from tgi.quantizer import awq, gptq
+from tgi.quantizer.ints import Ints, awq_tensors, gptq_tensors
+
+
+class Quantized(Protocol):
+    """A matrix that was."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """What it means, float32 [outs, inner]."""
+
+
+class Method(Protocol):
+    """The types ``Any`` are each method's own."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it wants to know inputs, and so needs a text."""
+
+    def declines(self, outs: int, inner: int) -> str | None:
+        """Why a matrix stays as it is; None if it need not."""
+
+    def observe(self, x: torch.Tensor) -> Any:
+        """What it wants to know of the inputs [tokens, inner] of a product, float32."""
+
+    def quantize(self, weight: torch.Tensor, seen: Any) -> Any:
+        """Float32 [outs, inner] → Quantized. ``seen``: what was observed, or None if there were no inputs."""
+
+    def tensors(self, quantized: Any) -> Mapping[str, torch.Tensor]:
+        """As files hold it, by what stands behind the module's name."""
+
+    def config(self, plain: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config``. ``plain``: modules that stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq:
+    """Integers of 4 or 8 bits, in the layout of AutoGPTQ."""
+
+    bits: int
+    group: int
+    """-1: all inputs."""
+    sym: bool
+    damp: float
+    act_order: bool
+    reads: bool = True
+
+    def declines(self, outs: int, inner: int) -> str | None:
+        return _ragged(outs, 32 // self.bits) or _ragged(inner, 32 // self.bits)
+
+    def observe(self, x: torch.Tensor) -> torch.Tensor:
+        return gptq.hessian(x)
+
+    def quantize(self, weight: torch.Tensor, seen: torch.Tensor | None) -> Ints:
+        group = weight.shape[1] if self.group == -1 else self.group
+        return gptq.quantize(
+            weight, seen, bits=self.bits, group=group, sym=self.sym, damp=self.damp, act_order=self.act_order
+        )
+
+    def tensors(self, quantized: Ints) -> Mapping[str, torch.Tensor]:
+        return gptq_tensors(quantized)
+
+    def config(self, plain: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group,
+            "sym": self.sym,
+            "desc_act": False,  # whatever the order was, groups are runs of neighbours
+            "damp_percent": self.damp,
+            "true_sequential": True,
+            "checkpoint_format": "gptq",
+            "modules_to_not_convert": list(plain),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Awq:
+    """Integers of 4 bits, in the layout of AutoAWQ's ``gemm``."""
+
+    group: int
+    reads: bool = True
+
+    def declines(self, outs: int, inner: int) -> str | None:
+        return _ragged(outs, 8)
+
+    def observe(self, x: torch.Tensor) -> awq.Activity:
+        return awq.Activity.of(x, self.group)
+
+    def quantize(self, weight: torch.Tensor, seen: awq.Activity | None) -> Ints:
+        return awq.quantize(weight, seen, group=self.group)
+
+    def tensors(self, quantized: Ints) -> Mapping[str, torch.Tensor]:
+        return awq_tensors(quantized)
+
+    def config(self, plain: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": list(plain),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Numbers of 8 bits with a scale for each output."""
+
+    stored: torch.Tensor
+    """int8 or float8 [outs, inner]."""
+    scale: torch.Tensor
+    """float32 [outs, 1]."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.stored.float() * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Each number rounded by itself, to int8 or float8; in the layout of compressed-tensors, for activations that are
+    rounded alike, token by token."""
+
+    dtype: torch.dtype
+    reads: bool = False
+
+    def declines(self, outs: int, inner: int) -> str | None:
+        return None
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Nothing."""
+
+    def quantize(self, weight: torch.Tensor, seen: None) -> Rows:
+        integers = not self.dtype.is_floating_point
+        most = torch.iinfo(self.dtype).max if integers else torch.finfo(self.dtype).max
+        scale = (weight.abs().amax(1, keepdim=True) / most).clamp(min=torch.finfo(torch.float32).tiny)
+        steps = (weight / scale).clamp(-most, most)
+        return Rows((steps.round() if integers else steps).to(self.dtype), scale)
+
+    def tensors(self, quantized: Rows) -> Mapping[str, torch.Tensor]:
+        return {"weight": quantized.stored, "weight_scale": quantized.scale}
+
+    def config(self, plain: Sequence[str]) -> dict[str, Any]:
+        kind = "float" if self.dtype.is_floating_point else "int"
+        numbers = {"num_bits": 8, "type": kind, "symmetric": True}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": f"{kind}-quantized",
+            "quantization_status": "compressed",
+            "ignore": list(plain),
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {**numbers, "strategy": "channel", "dynamic": False},
+                    "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+                    "output_activations": None,
+                }
+            },
+        }
+
+
+def _ragged(size: int, by: int) -> str | None:
+    return f"{size} is no multiple of {by}" if size % by else None
+
+
+def method(job: Job, group: int) -> Method:
+    """The job's, with groups of this size."""
+    match job.method:
+        case "gptq":
+            return Gptq(job.bits, group, job.sym, job.percdamp, job.act_order)
+        case "awq":
+            return Awq(group)
+        case "int8":
+            return Nearest(torch.int8)
+        case "fp8":
+            return Nearest(torch.float8_e4m3fn)
+    raise ValueError(job.method)

@@ -1,0 +1,109 @@
+"""The process of `text-generation-server quantize`: reads its job on standard input. Run by the launcher."""
+
+import hashlib
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from tgi import __version__
+from tgi.core import telemetry
+from tgi.core.errors import StartupError
+from tgi.core.job import Job
+from tgi.core.model_config import read_config
+from tgi.launcher.progress import Progress
+from tgi.models.config import TailConfig
+from tgi.models.files import read_files
+from tgi.models.registry import check
+from tgi.models.weights import open_weights, unpacked
+from tgi.quantization.quantized import Entry
+from tgi.quantization.scheme import read_scheme
+from tgi.quantizer import calibration
+from tgi.quantizer.output import Output
+from tgi.quantizer.sites import Source
+from tgi.quantizer.work import Work
+
+log = logging.getLogger("tgi.quantizer.process")  # it is run as __main__
+
+
+def quantize(job: Job) -> None:
+    """Write the quantized model. Raises StartupError, and OSError of the disk."""
+    raw = read_config(job.model.folder)
+    config = check(raw, trust_remote_code=job.trust_remote_code)
+    if isinstance(config, TailConfig):
+        raise StartupError(f"{config.shape.architecture} can't be quantized: only architectures of docs/models.md can")
+    if config.transposed and job.method in ("int8", "fp8"):
+        raise StartupError(
+            f"{config.shape.architecture} can't be quantized by `--method {job.method}`: its matrices are stored as "
+            "[in, out], for which compressed-tensors has no layout; gptq and awq have one"
+        )
+    sequences, text = None, ""
+    if job.sequence_length > config.shape.max_position_embeddings:
+        raise StartupError(
+            f"`--sequence-length {job.sequence_length}`: the model reads {config.shape.max_position_embeddings} tokens"
+        )
+    if job.method in ("gptq", "awq"):
+        text = calibration.read(job.dataset)
+        tokenizer = Path(job.model.folder) / "tokenizer.json"
+        sequences = calibration.sequences(text, tokenizer, job.samples, job.sequence_length, config.shape.vocab)
+    output = Output(Path(job.output), _made_of(job, text), config.shape.layers + 1)
+    if output.complete:
+        log.info("%s holds the quantized model already", output.folder)
+        return
+    if output.done:
+        log.info("Going on behind layer %d of %d", output.done, config.shape.layers)
+    with ExitStack() as stack:
+        weights = stack.enter_context(open_weights(job.model, config, lambda done, total: None))
+        finished: dict[str, Entry] = {}
+        if output.done and sequences is not None:
+            scheme = read_scheme({"quantization_config": output.quantization()})
+            assert scheme is not None
+            shards = [output.shard(number) for number in range(output.done)]
+            finished = unpacked(read_files(shards, output.folder, stack), scheme, transposed=config.transposed)
+        embedding, head = f"{config.embed_name}.weight", f"{config.head_name}.weight"
+        source = Source(weights, finished, {head: embedding} if config.shape.tied else {})
+        with torch.inference_mode():
+            work = Work(job, config, source, output, _dtype(raw))
+            weights.finish()
+            with Progress(f"Quantizing {job.model.model_id}", work.total) as progress:
+                work.run(sequences, progress.reach)
+    plain = {key: raw[key] for key in raw if key not in ("quantization_config", "compression_config")}
+    output.finish(Path(job.model.folder), plain | {"quantization_config": work.quantization})
+    log.info("The quantized model is in %s", output.folder)
+
+
+def _made_of(job: Job, text: str) -> dict[str, object]:
+    """What the result depends on, as JSON."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest() if text else None
+    files = [Path(path) for path in (*job.model.weights, *job.model.adapter)]
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"version": __version__, **job.settings, "text": digest, "weights": weights}
+
+
+def _dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+    """What the config says that weights are in."""
+    found = getattr(torch, str(raw.get("torch_dtype") or raw.get("dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def main() -> int:
+    """The exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    telemetry.setup("text_generation_server", job.log_level, job.json_output, colour=job.log_colorize)
+    try:
+        quantize(job)
+    except (StartupError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
