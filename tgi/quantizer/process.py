@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ import torch
 
 from tgi import __version__
 from tgi.core import telemetry
+from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
 from tgi.core.job import Job
 from tgi.core.model_config import read_config
 from tgi.launcher.progress import Progress
 from tgi.models.config import TailConfig
-from tgi.models.files import read_files
 from tgi.models.registry import check
-from tgi.models.weights import open_weights, unpacked
-from tgi.quantization.quantized import Entry
+from tgi.models.weights import Weights, open_weights
 from tgi.quantization.scheme import read_scheme
 from tgi.quantizer import calibration
+from tgi.quantizer.folds import layer_name
 from tgi.quantizer.output import Output
 from tgi.quantizer.sites import Source
 from tgi.quantizer.work import Work
@@ -59,13 +60,15 @@ def quantize(job: Job) -> None:
     if output.done:
         log.info("Going on behind layer %d of %d", output.done, config.shape.layers)
     with ExitStack() as stack:
-        weights = stack.enter_context(open_weights(job.model, config, lambda done, total: None))
-        finished: dict[str, Entry] = {}
+        weights = stack.enter_context(open_weights(job.model, config, _silent))
+        finished: dict[str, Weights] = {}
         if output.done and sequences is not None:
             scheme = read_scheme({"quantization_config": output.quantization()})
-            assert scheme is not None
-            shards = [output.shard(number) for number in range(output.done)]
-            finished = unpacked(read_files(shards, output.folder, stack), scheme, transposed=config.transposed)
+            shards = [str(output.shard(number)) for number in range(output.done)]
+            files = ModelFiles(model_id=job.model.model_id, folder=job.output, weights=shards)
+            made = stack.enter_context(open_weights(files, replace(config, scheme=scheme), _silent))
+            layers = range(min(output.done, config.shape.layers))
+            finished = {f"{layer_name(config, layer)}.": made for layer in layers}
         embedding, head = f"{config.embed_name}.weight", f"{config.head_name}.weight"
         source = Source(weights, finished, {head: embedding} if config.shape.tied else {})
         with torch.inference_mode():
@@ -76,6 +79,10 @@ def quantize(job: Job) -> None:
     plain = {key: raw[key] for key in raw if key not in ("quantization_config", "compression_config")}
     output.finish(Path(job.model.folder), plain | {"quantization_config": work.quantization})
     log.info("The quantized model is in %s", output.folder)
+
+
+def _silent(done: int, total: int) -> None:
+    """Nothing is read yet."""
 
 
 def _made_of(job: Job, text: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from tgi.core.model_config import Activation
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.models.weights import Weights
 from tgi.quantization.base import LinearMethod, PlainLinear
-from tgi.quantization.quantized import Entry, Rows
+from tgi.quantization.quantized import Rows
 
 _CHUNK = 4096
 """Tokens that are multiplied at once."""
@@ -20,11 +20,11 @@ _CHUNK = 4096
 class Source:
     """The checkpoint's tensors; keeps by name, to be read again, what the model took."""
 
-    def __init__(self, stored: Weights, finished: Mapping[str, Entry], copies: Mapping[str, str]) -> None:
-        """``finished``: what an earlier run has made of some tensors. ``copies``: names of tensors that aren't there
-        → names of those that they are."""
+    def __init__(self, weights: Weights, finished: Mapping[str, Weights], copies: Mapping[str, str]) -> None:
+        """``finished``: by how names begin, what an earlier run has made of these tensors. ``copies``: names of tensors
+        that aren't there → names of those that they are."""
         self.taken: dict[str, Rows[torch.Tensor]] = {}
-        self._stored = stored
+        self._weights = weights
         self._finished = finished
         self._copies = copies
 
@@ -34,15 +34,15 @@ class Source:
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         raise AssertionError("nothing is in a pack")
 
-    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool) -> Rows[torch.Tensor]:
-        if name in self._copies:
-            return self.taken[self._copies[name]]
-        if name in self._finished:
-            self._stored.skip(name, shape)
-            self.taken[name] = self._finished[name].values
-        else:
-            self.taken[name] = cast(Rows[torch.Tensor], self._stored.rows(name, shape, stored=False))
-        return self.taken[name]
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> Rows[torch.Tensor]:
+        if name not in self._copies:
+            own = next((made for prefix, made in self._finished.items() if name.startswith(prefix)), None)
+            if own is not None:
+                self._weights.skip(name, shape)
+            found = (own or self._weights).rows(name, shape, stored=False)
+            self.taken[name] = cast(Rows[torch.Tensor], found)
+        matrix = self.taken[self._copies.get(name, name)]
+        return matrix[:].T if transposed else matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
