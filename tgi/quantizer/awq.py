@@ -44,7 +44,8 @@ def search(activity: Activity, weights: Iterable[torch.Tensor], source: torch.Te
     """
     size = activity.size
     if source is not None:
-        size = torch.zeros_like(size).scatter_reduce(0, source, size, "mean", include_self=False)[source]
+        means = torch.zeros(int(source.max()) + 1, device=size.device)
+        size = means.scatter_reduce(0, source, size, "mean", include_self=False)[source]
     candidates = []
     for ratio in _RATIOS:
         scale = size.clamp(min=1e-4).pow(ratio)

@@ -12,14 +12,6 @@ from tgi.quantizer import awq, gptq
 from tgi.quantizer.ints import Ints, awq_tensors, gptq_tensors
 
 
-class Quantized(Protocol):
-    """A matrix that was."""
-
-    @property
-    def values(self) -> torch.Tensor:
-        """What it means, float32 [outs, inner]."""
-
-
 class Method(Protocol):
     """The types ``Any`` are each method's own."""
 
@@ -34,7 +26,7 @@ class Method(Protocol):
         """What it wants to know of the inputs [tokens, inner] of a product, float32."""
 
     def quantize(self, weight: torch.Tensor, seen: Any) -> Any:
-        """Float32 [outs, inner] → Quantized. ``seen``: what was observed, or None if there were no inputs."""
+        """Float32 [outs, inner] → what has its meaning as ``values``, alike. ``seen``: what was observed, or None if there were no inputs."""
 
     def tensors(self, quantized: Any) -> Mapping[str, torch.Tensor]:
         """As files hold it, by what stands behind the module's name."""

@@ -5,6 +5,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -17,8 +18,7 @@ from tgi.quantization.base import LinearMethod
 from tgi.quantizer import awq
 from tgi.quantizer.calibration import Whole
 from tgi.quantizer.folds import Fold, NormFold, ProductFold, folds, layer_name
-from tgi.quantizer.ints import Ints
-from tgi.quantizer.methods import Awq, Quantized, method
+from tgi.quantizer.methods import Awq, method
 from tgi.quantizer.output import Output
 from tgi.quantizer.sites import Site, Sites, Source
 
@@ -92,8 +92,8 @@ class Work:
         self._layer = self._output.done
         self._left = dict.fromkeys(self._layers[self._layer]) if self._layer < len(self._layers) else {}
         """Sites whose turn is still to come."""
-        self._made: dict[str, Quantized] = {}
-        """By module."""
+        self._made: dict[str, Any] = {}
+        """What the method made of matrices, by module."""
         self._changed: dict[str, torch.Tensor] = {}
         """By name of tensor."""
         self._scales: dict[Fold, torch.Tensor] = {}
@@ -202,7 +202,7 @@ class Work:
             divisors = torch.ones(piece.shape[0], device=self._device)
             divisors[rows[fold.outputs[own]].to(self._device)] = scale[own.to(self._device)]
             made = self._made.get(piece.name)
-            if isinstance(made, Ints):
+            if made is not None:
                 made.divide(divisors)
             else:
                 columns = divisors if piece.transposed else divisors[:, None]
