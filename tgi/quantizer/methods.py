@@ -26,7 +26,7 @@ class Method(Protocol):
         """What it wants to know of the inputs [tokens, inner] of a product, float32."""
 
     def quantize(self, weight: torch.Tensor, seen: Any) -> Any:
-        """Float32 [outs, inner] → what has its meaning as ``values``, alike. ``seen``: what was observed, or None if there were no inputs."""
+        """Float32 [outs, inner] → what has ``values`` alike. ``seen``: what was observed; None if no token came."""
 
     def tensors(self, quantized: Any) -> Mapping[str, torch.Tensor]:
         """As files hold it, by what stands behind the module's name."""

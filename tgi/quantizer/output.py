@@ -24,7 +24,7 @@ _NOT_COPIED = ("config.json", "*.index.json", "gguf_index.json", "quantize_confi
 
 
 class Output:
-    """The folder, locked against others while it is open."""
+    """The folder, locked against other processes until it is left."""
 
     def __init__(self, folder: Path, made_of: Mapping[str, object], shards: int) -> None:
         """``made_of``: JSON. StartupError if the folder holds something else, or another process writes it."""
@@ -39,21 +39,37 @@ class Output:
                 draft = folder.parent / f".{folder.name}.{os.getpid()}"
                 draft.write_text(json.dumps(made_of, indent=2) + "\n")
                 draft.replace(state)
-            self._lock = state.open()
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there = json.load(self._lock)
-        except BlockingIOError:
-            raise StartupError(f"{folder} is being written by another process") from None
-        except (OSError, ValueError) as error:
-            raise StartupError(f"{folder}: {error}") from None
-        for key in made_of:
-            if there.get(key) != made_of[key]:
-                raise StartupError(
-                    f"{folder} was begun with {key}: {there.get(key)!r}, not {made_of[key]!r}; name another folder"
-                )
+            self._lock = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StartupError(f"{folder}: {error.strerror}") from None
+        try:
+            self._claim(made_of)
+        except StartupError:
+            os.close(self._lock)
+            raise
         self.complete = (folder / "config.json").exists()
         self.done = next((number for number in range(shards) if not self.shard(number).exists()), shards)
         """Shards that are there, from the first on."""
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def _claim(self, made_of: Mapping[str, object]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = json.loads((self.folder / _STATE).read_bytes())
+        except BlockingIOError:
+            raise StartupError(f"{self.folder} is being written by another process") from None
+        except ValueError as error:
+            raise StartupError(f"{self.folder / _STATE}: not valid JSON: {error}") from None
+        for key, value in made_of.items():
+            if there.get(key) != value:
+                raise StartupError(
+                    f"{self.folder} was begun with {key}: {there.get(key)!r}, not {value!r}; name another folder"
+                )
 
     def quantization(self) -> dict[str, Any]:
         """The ``quantization_config`` that the first shard was written with."""

@@ -20,7 +20,7 @@ from tgi.core.errors import StartupError
 from tgi.core.job import Job
 from tgi.core.model_config import read_config
 from tgi.launcher.progress import Progress
-from tgi.models.config import TailConfig
+from tgi.models.config import DecoderConfig, TailConfig
 from tgi.models.registry import check
 from tgi.models.weights import Weights, open_weights
 from tgi.quantization.scheme import read_scheme
@@ -53,12 +53,22 @@ def quantize(job: Job) -> None:
         text = calibration.read(job.dataset)
         tokenizer = Path(job.model.folder) / "tokenizer.json"
         sequences = calibration.sequences(text, tokenizer, job.samples, job.sequence_length, config.shape.vocab)
-    output = Output(Path(job.output), _made_of(job, text), config.shape.layers + 1)
-    if output.complete:
-        log.info("%s holds the quantized model already", output.folder)
-        return
-    if output.done:
-        log.info("Going on behind layer %d of %d", output.done, config.shape.layers)
+    with Output(Path(job.output), _made_of(job, text), config.shape.layers + 1) as output:
+        if output.complete:
+            log.info("%s holds the quantized model already", output.folder)
+            return
+        if output.done:
+            log.info("Going on behind layer %d of %d", output.done, config.shape.layers)
+        quantization = _write(job, config, _dtype(raw), output, sequences)
+        plain = {key: raw[key] for key in raw if key not in ("quantization_config", "compression_config")}
+        output.finish(Path(job.model.folder), plain | {"quantization_config": quantization})
+        log.info("The quantized model is in %s", output.folder)
+
+
+def _write(
+    job: Job, config: DecoderConfig, dtype: torch.dtype | None, output: Output, sequences: torch.Tensor | None
+) -> dict[str, Any]:
+    """All shards. Returns what config.json must say of them."""
     with ExitStack() as stack:
         weights = stack.enter_context(open_weights(job.model, config, _silent))
         finished: dict[str, Weights] = {}
@@ -72,13 +82,11 @@ def quantize(job: Job) -> None:
         embedding, head = f"{config.embed_name}.weight", f"{config.head_name}.weight"
         source = Source(weights, finished, {head: embedding} if config.shape.tied else {})
         with torch.inference_mode():
-            work = Work(job, config, source, output, _dtype(raw))
+            work = Work(job, config, source, output, dtype)
             weights.finish()
             with Progress(f"Quantizing {job.model.model_id}", work.total) as progress:
                 work.run(sequences, progress.reach)
-    plain = {key: raw[key] for key in raw if key not in ("quantization_config", "compression_config")}
-    output.finish(Path(job.model.folder), plain | {"quantization_config": work.quantization})
-    log.info("The quantized model is in %s", output.folder)
+        return work.quantization
 
 
 def _silent(done: int, total: int) -> None:
