@@ -65,9 +65,9 @@ class Exact:
         self.values = self.values / divisors[:, None]
 
 
-FAMILIES = """neox gptj phi-grouped falcon-7b falcon-40b falcon-rw gpt2 bigcode opt opt-350m bloom mpt starcoder2 mixtral
-    qwen2-moe granite-moe glm4-moe dbrx phimoe deepseek-v2-grouped stablelm-parallel cohere olmo olmo2 arcee-biases ernie
-    helium-biases glm4-tied exaone4 nemotron llama qwen2 phi3 gemma2""".split()
+FAMILIES = """neox gptj phi-grouped falcon-7b falcon-40b falcon-rw gpt2 bigcode opt opt-350m bloom mpt starcoder2
+    mixtral qwen2-moe granite-moe glm4-moe dbrx phimoe deepseek-v2-grouped stablelm-parallel cohere
+    olmo olmo2 arcee-biases ernie helium-biases glm4-tied exaone4 nemotron llama qwen2 phi3 gemma2""".split()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -102,7 +102,7 @@ def _exact(monkeypatch: pytest.MonkeyPatch, *, transposed: bool) -> None:
     monkeypatch.setattr("tgi.quantizer.methods.Awq.quantize", lambda self, weight, seen: Exact(weight))
     monkeypatch.setattr("tgi.quantizer.methods.Awq.tensors", tensors)
     monkeypatch.setattr("tgi.quantizer.methods.Awq.declines", lambda self, outs, inner: None)
-    monkeypatch.setattr("tgi.quantizer.work._group", lambda asked, inputs: 4)
+    monkeypatch.setattr("tgi.quantizer.methods._group", lambda asked, inputs: 4)
     monkeypatch.setattr("tgi.quantizer.calibration.sequences", lambda *_: tokens(96).view(3, 32))
 
 

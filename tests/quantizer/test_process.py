@@ -76,7 +76,7 @@ def test_a_model_by_the_command(tmp_path: Path) -> None:
 METHODS = ["gptq", "awq", "int8", "fp8"]
 BOUND = {"gptq": 0.5, "awq": 0.45, "int8": 0.06, "fp8": 0.25}
 FAMILIES = ["llama", "gpt2", "mixtral", "deepseek-v3", "granite-moe"]
-SIZES = {"intermediate_size": 96, "num_hidden_layers": 2}
+SIZES = {"intermediate_size": 96, "num_hidden_layers": 2, "q_lora_rank": 48}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -174,9 +174,7 @@ def test_what_is_refused_before_any_work(tmp_path: Path) -> None:
         quantize(job(folder, folder))
     raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["MadeUpForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(
-        StartupError, match="MadeUpForCausalLM can't be quantized: only architectures of docs/models.md"
-    ):
+    with pytest.raises(StartupError, match="MadeUpForCausalLM can't be quantized"):
         quantize(job(folder, tmp_path / "other"))
 
 

@@ -1,15 +1,21 @@
 """How matrices are quantized, one class for each way: what it must know of the inputs, what becomes of a matrix, and
 what the checkpoint then says of itself."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from tgi.core.errors import StartupError
 from tgi.core.job import Job
 from tgi.quantizer import awq, gptq
 from tgi.quantizer.ints import Ints, awq_tensors, gptq_tensors
+
+
+_GROUPS = (128, 64, 32, 16)
+"""Sizes of groups, the usual one first."""
 
 
 class Method(Protocol):
@@ -167,15 +173,30 @@ def _ragged(size: int, by: int) -> str | None:
     return f"{size} is no multiple of {by}" if size % by else None
 
 
-def method(job: Job, group: int) -> Method:
-    """The job's, with groups of this size."""
+def method(job: Job, inputs: Mapping[str, int]) -> Method:
+    """The job's, for modules with so many inputs. StartupError if the size of groups doesn't divide these."""
     match job.method:
         case "gptq":
-            return Gptq(job.bits, group, job.sym, job.percdamp, job.act_order)
+            return Gptq(job.bits, _group(job.group_size, inputs), job.sym, job.percdamp, job.act_order)
         case "awq":
-            return Awq(group)
+            return Awq(_group(job.group_size, inputs))
         case "int8":
             return Nearest(torch.int8)
         case "fp8":
             return Nearest(torch.float8_e4m3fn)
     raise ValueError(job.method)
+
+
+def _group(asked: int | None, inputs: Mapping[str, int]) -> int:
+    """Its size."""
+    if asked == -1:
+        return asked
+    common = math.gcd(*inputs.values())
+    for group in _GROUPS if asked is None else (asked,):
+        if common % group == 0:
+            return group
+    odd = next(name for name, inner in inputs.items() if inner % group)
+    others = ", ".join(str(other) for other in _GROUPS if common % other == 0) or "none"
+    raise StartupError(
+        f"`--groupsize {group}` does not divide the {inputs[odd]} inputs of {odd}; these divide all: {others}"
+    )

@@ -3,8 +3,7 @@ before it, quantized already, have made of the text. A layer is written when the
 
 import importlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +22,6 @@ from tgi.quantizer.output import Output
 from tgi.quantizer.sites import Site, Sites, Source
 
 log = logging.getLogger(__name__)
-
-_GROUPS = (128, 64, 32, 16)
-"""Sizes of groups, the usual one first."""
 
 
 class Work:
@@ -56,7 +52,7 @@ class Work:
         self._layers = [[site for site in sites.found if site.name.startswith(name)] for name in names]
         self._layer_of = {site: layer for layer, own in enumerate(self._layers) for site in own}
         wanted = [piece for site in self._layer_of if not site.plain for piece in site.pieces]
-        self._method = method(job, _group(job.group_size, {piece.name: piece.shape[1] for piece in wanted}))
+        self._method = method(job, {piece.name: piece.shape[1] for piece in wanted})
         self._plain: dict[str, None] = {
             piece.name: None for site in self._layer_of if site.plain for piece in site.pieces
         }
@@ -213,18 +209,3 @@ class Work:
     def _divide(self, name: str, divisors: torch.Tensor) -> None:
         tensor = self._changed.get(name)
         self._changed[name] = (self._source.taken[name][:] if tensor is None else tensor).to(divisors) / divisors
-
-
-def _group(asked: int | None, inputs: Mapping[str, int]) -> int:
-    """Of these modules with so many inputs. StartupError if none fits all."""
-    if asked == -1:
-        return asked
-    common = math.gcd(*inputs.values())
-    for group in _GROUPS if asked is None else (asked,):
-        if common % group == 0:
-            return group
-    odd = next(name for name, inner in inputs.items() if inner % group)
-    others = ", ".join(str(other) for other in _GROUPS if common % other == 0) or "none"
-    raise StartupError(
-        f"`--groupsize {group}` does not divide the {inputs[odd]} inputs of {odd}; these divide all: {others}"
-    )
