@@ -13,7 +13,6 @@ from tgi.core.job import Job
 from tgi.quantizer import awq, gptq
 from tgi.quantizer.ints import Ints, awq_tensors, gptq_tensors
 
-
 _GROUPS = (128, 64, 32, 16)
 """Sizes of groups, the usual one first."""
 
