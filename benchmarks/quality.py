@@ -2,15 +2,22 @@
 
     python benchmarks/quality.py --model FOLDER [--out FOLDER]
     python benchmarks/quality.py --model FOLDER --also Q4_0=FILE.gguf --transformers
+    python benchmarks/quality.py --model FOLDER --formats --out benchmarks/results    # for docs/quantization.md
+    python benchmarks/quality.py --document > docs/quantization.md
 
 The text is cut into windows. Each runs through the engine token by token, all windows in one batch: the logits are
 those of real decoding steps. The prefill's own perplexity, from prompts' log-probabilities, is told beside it.
-``--transformers`` compares our float32 with transformers'. With ``--out`` the figures go to ``compare.py``'s journal.
+``--transformers`` compares our float32 with transformers'. ``--formats`` makes a checkpoint in each format, and serves
+it. With ``--out`` the figures go to ``compare.py``'s journal or, of formats, to ``formats.jsonl``.
 """
 
 import argparse
 import math
+import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +29,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from client import quantile
 from engine import load
+from formats import document
 from records import Data, Journal, Record
 from report import quality_table
 from servers import TGI
@@ -31,6 +39,24 @@ from tgi.core.plan import Work
 from tgi.runtime.runner import Runner
 
 TEXT = Path(__file__).with_name("text.txt")
+
+
+FORMATS: dict[str, tuple[str, str]] = {
+    "bfloat16": ("", "--dtype bfloat16"),
+    "int8, groups of 32, at load": ("", "--quantize int8"),
+    "int8, a scale for each output": ("--method int8", ""),
+    "fp8, a scale for each output": ("--method fp8", ""),
+    "GPTQ, 8 bits, groups of 64": ("--bits 8 --groupsize 64", ""),
+    "int4, groups of 32, at load": ("", "--quantize int4"),
+    "GPTQ, 4 bits, groups of 64": ("--groupsize 64", ""),
+    "GPTQ, 4 bits, groups of 32": ("--groupsize 32", ""),
+    "GPTQ, 4 bits, groups of 32, large inputs first": ("--groupsize 32 --act-order", ""),
+    "AWQ, 4 bits, groups of 64": ("--method awq --groupsize 64", ""),
+    "AWQ, 4 bits, groups of 32": ("--method awq --groupsize 32", ""),
+}
+"""How `text-generation-server quantize` makes a checkpoint in each, if it does, and the options to serve it."""
+
+_QUANTIZE = [sys.executable, "-c", "import sys; from tgi.cli import server; sys.exit(server())", "quantize"]
 
 
 def windows(tokenizer: Path, length: int) -> list[list[int]]:
@@ -140,8 +166,16 @@ def beside_transformers(reader: Reader, folder: str, texts: Sequence[list[int]])
 
 def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
     """(name, model, the launcher's options): float32 first."""
-    for precision in dict.fromkeys(["32-bit", *arguments.precisions]):
+    precisions = [] if arguments.formats is not None else arguments.precisions
+    for precision in dict.fromkeys(["32-bit", *precisions]):
         yield f"{precision}, `{TGI[precision]}`", arguments.model, TGI[precision].split()
+    for name in arguments.formats or (() if arguments.formats is None else FORMATS):
+        quantize, options = FORMATS[name]
+        model = arguments.model
+        if quantize:
+            model = str(arguments.kept / re.sub(r"\W+", "-", quantize).strip("-"))
+            subprocess.run([*_QUANTIZE, arguments.model, model, *quantize.split()], check=True)
+        yield f"{name}, `{quantize or options}`", model, options.split()
     for also in arguments.also:
         name, _, line = also.partition("=")
         model, *options = shlex.split(line)
@@ -150,7 +184,16 @@ def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER")
+    parser.add_argument("--model", metavar="FOLDER")
+    parser.add_argument("--document", action="store_true", help="print docs/quantization.md")
+    parser.add_argument("--formats", nargs="*", choices=list(FORMATS), metavar="NAME", help="these, or all of them")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "tgi-quality",
+        metavar="FOLDER",
+        help="where quantized checkpoints are made, and found again",
+    )
     parser.add_argument("--precisions", nargs="*", default=["16-bit", "8-bit", "4-bit"], choices=list(TGI))
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=MODEL [OPTION…]", help="further models")
     parser.add_argument("--window", type=int, default=512, help="tokens")
@@ -158,6 +201,11 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
+    if arguments.document:
+        print(document(), end="")
+        return
+    if arguments.model is None:
+        parser.error("--model is missing")
     texts = windows(Path(arguments.model) / "tokenizer.json", arguments.window)[: arguments.windows]
     names, readers = [], []
     for name, model, options in variants(arguments):
@@ -172,7 +220,7 @@ def main() -> None:
         loss = beside_transformers(readers[0], arguments.model, texts)
         records.append({"kind": "quality", "form": "32-bit, to transformers", **figures(loss, found[0])})
     if arguments.out:
-        journal = Journal(arguments.out / "data.jsonl")
+        journal = Journal(arguments.out / ("data.jsonl" if arguments.formats is None else "formats.jsonl"))
         for record in records:
             journal.write(**record)
     print("\n".join(quality_table(Data(records))))

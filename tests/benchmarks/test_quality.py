@@ -1,9 +1,12 @@
-"""Losses of distributions."""
+"""Losses of distributions, and the page about them."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import log_softmax
 
+from formats import document
 from quality import Loss, figures
 
 
@@ -26,3 +29,8 @@ def test_a_known_divergence_and_perplexity() -> None:
     assert told["kl_mean"] == pytest.approx(0.9 * 0.5878 + 0.1 * -1.6094, rel=1e-3)
     assert told["perplexity"] == pytest.approx(2)
     assert told["perplexity_ratio"] == pytest.approx(0.2)
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "quantization.md"
+    assert page.read_text() == document(), "run: python benchmarks/quality.py --document > docs/quantization.md"

@@ -103,7 +103,6 @@ def test_download_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["quantize", "m", "out"], "`quantize` is not here"),
         (["nothing"], "'nothing'"),
         ([], "command"),
         (["serve", "m", "--speculate", "2"], "`--speculate` is not supported yet"),

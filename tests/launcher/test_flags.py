@@ -156,6 +156,15 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "ze_affinity_mask": ("0", "0", ""),
     "file": ("x.txt", "x.txt", ""),
     "threshold": ("3.5", 3.5, "0"),
+    "output_dir": ("out", "out", ""),
+    "method": ("awq", "awq", "quip"),
+    "bits": ("8", 8, "x"),
+    "groupsize": ("-1", -1, "0"),
+    "percdamp": ("0.1", 0.1, "0"),
+    "dataset": ("x.txt", "x.txt", ""),
+    "samples": ("3", 3, "0"),
+    "sequence_length": ("64", 64, "15"),
+    "upload_to_model_id": ("me/mine", "me/mine", ""),
 }
 
 SWITCHES = [flag for flag in FLAGS if flag.kind.switch]
@@ -202,7 +211,7 @@ def test_every_name_of_tgi_is_known() -> None:
     assert set(TGI_NAMES["variables"]) <= variables
     for command in PROGRAMS.keys() & TGI_NAMES.keys():
         flags = {flag.name for flag in FLAGS if command in flag.commands} | {"--help", "--version"}
-        if command in ("serve", "download-weights"):
+        if command in ("serve", "download-weights", "quantize"):
             flags |= {f"--no-{name[2:]}" for name in flags} | {"MODEL_ID"}
         assert set(TGI_NAMES[command]) <= flags, command
 

@@ -45,11 +45,9 @@ def quantize(job: Job) -> None:
             "[in, out], for which compressed-tensors has no layout; gptq and awq have one"
         )
     sequences, text = None, ""
-    if job.sequence_length > config.shape.max_position_embeddings:
-        raise StartupError(
-            f"`--sequence-length {job.sequence_length}`: the model reads {config.shape.max_position_embeddings} tokens"
-        )
     if job.method in ("gptq", "awq"):
+        if job.sequence_length > (most := config.shape.max_position_embeddings):
+            raise StartupError(f"`--sequence-length {job.sequence_length}`: the model reads {most} tokens")
         text = calibration.read(job.dataset)
         tokenizer = Path(job.model.folder) / "tokenizer.json"
         sequences = calibration.sequences(text, tokenizer, job.samples, job.sequence_length, config.shape.vocab)

@@ -4,6 +4,7 @@ before it, quantized already, have made of the text. A layer is written when the
 import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ class Work:
         sites = Sites(
             source, torch.float32, self._device, Group(), quantize=job.method, source=source, ready=self._ready
         )
-        self._model: PagedModel = model_class(config, sites, job.sequence_length)
+        # The head is never asked: as one by itself it is not even read.
+        alone = replace(config, shape=replace(config.shape, tied=False))
+        self._model: PagedModel = model_class(alone, sites, job.sequence_length)
         names = [f"{layer_name(config, layer)}." for layer in range(config.shape.layers)]
         self._layers = [[site for site in sites.found if site.name.startswith(name)] for name in names]
         self._layer_of = {site: layer for layer, own in enumerate(self._layers) for site in own}
