@@ -65,9 +65,8 @@ class Exact:
         self.values = self.values / divisors[:, None]
 
 
-FAMILIES = """neox gptj phi-grouped falcon-7b falcon-40b falcon-rw gpt2 bigcode opt opt-350m bloom mpt starcoder2
-    mixtral qwen2-moe granite-moe glm4-moe dbrx phimoe deepseek-v2-grouped stablelm-parallel cohere
-    olmo olmo2 arcee-biases ernie helium-biases glm4-tied exaone4 nemotron llama qwen2 phi3 gemma2""".split()
+FAMILIES = """neox falcon-40b gpt2 bigcode opt opt-350m qwen2-moe granite-moe dbrx deepseek-v2-grouped cohere olmo2
+    glm4-tied llama phi3 gemma2""".split()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -84,12 +83,13 @@ def test_scaling_alone_changes_nothing(tmp_path: Path, name: str, monkeypatch: p
     before, after = (logits(load(path, max_total_tokens=64), ids) for path in (folder, output))
     assert (after - before).abs().max() < 1e-3 * before.std()
     changed = _changed(folder, output)
-    assert any("norm" in each or "ln_" in each for each in changed) == (
-        name not in ("olmo", "olmo2", "exaone4", "opt-350m")
-    )
-    assert any(each.endswith("v_proj.weight") or "up_proj" in each for each in changed) or name not in (
+    folded = name not in ("opt-350m", "olmo2")  # their norms stand behind
+    assert any("norm" in each or "ln_" in each for each in changed) == folded
+    # Values and the other half of a gate where they have modules of their own, or ReLU.
+    assert {"v_proj", "up_proj", "fc1"} & {each.split(".")[-2] for each in changed} or name not in (
         "llama",
-        "mixtral",
+        "gemma2",
+        "opt",
     )
 
 
