@@ -34,15 +34,23 @@ class Source:
     def skip(self, name: str, shape: tuple[int, ...]) -> None:
         raise AssertionError("nothing is in a pack")
 
+    def factor(self, name: str) -> float | None:
+        value = self._weights.factor(name)
+        if value is not None:
+            self.taken[name] = torch.tensor([value])
+        return value
+
     def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> Rows[torch.Tensor]:
         if name not in self._copies:
-            own = next((made for prefix, made in self._finished.items() if name.startswith(prefix)), None)
-            if own is not None:
+            weights = self._from(name)
+            if weights is not self._weights:
                 self._weights.skip(name, shape)
-            found = (own or self._weights).rows(name, shape, stored=False)
-            self.taken[name] = cast(Rows[torch.Tensor], found)
+            self.taken[name] = cast(Rows[torch.Tensor], weights.rows(name, shape, stored=False))
         matrix = self.taken[self._copies.get(name, name)]
         return matrix[:].T if transposed else matrix
+
+    def _from(self, name: str) -> Weights:
+        return next((made for prefix, made in self._finished.items() if name.startswith(prefix)), self._weights)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
