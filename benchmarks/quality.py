@@ -43,16 +43,19 @@ TEXT = Path(__file__).with_name("text.txt")
 
 FORMATS: dict[str, tuple[str, str]] = {
     "bfloat16": ("", "--dtype bfloat16"),
-    "int8, groups of 32, at load": ("", "--quantize int8"),
+    "int8, groups of 32": ("", "--quantize int8"),
     "int8, a scale for each output": ("--method int8", ""),
-    "fp8, a scale for each output": ("--method fp8", ""),
     "GPTQ, 8 bits, groups of 64": ("--bits 8 --groupsize 64", ""),
-    "int4, groups of 32, at load": ("", "--quantize int4"),
-    "GPTQ, 4 bits, groups of 64": ("--groupsize 64", ""),
-    "GPTQ, 4 bits, groups of 32": ("--groupsize 32", ""),
-    "GPTQ, 4 bits, groups of 32, large inputs first": ("--groupsize 32 --act-order", ""),
-    "AWQ, 4 bits, groups of 64": ("--method awq --groupsize 64", ""),
-    "AWQ, 4 bits, groups of 32": ("--method awq --groupsize 32", ""),
+    "float8, a scale for each output": ("--method fp8", ""),
+    "int4, groups of 32": ("", "--quantize int4"),
+    "GPTQ, groups of 64": ("--groupsize 64", ""),
+    "GPTQ, groups of 32": ("--groupsize 32", ""),
+    "GPTQ, groups of 32, large inputs first": ("--groupsize 32 --act-order", ""),
+    "GPTQ, groups of 32, asymmetric": ("--groupsize 32 --no-sym", ""),
+    "AWQ, groups of 64": ("--method awq --groupsize 64", ""),
+    "AWQ, groups of 32": ("--method awq --groupsize 32", ""),
+    "NF4, blocks of 64": ("", "--quantize bitsandbytes-nf4"),
+    "FP4, blocks of 64": ("", "--quantize bitsandbytes-fp4"),
 }
 """How `text-generation-server quantize` makes a checkpoint in each, if it does, and the options to serve it."""
 

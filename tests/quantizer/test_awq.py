@@ -70,7 +70,9 @@ FAMILIES = """neox falcon-40b gpt2 bigcode opt opt-350m qwen2-moe granite-moe db
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scaling_alone_changes_nothing(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_alone_changes_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, output = tmp_path / "model", tmp_path / "out"
     if name in VARIANTS:
         write_reference(folder, VARIANTS[name][0], **VARIANTS[name][1])
@@ -85,12 +87,13 @@ def test_scaling_alone_changes_nothing(tmp_path: Path, name: str, monkeypatch: p
     changed = _changed(folder, output)
     folded = name not in ("opt-350m", "olmo2")  # their norms stand behind
     assert any("norm" in each or "ln_" in each for each in changed) == folded
-    # Values and the other half of a gate where they have modules of their own, or ReLU.
-    assert {"v_proj", "up_proj", "fc1"} & {each.split(".")[-2] for each in changed} or name not in (
-        "llama",
-        "gemma2",
-        "opt",
-    )
+    modules = {each.split(".")[-2] for each in changed}
+    if name in ("llama", "gemma2"):
+        assert {"v_proj", "up_proj"} <= modules and "can't be scaled" not in caplog.text
+    elif name == "opt":  # ReLU passes scales on
+        assert {"v_proj", "fc1"} <= modules
+    elif name == "olmo2":
+        assert "model.layers.*.mlp.gate_proj: its inputs can't be scaled" in caplog.text
 
 
 def _exact(monkeypatch: pytest.MonkeyPatch, *, transposed: bool) -> None:

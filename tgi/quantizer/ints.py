@@ -45,12 +45,13 @@ class Grid:
 
     @classmethod
     def between(cls, low: torch.Tensor, high: torch.Tensor, bits: int, *, sym: bool, least: int = 1) -> "Grid":
-        """From ``low`` to ``high`` [...]. ``sym``: around 0, with the zero in the middle. ``least``: of zeros, for
-        some files hold them less one."""
-        top = (1 << bits) - 1
+        """From ``low`` to ``high`` [...]. ``sym``: the zero is in the middle, and what is farther from 0 gets the side
+        that has one step more, for which scales may be negative. ``least``: of zeros, for some files hold them less
+        one."""
+        top, middle = (1 << bits) - 1, 1 << bits - 1
         if sym:
-            scale = torch.maximum(-low, high) * 2 / top
-            return cls(bits, _half(scale), torch.full_like(scale, 1 << bits - 1))
+            scale = _half(torch.where(high > -low, high, low) / -middle)
+            return cls(bits, scale, torch.full_like(scale, middle))
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = _half((high - low) / top)
         return cls(bits, scale, (-low / scale).round().clamp(least, top))
@@ -88,7 +89,8 @@ class Grid:
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
     """As float16 holds it, and never 0."""
-    return scale.half().clamp(min=2.0**-24).float()
+    near = scale.half().float()
+    return torch.where(near == 0, 2.0**-24, near)
 
 
 def gptq_tensors(ints: Ints) -> Mapping[str, torch.Tensor]:

@@ -3,7 +3,8 @@ before it, quantized already, have made of the text. A layer is written when the
 
 import importlib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,8 @@ class Work:
             if reason := self._method.declines(*piece.shape):
                 log.warning("%s stays as it is: %s", piece.name, reason)
                 self._plain[piece.name] = None
+        if isinstance(self._method, Awq):
+            _tell_unscaled(config, self._layers)
         self.quantization = self._method.config([*self._plain, config.head_name])
         """What config.json will say."""
         self.total = sum(site.bytes for site in self._layer_of)
@@ -212,3 +215,11 @@ class Work:
     def _divide(self, name: str, divisors: torch.Tensor) -> None:
         tensor = self._changed.get(name)
         self._changed[name] = (self._source.taken[name][:] if tensor is None else tensor).to(divisors) / divisors
+
+
+def _tell_unscaled(config: DecoderConfig, layers: Sequence[Sequence[Site]]) -> None:
+    """Log what AWQ can't do, once for all layers that are alike."""
+    scaled = {site for layer, sites in enumerate(layers) for site in folds(config, layer, sites)}
+    others = [site.name for sites in layers for site in sites if not site.plain and site not in scaled]
+    for name in dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in others):
+        log.warning("%s: its inputs can't be scaled, for nothing before it can take the scales", name)
