@@ -6,7 +6,7 @@
 Weights are rotated, so that they come from memory and not from a cache. Medians. What the machine allows is a roofline
 (Williams, Waterman & Patterson, CACM 2009): a product can't be faster than its weights are read, or than its arithmetic
 is done in float32, at the ceilings that machine.py measures. Integers have faster instructions, and may be beyond.
-Writes FOLDER/linear.jsonl and .md.
+Writes FOLDER/linear.jsonl, to which each run adds a round, and .md, with the medians of all rounds.
 """
 
 import argparse
@@ -94,23 +94,33 @@ def allowed(cell: Record, ceiling: Record) -> float:
     return 1e-9 * max(reading, arithmetic)
 
 
-def table(cells: Sequence[Record], ceiling: Record) -> str:
-    """Of each product the last that was measured."""
+def table(cells: Sequence[Record], allowances: Sequence[Record]) -> str:
+    """Of each product the median of all rounds."""
+    ceiling = {key: statistics.median(each[key] for each in allowances) for key in ("read_gb_s", "gemm_gflop_s")}
+    rounds: dict[tuple[object, ...], list[Record]] = {}
+    for cell in cells:
+        rounds.setdefault(tuple(cell[key] for key in ("form", "out", "inner", "rows")), []).append(cell)
+    spread = statistics.median(
+        (max(times) - min(times)) / statistics.median(times)
+        for times in ([cell["seconds"] for cell in each] for each in rounds.values())
+    )
+    cells = [each[0] | {"seconds": statistics.median(cell["seconds"] for cell in each)} for each in rounds.values()]
     lines = [
         f"Read {ceiling['read_gb_s']:.0f} GB/s, multiply {ceiling['gemm_gflop_s']:.0f} GFLOP/s in float32, with "
-        f"{ceiling['threads']} threads. Microseconds, and the share of what the machine allows.",
+        f"{allowances[0]['threads']} threads. Microseconds, and the share of what the machine allows: medians of "
+        f"{len(allowances)} rounds, in which half of the products spread over less than {spread:.0%}.",
         "",
     ]
     rows = sorted({cell["rows"] for cell in cells})
     for out, inner in dict.fromkeys((cell["out"], cell["inner"]) for cell in cells):
         mine = [cell for cell in cells if (cell["out"], cell["inner"]) == (out, inner)]
-        last = {(cell["form"], cell["rows"]): cell for cell in mine}
+        found = {(cell["form"], cell["rows"]): cell for cell in mine}
         heads = "".join(f" {count} rows |" for count in rows)
         lines += [f"| {out} x {inner} | bits |{heads}", f"|---|---|{'---|' * len(rows)}"]
         for form, size in {cell["form"]: cell["bytes"] for cell in mine}.items():
             told = [
                 f"{1e6 * cell['seconds']:.0f} ({allowed(cell, ceiling) / cell['seconds']:.0%})"
-                if (cell := last.get((form, count)))
+                if (cell := found.get((form, count)))
                 else "-"
                 for count in rows
             ]
@@ -139,7 +149,7 @@ def main() -> None:
     for out, inner in arguments.shapes:
         for form in arguments.forms:
             measure(form, out, inner, arguments.rows, journal.write)
-    told = table(journal.data.of("linear"), journal.data.of("ceiling")[-1])
+    told = table(journal.data.of("linear"), journal.data.of("ceiling"))
     (arguments.out / "linear.md").write_text(told)
     print(told)
 
