@@ -60,10 +60,11 @@ class FakeEngine:
     delay: seconds between steps.
     per_step: tokens that a step adds to a request.
     die_after: drop all connections and stop listening after so many steps; ``start`` brings the engine back.
+    poison: a prompt with this id ends the engine instead of a step; it comes back by itself.
     pong: whether pings are answered.
     cached: prompt tokens that are said to have been in the cache.
     ``pause`` and ``resume`` hold the steps (pings too), so that a test can look at what waits.
-    ``received`` is all that arrived, in order.
+    ``received`` is all that arrived, in order; ``victims`` are the requests that ran when the poison worked, each time.
     """
 
     def __init__(
@@ -74,16 +75,19 @@ class FakeEngine:
         delay: float = 0.0,
         per_step: int = 1,
         die_after: int | None = None,
+        poison: int | None = None,
         pong: bool = True,
         cached: int = 0,
     ) -> None:
         self.received: list[ToEngine] = []
+        self.victims: list[list[int]] = []
         self.connections = 0
         self._socket = socket
         self._reply = reply
         self._delay = delay
         self._per_step = per_step
         self._die_after = die_after
+        self._poison = poison
         self._pong = pong
         self._cached = cached
         self._epoch = 0
@@ -109,6 +113,10 @@ class FakeEngine:
     def die(self) -> None:
         """As a crash looks from outside: connections drop, nobody listens."""
         self._run(self._drop())
+
+    def fault(self, message: str) -> None:
+        """End all that has been submitted."""
+        self.send_raw(frame(Step(faults=[Fault(submit.id, message) for submit in self.submits])))
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes of the test's own to every connection."""
@@ -209,6 +217,11 @@ class FakeEngine:
                     writer.write(frame(Pong(nonce)))
             if not running:
                 continue
+            if any(self._poison in request.submit.token_ids for request in running.values()):
+                self.victims.append(list(running))
+                await self._drop()
+                await self._listen()
+                return
             fresh = sum(request.fresh for request in running.values())
             deltas = [self._advance(request) for request in running.values()]
             for delta in deltas:
@@ -248,7 +261,9 @@ class FakeEngine:
             tokens=tokens,
             finish=finish,
             started=request.started,
-            prompt=[PromptToken(-float(n), self._top(submit, submit.token_ids[n])) for n in range(1, prompt)],
+            prompt=[
+                PromptToken(-float(n), self._top(submit, submit.token_ids[n])) for n in range(1 + submit.scored, prompt)
+            ],
             cached=self._cached,
             embedding=[float(id) for id in submit.token_ids] if submit.pooling else [],
         )

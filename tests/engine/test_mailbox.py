@@ -35,6 +35,15 @@ def receive(client: socket.socket) -> ToRouter:
     return msgspec.msgpack.decode(exactly(length), type=ToRouter)
 
 
+def test_the_socket_of_an_engine_that_was_killed_is_taken_over(tmp_path: Path):
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    box = Mailbox(path, Hello(7))
+    connect(box, tmp_path).close()
+    box.close()
+
+
 def test_messages_arrive_whole_however_they_are_cut(mailbox: Mailbox, tmp_path: Path):
     with connect(mailbox, tmp_path) as client:
         data = frame(Ping(1)) + frame(Cancel(2)) + frame(Ping(3))

@@ -25,9 +25,23 @@ def submit(
     prompt_logprobs: bool = False,
     priority: int = 0,
     pooling: Pooling | None = None,
+    scored: int = 0,
+    arrived: float = 0.0,
 ) -> Submit:
-    ids = [*prompt, *resumed]
-    return Submit(number, ids, len(prompt), new, list(stops), Sampling(), 0.0, prompt_logprobs, salt, priority, pooling)
+    return Submit(
+        number,
+        [*prompt, *resumed],
+        len(prompt),
+        new,
+        list(stops),
+        Sampling(),
+        arrived,
+        prompt_logprobs,
+        salt,
+        priority,
+        pooling,
+        scored,
+    )
 
 
 def scores_of(prompt: Sequence[int]) -> list[float]:
@@ -245,6 +259,29 @@ def test_prompt_logprobs_come_once_each_and_in_order_through_chunks_and_preempti
     assert engine.runner.scored == sum(len(prompt) - 1 for prompt in prompts.values())
 
 
+@pytest.mark.parametrize("step_tokens", [7, 64])
+@pytest.mark.parametrize(("scored", "known"), [(0, 0), (1, 0), (17, 0), (29, 0), (29, 1), (29, 5)])
+def test_a_prompt_that_was_scored_in_part_gets_the_other_scores(scored: int, known: int, step_tokens: int):
+    prompt = [index % 50 for index in range(30)]
+    expected = text_of(prompt, 12)
+    engine = Engine(step_tokens=step_tokens)
+    engine.add(submit(1, prompt, 12, resumed=expected[:known], prompt_logprobs=True, scored=scored))
+    engine.run()
+    assert engine.scores(1) == scores_of(prompt)[scored:]
+    assert engine.runner.scored == 29 - scored
+    assert engine.text(1) == expected
+
+
+def test_who_comes_again_has_the_turn_that_he_had():
+    engine = Engine(max_running=1)
+    engine.add(submit(1, [1], 4, arrived=30.0))
+    engine.add(submit(2, [2], 4, arrived=20.0))
+    engine.add(submit(3, [3], 4, arrived=10.0))
+    engine.add(submit(4, [4], 4, arrived=40.0, priority=-1))
+    assert [request.submit.id for request in engine.scheduler.waiting] == [4, 3, 2, 1]
+    engine.run()
+
+
 def test_without_new_tokens_only_the_prompt_is_computed():
     engine = Engine(step_tokens=16)
     prompt = [index % 50 for index in range(40)]
@@ -443,6 +480,7 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
             prompt_logprobs=chance.random() < 0.2,
             priority=chance.choice([0, 0, 0, -1, 5]),
             pooling=pooling,
+            scored=0 if resumed else chance.randrange(len(prompt)),
         )
         engine.add(submits[number])
         for _ in range(chance.randrange(4)):
@@ -461,6 +499,6 @@ def test_whatever_happens_every_request_gets_its_own_text(seed: int):
             message = submits[number]
             prompt = message.token_ids[: message.prompt_length]
             assert [delta.finish for delta in deltas if delta.finish] == [deltas[-1].finish]
-            assert engine.scores(number) == (scores_of(prompt) if message.prompt_logprobs else [])
+            assert engine.scores(number) == (scores_of(prompt)[message.scored :] if message.prompt_logprobs else [])
             pooled = {None: [], "mean": prompt, "last": prompt[-1:]}[message.pooling]
             assert deltas[-1].embedding == [float(id) for id in pooled]

@@ -1,16 +1,20 @@
-"""Runs the real supervisor over two small scripts: ``python -m tests.launcher.supervise_fakes ENGINE ROUTER GRACE``.
+"""Runs the real supervisor over small scripts: ``python -m tests.launcher.supervise_fakes GRACE ROUTER SHARD…``.
 
-The scripts speak the status pipe with ``say`` and are told by SIGTERM (``told``) to end.
+The scripts speak the status pipe with ``say`` and are told by SIGTERM (``told``) to end. Shards know how often they
+were started before, ``turn``, from a pipe that is made for each start.
 """
 
+import contextlib
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 
 from tgi.core import telemetry
 from tgi.core.config import Limits, ModelFiles, Settings
 from tgi.core.errors import StartupError
-from tgi.launcher.supervisor import bind, supervise
+from tgi.launcher.supervisor import Command, bind, supervise
 
 PRELUDE = """
 import json, os, signal, socket, sys, time
@@ -22,13 +26,39 @@ def told(*_):
     tell("router ends" if "--listen-fd" in arguments else "engine ends")
     raise SystemExit(0)
 signal.signal(signal.SIGTERM, told)
+turn = int(os.read(int(arguments["--turn-fd"]), 9)) if "--turn-fd" in arguments else 0
 """
 LIMITS = Limits(
     max_input_tokens=7, max_total_tokens=8, max_batch_prefill_tokens=8, max_batch_total_tokens=16, max_batch_size=1
 )
 
 
-def main(engine: str, router: str, grace: str) -> int:
+def script(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", PRELUDE + text)
+
+
+class Engine:
+    """What is started in its place."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self._shards = shards
+        self._turn = 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[list[Command]]:
+        commands = []
+        with contextlib.ExitStack() as stack:
+            for shard in self._shards:
+                reader, writer = os.pipe()
+                stack.callback(os.close, reader)
+                os.write(writer, str(self._turn).encode())
+                os.close(writer)
+                commands.append(Command((*script(shard), "--turn-fd", str(reader)), [reader]))
+            self._turn += 1
+            yield commands
+
+
+def main(grace: str, router: str, *shards: str) -> int:
     telemetry.setup("text_generation_launcher", stream=sys.stdout)
     with tempfile.TemporaryDirectory(prefix="tgi-") as run_dir, bind("127.0.0.1", 0) as listener:
         settings = Settings(
@@ -41,9 +71,8 @@ def main(engine: str, router: str, grace: str) -> int:
         )
         print(f"RUN_DIR {run_dir}", flush=True)
         print(f"PORT {listener.getsockname()[1]}", flush=True)
-        commands = ((sys.executable, "-S", "-c", PRELUDE + script) for script in (engine, router))
         try:
-            supervise(settings, listener, time.monotonic(), *commands)
+            supervise(settings, listener, time.monotonic(), Engine(shards), script(router))
         except StartupError as error:
             print(f"Error: {type(error).__name__}: {error}", file=sys.stderr)
             return 1

@@ -93,6 +93,12 @@ def gemma(folder: Path, window: int) -> ModelFiles:
     )
 
 
+def test_a_step_has_time_enough_on_a_machine_a_hundred_times_slower_than_usual(tmp_path: Path) -> None:
+    """2 operations for each of 512 tokens, each weight, and in 3 layers of 64 columns each of 2048 keys and values."""
+    assert fit(Options(), model(tmp_path), CPU).longest_step == 60 + 2 * 512 * (205 + 2 * 3 * 64 * 2048) / 2e9
+    assert 60 < fit(Options(), model(tmp_path), GPU).longest_step < 61
+
+
 def test_layers_with_a_window_get_room_for_the_windows_of_all_requests(tmp_path: Path) -> None:
     files = gemma(tmp_path, 100)
     plan = fit(Options(max_batch_size=4, max_batch_prefill_tokens=50), files, CPU)

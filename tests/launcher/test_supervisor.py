@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,9 +45,9 @@ while True: time.sleep(60)
 class Launch:
     """A supervisor in a process of its own."""
 
-    def __init__(self, engine: str, router: str, grace: float) -> None:
+    def __init__(self, shards: Sequence[str], router: str, grace: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launcher.supervise_fakes", engine, router, str(grace)],
+            [sys.executable, "-m", "tests.launcher.supervise_fakes", str(grace), router, *shards],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,8 +64,8 @@ class Launch:
             self.seen += line
 
     def value(self, name: str) -> str:
-        """What stands behind ``name`` in a line that came."""
-        return next(line.split()[1] for line in self.seen.splitlines() if line.startswith(f"{name} "))
+        """What stands behind ``name`` in the last line that came with it."""
+        return [line.split()[1] for line in self.seen.splitlines() if line.startswith(f"{name} ")][-1]
 
     def end(self, *signals: signal.Signals) -> tuple[int, str, str]:
         """Send signals and wait: exit code, all of standard output, standard error."""
@@ -80,8 +80,8 @@ class Launch:
 def launch() -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
-    def start(engine: str = ENGINE, router: str = ROUTER, grace: float = 20) -> Launch:
-        started.append(Launch(engine, router, grace))
+    def start(engine: str | Sequence[str] = ENGINE, router: str = ROUTER, grace: float = 20) -> Launch:
+        started.append(Launch([engine] if isinstance(engine, str) else engine, router, grace))
         return started[-1]
 
     yield start
@@ -189,32 +189,122 @@ signal.pause()
     assert run.end(signal.SIGTERM)[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("script", "cause"),
-    [
-        (
-            'say(type="failed", message="config.json: hidden_act is odd"); time.sleep(60)',
-            "config.json: hidden_act is odd",
-        ),
-        ('say(type="failed", message="no memory"); sys.exit(1)', "no memory"),
-        ('sys.stderr.write("Traceback\\nImportError: no libfoo\\n"); sys.exit(3)', "status 3: ImportError: no libfoo"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, as the kernel does when memory runs out"),
-        ("os.abort()", "killed by SIGABRT"),
-        ('os.write(status, b"[not a status]\\n"); time.sleep(60)', "can't be read"),
-    ],
-)
-@pytest.mark.parametrize("ready", [False, True])
-def test_the_end_of_the_engine_is_told(launch: Callable[..., Launch], script: str, cause: str, ready: bool) -> None:
-    run = launch(engine=f"{WHEN_TOLD if ready else ''}\n{script}")
-    if ready:
-        run.until("Connected")
-        os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+CAUSES = [
+    ('say(type="failed", message="config.json: hidden_act is odd"); time.sleep(60)', "config.json: hidden_act is odd"),
+    ('say(type="failed", message="no memory"); sys.exit(1)', "no memory"),
+    ('sys.stderr.write("Traceback\\nImportError: no libfoo\\n"); sys.exit(3)', "status 3: ImportError: no libfoo"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, as the kernel does when memory runs out"),
+    ("os.abort()", "killed by SIGABRT"),
+    ("signal.setitimer(signal.ITIMER_REAL, 0.01); time.sleep(60)", "it hung in a step; where, stands above"),
+    ('os.write(status, b"[not a status]\\n"); time.sleep(60)', "can't be read"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", "stopped by SIGSTOP"),
+]
+
+
+@pytest.mark.parametrize(("script", "cause"), CAUSES)
+def test_an_engine_that_can_not_start_ends_all(launch: Callable[..., Launch], script: str, cause: str) -> None:
+    run = launch(engine=script)
     code, out, err = run.end()
     assert code == 1
-    assert last_line(err).startswith(f"Error: {'ShardFailed' if ready else 'ShardCannotStart'}: ")
-    assert cause in last_line(err)
-    assert ("router ends" in out) or not ready
+    assert last_line(err).startswith("Error: ShardCannotStart: ") and cause in last_line(err)
+    assert "Restarting" not in out and out.count("Shard 0 crashed: ") == 1
     assert not Path(run.value("RUN_DIR")).exists()
+
+
+@pytest.mark.parametrize(("script", "cause"), CAUSES)
+def test_an_engine_that_has_served_is_started_again(launch: Callable[..., Launch], script: str, cause: str) -> None:
+    run = launch(engine=f"{WHEN_TOLD}\nif turn == 0:\n    {script}\nsignal.pause()")
+    run.until("Connected")
+    first, router = run.value("WAITING"), run.value("ROUTER")
+    os.kill(int(first), signal.SIGUSR1)
+    run.until("The engine serves again")
+    assert run.seen.index(cause) < run.seen.index("Restarting the engine\n")
+    assert run.seen.count("Shard 0 crashed: ") == 1
+    assert gone(int(first)) and run.value("WAITING") != first
+    assert run.value("ROUTER") == router and not gone(int(router))
+    os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+    code, _, _ = run.end(signal.SIGTERM)
+    assert code == 0
+    assert gone(int(run.value("WAITING")))
+
+
+RANKS = [f'tell("RANK{rank} %d" % os.getpid()); say(type="ready")\nwhile True: signal.pause()' for rank in range(3)]
+
+
+@pytest.mark.parametrize("rank", range(3))
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_loss_of_one_shard_is_that_of_all(launch: Callable[..., Launch], rank: int, number: signal.Signals) -> None:
+    run = launch(engine=RANKS)
+    run.until("Connected")
+    before = [int(run.value(f"RANK{rank}")) for rank in range(3)]
+    begin = time.monotonic()
+    os.kill(before[rank], number)
+    run.until("Restarting the engine\n")
+    assert all(map(gone, before))
+    assert time.monotonic() - begin < 1
+    run.until("The engine serves again")
+    assert f"Shard {rank} crashed: " in run.seen and run.seen.count("crashed: ") == 1
+    after = [int(run.value(f"RANK{rank}")) for rank in range(3)]
+    assert not set(before) & set(after)
+    assert run.end(signal.SIGTERM)[0] == 0
+    assert all(map(gone, after))
+
+
+def test_nothing_of_a_lost_engine_stays_open(launch: Callable[..., Launch]) -> None:
+    run = launch()
+    run.until("Connected")
+    descriptors = Path(f"/proc/{run.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    os.kill(int(run.value("ENGINE")), signal.SIGKILL)
+    run.until("The engine serves again")
+    assert len(list(descriptors.iterdir())) == before
+
+
+def test_an_engine_that_is_lost_again_soon_waits_longer_each_time(launch: Callable[..., Launch]) -> None:
+    run = launch(engine="say(type='ready'); time.sleep(0.05 if turn < 3 else 60); sys.exit(turn)")
+    run.until("Restarting the engine\n")
+    begin = time.monotonic()
+    run.until("Restarting the engine in 1 s")
+    run.until("Restarting the engine in 2 s")
+    assert time.monotonic() - begin > 1
+    run.process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    assert run.end()[0] == 0
+    assert time.monotonic() - begin < 1  # a signal is heard while nothing runs
+
+
+def test_an_engine_that_fails_to_start_again_and_again_ends_the_service(launch: Callable[..., Launch]) -> None:
+    run = launch(engine=f"if turn: say(type='failed', message='no device %d' % turn); time.sleep(60)\n{WHEN_TOLD}")
+    run.until("Connected")
+    os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+    code, out, err = run.end()
+    assert code == 1
+    assert last_line(err) == "Error: ShardCannotStart: no device 3"
+    assert out.count("Restarting the engine") == 3
+    assert "router ends" in out
+    assert not Path(run.value("RUN_DIR")).exists()
+
+
+def test_what_a_lost_engine_has_started_ends_with_it(launch: Callable[..., Launch]) -> None:
+    run = launch(engine=f"if not turn and not os.fork(): tell('CHILD %d' % os.getpid()); time.sleep(60)\n{ENGINE}")
+    run.until("Connected")
+    run.until("CHILD")
+    child = int(run.value("CHILD"))
+    os.kill(int(run.value("ENGINE")), signal.SIGKILL)
+    run.until("The engine serves again")
+    assert gone(child)
+
+
+def test_an_engine_that_is_lost_while_the_router_drains_is_not_started_again(launch: Callable[..., Launch]) -> None:
+    run = launch(router=STUBBORN, engine=RANKS[:2], grace=1)
+    run.until("Connected")
+    run.process.send_signal(signal.SIGTERM)
+    run.until("Waiting for webserver")
+    os.kill(int(run.value("RANK1")), signal.SIGKILL)
+    run.until("Shard 1 crashed")
+    code, out, _ = run.end()
+    assert code == 0 and "Restarting" not in out
+    assert gone(int(run.value("RANK0")))
 
 
 @pytest.mark.parametrize("ready", [False, True])

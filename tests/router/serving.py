@@ -92,6 +92,10 @@ class Router:
     ) -> None:
         self._exits.close()
 
+    def drain(self) -> None:
+        """As the router's process is told to end."""
+        self._server.servers[0].get_loop().call_soon_threadsafe(self.service.client.drain)
+
     def _stop(self) -> None:
         self._server.should_exit = True
 

@@ -1,4 +1,5 @@
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -9,8 +10,21 @@ import msgspec
 import pytest
 
 from tests.fake_engine import FakeEngine
-from tgi.core.errors import GENERATION, RequestError
-from tgi.core.messages import FRAME, MAX_FRAME, Delta, Hello, Pong, Sampling, Step, StepStats, Submit, Token, frame
+from tgi.core.errors import CRASH, GENERATION, UNAVAILABLE, RequestError
+from tgi.core.messages import (
+    FRAME,
+    MAX_FRAME,
+    Delta,
+    Hello,
+    Pong,
+    PromptToken,
+    Sampling,
+    Step,
+    StepStats,
+    Submit,
+    Token,
+    frame,
+)
 from tgi.router.client import EngineClient, Ticket, _take_frames
 
 Scenario = Callable[[EngineClient, FakeEngine], Awaitable[None]]
@@ -24,6 +38,7 @@ class Observed:
         self.gaps: list[float] = []
         self.grown = Counter[int]()
         self.breaks: list[bool] = []
+        self.restarts = 0
 
     def stepped(self, stats: StepStats) -> None:
         self.stats.append(stats)
@@ -37,6 +52,9 @@ class Observed:
     def broke(self, *, prefills: bool) -> None:
         self.breaks.append(prefills)
 
+    def restarted(self) -> None:
+        self.restarts += 1
+
 
 def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, Observed]:
     """Run a scenario against a connected client and a fake engine made with ``options``."""
@@ -45,7 +63,7 @@ def play(folder: Path, scenario: Scenario, **options: Any) -> tuple[FakeEngine, 
     async def main() -> None:
         client = EngineClient(folder / "engine.sock", observed, longest_step=0)
         running = asyncio.create_task(client.run())
-        assert await client.wait_connected(10)
+        assert await client.admits(10)
         try:
             await asyncio.wait_for(scenario(client, engine), 20)
         finally:
@@ -258,43 +276,138 @@ def test_a_fault_ends_one_request(tmp_path: Path) -> None:
     assert engine.cancels == []
 
 
-def test_the_engine_s_end_ends_every_request(tmp_path: Path) -> None:
+def test_an_engine_that_is_lost_takes_no_request_with_it(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
         engine.pause()
-        tickets = [submit(client, [n], 100) for n in (1, 2, 3)]
+        tickets = [submit(client, [n, n + 1], 100, priority=-n) for n in (1, 3, 5)]
         await until(lambda: len(engine.submits) == 3)
         engine.resume()
-        for ticket in tickets:
-            with pytest.raises(RequestError) as caught:
-                await collect(ticket)
-            assert error_of(caught) == "Server error: the engine stopped: it closed the connection"
-            assert ticket.output_ids == ticket.submit.token_ids * 4
-            assert ticket.finished
-        assert (client.connected, client.open) == (False, 0)
+        await until(lambda: not client.connected)
+        assert [len(ticket.output_ids) for ticket in tickets] == [5, 5, 5]
+        assert (client.open, client.queued) == (3, 3)
         assert not await client.healthy()
+        engine.start()
+        for ticket, deltas in zip(tickets, await asyncio.gather(*map(collect, tickets)), strict=True):
+            assert [delta.index for delta in deltas] == list(range(100))
+            assert ticket.output_ids == [token.id for delta in deltas for token in delta.tokens]
+            assert ticket.output_ids == ticket.submit.token_ids * 50
+        assert client.open == 0
+
+    engine, observed = play(tmp_path, scenario, die_after=5)
+    for first, again in zip(engine.submits[:3], engine.submits[3:], strict=True):
+        known = [*first.token_ids, *first.token_ids, *first.token_ids[:1]]
+        assert again == msgspec.structs.replace(first, token_ids=first.token_ids + known)
+    assert (observed.breaks, observed.restarts) == ([False], 1)
+    assert observed.grown == {1: 300}
+
+
+def test_who_follows_after_the_loss_misses_nothing(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        ticket = submit(client, [1], 100)
+        await until(lambda: not client.connected)
+        engine.start()
+        await until(lambda: len(ticket.output_ids) == 100)
+        assert [delta.index for delta in await collect(ticket)] == list(range(100))
+
+    play(tmp_path, scenario, die_after=4)
+
+
+def test_what_came_of_a_prompt_is_not_asked_for_again(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        ticket = submit(client, [7, 8, 9], 4, prompt_logprobs=True)
+        await until(lambda: len(engine.submits) == 1)
+        id = ticket.submit.id
+        engine.send_raw(frame(Step([Delta(id, 0, [], None, 5.0, 2, [PromptToken(-1.0)])])))
+        await until(lambda: len(ticket.prompt) == 1)
+        engine.die()
+        engine.start()
+        engine.resume()
+        await collect(ticket)
+        assert [token.logprob for token in ticket.prompt] == [-1.0, -2.0]
+        assert (ticket.started, ticket.cached) == (5.0, 2)  # what the next engine's cache has isn't what was there
+
+    engine, _ = play(tmp_path, scenario, cached=1)
+    assert [sent.scored for sent in engine.submits] == [0, 1]
+
+
+def test_what_is_cancelled_meanwhile_is_not_handed_over_again(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        tickets = [submit(client, [n], 100) for n in (1, 2)]
+        await until(lambda: not client.connected)
+        tickets[0].cancel()
+        engine.start()
+        await collect(tickets[1])
+        assert await collect(tickets[0]) == []
+
+    engine, _ = play(tmp_path, scenario, die_after=4)
+    assert [sent.token_ids[0] for sent in engine.submits] == [1, 2, 2]
+    assert engine.cancels == []
+
+
+def test_new_requests_wait_for_the_next_engine(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.die()
+        await until(lambda: not client.connected)
+        tickets = [submit(client, [n]) for n in (1, 2)]
+        assert await client.admits(0)
+        assert client.queued == 2
+        engine.start()
+        await asyncio.gather(*map(collect, tickets))
+
+    engine, observed = play(tmp_path, scenario)
+    assert [sent.token_ids for sent in engine.submits] == [[1], [2]]
+    assert observed.breaks == []
+
+
+def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        monkeypatch.setattr("tgi.router.client.LONGEST_ABSENCE", 0.2)
+        ticket = submit(client, [1], 100)
+        with pytest.raises(RequestError) as caught:
+            await collect(ticket)
+        assert caught.value.kind is UNAVAILABLE
+        assert client.open == 0
+        assert not await client.admits(0.01)
         with pytest.raises(RequestError) as caught:
             submit(client, [1])
         assert error_of(caught) == "Server error: the engine is not running"
-
         engine.start()
-        assert await client.wait_connected(10)
+        assert await client.admits(10)
         assert len(await collect(submit(client, [1]))) == 5
 
-    engine, observed = play(tmp_path, scenario, die_after=4)
-    assert len({submit.id for submit in engine.submits}) == 4
-    assert observed.breaks == [False]
+    play(tmp_path, scenario, die_after=4)
 
 
-def test_deltas_before_the_end_are_delivered(tmp_path: Path) -> None:
+def test_a_server_that_stops_waits_for_no_engine(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
         ticket = submit(client, [1], 100)
-        await until(lambda: bool(ticket.finished))
-        deltas: list[Delta] = []
+        await until(lambda: not client.connected)
+        client.drain()
+        with pytest.raises(RequestError) as caught:
+            await collect(ticket)
+        assert error_of(caught) == "Server error: the engine stopped: the server is stopping"
+        assert len(ticket.output_ids) == 4
         with pytest.raises(RequestError):
-            await ticket.follow(deltas.append)
-        assert len(deltas) == len(ticket.output_ids) == 4
+            submit(client, [1])
 
     play(tmp_path, scenario, die_after=4)
+
+
+def test_a_server_that_stops_goes_on_with_the_engine_that_is_there(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets = [submit(client, [1], 3), submit(client, [2], 100)]
+        await until(lambda: len(engine.submits) == 2)
+        client.drain()
+        engine.resume()
+        assert len(await collect(tickets[0])) == 3
+        with pytest.raises(RequestError) as caught:
+            await collect(tickets[1])
+        assert error_of(caught) == "Server error: the engine stopped: it closed the connection"
+        assert len(tickets[1].output_ids) == 9
+
+    play(tmp_path, scenario, die_after=9)
 
 
 def test_stopping_the_router_ends_its_requests(tmp_path: Path) -> None:
@@ -316,21 +429,110 @@ def test_an_engine_lost_in_a_prompt(tmp_path: Path) -> None:
         ticket = submit(client, [1])
         await until(lambda: bool(engine.submits))
         engine.die()
-        with pytest.raises(RequestError):
-            await collect(ticket)
+        await until(lambda: not client.connected)
+        ticket.cancel()
 
     _, observed = play(tmp_path, scenario)
     assert observed.breaks == [True]
 
 
+# Suspects
+
+POISON = 66
+
+
+async def error_from(ticket: Ticket) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        await collect(ticket)
+    return caught.value
+
+
+@pytest.mark.parametrize("places", [[0], [2], [5], [1, 2], [0, 5]])
+def test_who_ends_the_engine_again_alone_ends_with_an_error_and_others_never_notice(
+    tmp_path: Path, places: list[int]
+) -> None:
+    bad: list[int] = []
+
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets = [submit(client, [n, POISON] if n in places else [n], 30) for n in range(6)]
+        bad.extend(tickets[place].submit.id for place in places)
+        await until(lambda: len(engine.submits) == 6)
+        engine.resume()
+        for n, ticket in enumerate(tickets):
+            if n in places:
+                error = await error_from(ticket)
+                assert (error.kind, error.status, ticket.output_ids) == (CRASH, 500, [])
+            else:
+                assert [delta.index for delta in await collect(ticket)] == list(range(30))
+                assert ticket.output_ids == [n] * 30
+        assert client.open == 0
+        assert len(await collect(submit(client, [1]))) == 5
+
+    engine, observed = play(tmp_path, scenario, poison=POISON, delay=0.01)
+    every = sorted({sent.id for sent in engine.submits})[:6]
+    assert engine.victims == [every, every, *([id] for id in bad)]
+    assert observed.restarts == len(engine.victims)
+
+
+def test_new_requests_wait_while_suspects_run_alone(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        bad = submit(client, [POISON], 30)
+        await until(lambda: len(engine.victims) == 2)
+        await until(lambda: client.connected)
+        late = submit(client, [1], 30)
+        assert (await error_from(bad)).kind is CRASH
+        assert len(await collect(late)) == 30
+
+    engine, _ = play(tmp_path, scenario, poison=POISON, delay=0.05)
+    assert [len(victims) for victims in engine.victims] == [1, 1, 1]
+
+
+def test_a_suspect_that_is_cancelled_makes_room_for_the_next(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
+        tickets = [submit(client, [n], 30) for n in range(3)]
+        for _ in range(2):
+            await until(lambda: all(ticket.sent for ticket in tickets))
+            engine.die()
+            await until(lambda: not client.connected)
+            engine.start()
+            await until(lambda: client.connected)
+        assert [ticket.sent for ticket in tickets] == [True, False, False]
+        tickets[1].cancel()
+        tickets[0].cancel()
+        engine.resume()
+        assert len(await collect(tickets[2])) == 30
+
+    play(tmp_path, scenario)
+
+
+def test_who_gets_on_between_losses_is_no_suspect(tmp_path: Path) -> None:
+    async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        tickets = [submit(client, [n], 40) for n in range(3)]
+        for known in (5, 10, 15, 20):
+            await until(lambda known=known: all(len(ticket.output_ids) >= known for ticket in tickets))  # type: ignore[misc]
+            engine.die()
+            await until(lambda: not client.connected)
+            engine.start()
+            await until(lambda: client.connected)
+            assert all(ticket.sent and ticket.losses == 1 for ticket in tickets)
+        await asyncio.gather(*map(collect, tickets))
+        assert [ticket.output_ids for ticket in tickets] == [[n] * 40 for n in range(3)]
+
+    play(tmp_path, scenario, delay=0.005)
+
+
 def test_waits_for_an_engine_that_comes_later(tmp_path: Path) -> None:
     async def main() -> None:
-        client = EngineClient(tmp_path / "engine.sock", Observed())
+        client = EngineClient(tmp_path / "engine.sock", Observed(), 0)
         running = asyncio.create_task(client.run())
-        assert not await client.wait_connected(0.01)
+        assert not await client.admits(0.01)
         assert not await client.healthy()
+        with pytest.raises(RequestError):
+            submit(client, [1])
         with FakeEngine(tmp_path / "engine.sock"):
-            assert await client.wait_connected(10)
+            assert await client.admits(10)
             assert await client.healthy()
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -349,20 +551,22 @@ def test_waits_for_an_engine_that_comes_later(tmp_path: Path) -> None:
         (FRAME.pack(2) + b"\x91\x63", "Invalid value 99"),
     ],
 )
-def test_nonsense_from_the_engine_ends_the_connection(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_nonsense_from_the_engine_ends_the_connection(
+    tmp_path: Path, data: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
         engine.pause()
         ticket = submit(client, [1])
         await until(lambda: len(engine.submits) == 1)
         engine.send_raw(data)
-        with pytest.raises(RequestError, match=f"the engine stopped: ({reason})"):
-            await collect(ticket)
+        await until(lambda: len(engine.submits) == 2)
         engine.resume()
-        assert await client.wait_connected(10)
-        assert len(await collect(submit(client, [1]))) == 5
+        assert len(await collect(ticket)) == 5
 
-    engine, _ = play(tmp_path, scenario)
+    engine, observed = play(tmp_path, scenario)
     assert engine.connections == 2
+    assert observed.restarts == 0
+    assert re.search(rf"lost the engine \(({reason})", caplog.text)
 
 
 def test_nothing_counts_before_hello(tmp_path: Path) -> None:
@@ -373,9 +577,9 @@ def test_nothing_counts_before_hello(tmp_path: Path) -> None:
             writer.close()
 
         server = await asyncio.start_unix_server(serve, tmp_path / "engine.sock")
-        client = EngineClient(tmp_path / "engine.sock", Observed())
+        client = EngineClient(tmp_path / "engine.sock", Observed(), 0)
         running = asyncio.create_task(client.run())
-        assert not await client.wait_connected(0.2)
+        assert not await client.admits(0.2)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -439,7 +643,7 @@ def test_losing_the_engine_answers_a_ping(tmp_path: Path) -> None:
         engine.die()
         assert not await asking
         engine.start()
-        assert await client.wait_connected(10)
+        await until(lambda: client.connected)
         assert not await client.healthy(0.05)
 
     engine, _ = play(tmp_path, scenario, pong=False)

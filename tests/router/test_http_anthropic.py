@@ -14,7 +14,7 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from msgspec.structs import replace
 
-from tests.router.serving import LIMITS, Router, settings, until
+from tests.router.serving import LIMITS, Router, settings
 
 ROOM = replace(LIMITS, max_input_tokens=2000, max_total_tokens=4000, max_batch_prefill_tokens=4000)
 
@@ -443,8 +443,7 @@ def test_failures_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert (response.status_code, error_type(response)) == (500, "api_error")
         assert response.json()["error"]["message"].endswith("out of luck")
         assert "x-compute-type" not in response.headers
-        router.engine.die()
-        until(lambda: not router.service.client.connected)
+    with Router(settings(tmp_path), engine=False) as router:
         response = ask(router, max_tokens=1)
         assert (response.status_code, error_type(response)) == (529, "overloaded_error")
 
@@ -458,7 +457,7 @@ def test_a_stream_that_fails(tmp_path: Path) -> None:
         ):
             for event in stream:
                 if event.type == "text":
-                    router.engine.die()
+                    router.engine.fault("out of luck")
         assert error.value.body == {
             "type": "error",
             "error": {"type": "api_error", "message": error.value.body["error"]["message"]},  # type: ignore[index]

@@ -13,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.router.serving import LIMITS, Router, events, settings, until
+from tgi.router.app import build
 from tgi.router.dialects import native
 from tgi.router.routes import ROUTES
 
@@ -329,7 +330,50 @@ def test_a_stop_string_ends_the_work_of_the_engine(tmp_path: Path) -> None:
         until(lambda: len(router.engine.cancels) == 1)
 
 
-def test_the_engine_dies(tmp_path: Path) -> None:
+def test_requests_outlive_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tgi.router.call.KEEP_ALIVE", 0.05)
+    with Router(settings(tmp_path), delay=0.01) as router:
+        undisturbed = router.generate(max_new_tokens=150).json()
+        thread, answers = ask_in_background(router, LONG_ANSWER)
+        until(lambda: len(router.engine.submits) == 2)
+        with router.http.stream("POST", "/generate_stream", json=LONG_ANSWER) as native:
+            parts = native.iter_raw()
+            first = next(parts)
+            router.engine.die()
+            while (part := next(parts)) != b":\n\n":
+                first += part
+            for path, status in (("/health", 503), ("/readyz", 503), ("/livez", 200)):
+                assert router.http.get(path).status_code == status
+            late_thread, late_answers = ask_in_background(router, {"inputs": "hello"})
+            until(lambda: router.service.client.open == 3)
+            assert router.metric("tgi_queue_size") == 3
+            router.engine.start()
+            rest = b"".join(parts).replace(b":\n\n", b"")
+        thread.join()
+        late_thread.join()
+        told = events(first + rest)
+        assert [event["index"] for event in told] == list(range(1, 151))
+        assert told[-1]["generated_text"] == undisturbed["generated_text"]
+        assert (answers[0].status_code, answers[0].json()) == (200, undisturbed)
+        assert late_answers[0].status_code == 200
+        assert router.http.get("/health").status_code == 200
+        assert router.metric("tgi_engine_restarts") == 1
+        assert router.metric('tgi_request_failure{err="generation"}') == 0
+
+
+def test_who_waits_for_the_engine_holds_a_place(tmp_path: Path) -> None:
+    with Router(settings(tmp_path, replace(LIMITS, max_concurrent_requests=1))) as router:
+        router.engine.die()
+        until(lambda: not router.service.client.connected)
+        thread, answers = ask_in_background(router, {"inputs": "hello"})
+        until(lambda: router.service.client.open == 1)
+        assert router.generate().status_code == 429
+        router.engine.start()
+        thread.join()
+        assert answers[0].status_code == 200
+
+
+def test_a_server_that_stops_ends_what_waits_for_the_engine(tmp_path: Path) -> None:
     with Router(settings(tmp_path), delay=0.01) as router:
         thread, answers = ask_in_background(router, LONG_ANSWER)
         until(lambda: bool(router.engine.submits))
@@ -340,6 +384,8 @@ def test_the_engine_dies(tmp_path: Path) -> None:
                 chunks = openai.iter_raw()
                 assert next(chunks).startswith(b"data: {")
                 router.engine.die()
+                until(lambda: not router.service.client.connected)
+                router.drain()
                 *_, last, done = events(b"".join(chunks))
             *_, error = events(first + b"".join(lines))
         thread.join()
@@ -348,10 +394,17 @@ def test_the_engine_dies(tmp_path: Path) -> None:
         assert (last["error"]["http_status_code"], done) == (424, "[DONE]")
         assert answers[0].status_code == 424
         assert answers[0].json() == error
-        assert router.http.get("/health").status_code == 503
-        router.engine.start()
-        assert router.generate(max_new_tokens=1).status_code == 200
-        assert router.http.get("/health").status_code == 200
+
+
+def test_a_request_that_ends_the_engine_gets_an_error_of_its_own(tmp_path: Path) -> None:
+    *_, poison = build(settings(tmp_path)).tokenizer.encode("fox", add_special_tokens=False)
+    with Router(settings(tmp_path), poison=poison, delay=0.02) as router:
+        thread, answers = ask_in_background(router, LONG_ANSWER)
+        until(lambda: bool(router.engine.submits))
+        response = router.generate("fox")
+        assert (response.status_code, response.json()["error_type"]) == (500, "crash")
+        thread.join()
+        assert answers[0].status_code == 200
 
 
 def test_a_fault_of_one_request(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 from openai.types.responses import Response, ResponseStreamEvent
 
-from tests.router.serving import LIMITS, Router, settings, until
+from tests.router.serving import LIMITS, Router, settings
 from tests.router.test_http_anthropic import named_events
 from tgi.router.store import ResponseStore, Stored
 
@@ -573,8 +573,7 @@ def test_failures_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert error_of(response) == (500, "server_error", None)
         assert response.json()["error"]["message"].endswith("out of luck")
         assert len(router.service.responses) == 0
-        router.engine.die()
-        until(lambda: not router.service.client.connected)
+    with Router(settings(tmp_path), engine=False) as router:
         assert error_of(ask(router)) == (503, "server_error", None)
 
 
@@ -585,7 +584,7 @@ def test_a_stream_that_fails(tmp_path: Path) -> None:
             for event in client.responses.create(model="m", input="hello", stream=True, store=True):
                 events.append(event)
                 if event.type == "response.output_text.delta":
-                    router.engine.die()
+                    router.engine.fault("out of luck")
         error, failed = events[-2:]
         assert error.type == "error"
         assert error.code == "server_error"

@@ -44,6 +44,7 @@ TYPES = {
     "tgi_batch_concat": "counter",
     "tgi_batch_concat_duration": "histogram",
     "tgi_batch_preempted": "counter",
+    "tgi_engine_restarts": "counter",
     "tgi_grammar_forced_tokens": "counter",
 }
 """TGI's and five of ours: time to the first token and between tokens, cached tokens, preemptions, forced tokens."""
@@ -227,11 +228,16 @@ def test_times_to_the_first_token_and_between_tokens(tmp_path: Path) -> None:
 
 def test_an_engine_that_is_lost_has_failed_a_batch(tmp_path: Path) -> None:
     with Router(settings(tmp_path), die_after=2) as router:
-        assert router.generate(max_new_tokens=5).status_code == 424
+        with router.send_raw("/generate", {"inputs": "hello", "parameters": {"max_new_tokens": 5}}):
+            until(lambda: not router.service.client.connected)
+        until(lambda: router.service.client.open == 0)
         assert router.metric('tgi_batch_inference_failure{method="decode"}') == 1
         assert router.metric('tgi_batch_inference_success{method="decode"}') == 1
         assert router.metric('tgi_batch_inference_count{method="decode"}') == 2
-        assert router.metric('tgi_request_failure{err="generation"}') == 1
+        assert router.metric("tgi_engine_restarts") == 0
+        router.engine.start()
+        until(lambda: router.service.client.connected)
+        assert router.metric("tgi_engine_restarts") == 1
 
 
 def test_the_document_has_every_metric() -> None:

@@ -90,6 +90,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """"int8", "fp8_e4m3fn", "fp8_e5m2"; None: ``dtype``."""
     pools: list[KVPool]
     """Of the KV cache; the first is of the layers in which a token sees farthest."""
+    longest_step: float = 60.0
+    """Seconds: a step that takes longer hangs."""
     packed: str | None = None
     """Folder where packed weights are kept."""
     trust_remote_code: bool = False

@@ -26,6 +26,7 @@ TEMPLATE = Kind("template_error", 422, "Template error: ", "template")
 TOOL = Kind("tool_error", 422, "Tool error: ", "validation")
 UNHEALTHY = Kind("healthcheck", 503, "unhealthy")
 UNAVAILABLE = Kind("unavailable", 503, "The model is not ready: its engine is loading or starting again", "generation")
+CRASH = Kind("crash", 500, "The engine ended, and ended again when this request was the only one it had", "generation")
 INTERNAL = Kind("internal", 500, "Internal server error", "incomplete")
 SUFFIX = Kind(
     "suffix not supported",

@@ -62,7 +62,7 @@ Pooling = Literal["mean", "last"]
 
 
 class Submit(msgspec.Struct, tag=1, array_like=True, frozen=True):
-    """Run this request. A resumed request carries the ids generated so far behind its prompt."""
+    """Run this request. One that another engine has begun carries behind its prompt the ids generated so far."""
 
     id: int
     token_ids: list[int]
@@ -79,6 +79,8 @@ class Submit(msgspec.Struct, tag=1, array_like=True, frozen=True):
     """Requests of a lower value run first."""
     pooling: Pooling | None = None
     """Ask for the prompt's embedding; ``max_new_tokens`` is then 0."""
+    scored: int = 0
+    """Log-probabilities of the prompt's tokens that have come already, where ``prompt_logprobs`` asks for them."""
 
 
 class Cancel(msgspec.Struct, tag=2, array_like=True, frozen=True):
@@ -173,6 +175,7 @@ class Hello(msgspec.Struct, tag=11, array_like=True, frozen=True):
     """First message on a connection: the engine has loaded and serves."""
 
     epoch: int
+    """Another for each start of the engine."""
     implementation: Implementation | None = None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,13 +22,20 @@ class Loop:
     """take messages → schedule → launch → masks → sample → commit → send."""
 
     def __init__(
-        self, mailbox: Mailbox, scheduler: Scheduler, runner: Runner, vocabulary: Callable[[], Vocabulary]
+        self,
+        mailbox: Mailbox,
+        scheduler: Scheduler,
+        runner: Runner,
+        vocabulary: Callable[[], Vocabulary],
+        longest_step: float = 0.0,
     ) -> None:
-        """``vocabulary`` loads the model's tokens, for grammars."""
+        """``vocabulary`` loads the model's tokens, for grammars. ``longest_step``: seconds after which a step counts as
+        hung, and SIGALRM ends the process; 0: never."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._runner = runner
         self._grammars = Grammars(vocabulary, runner.vocab_size, mailbox.wake)
+        self._longest_step = longest_step
 
     def run(self) -> None:
         """Until the process ends. An error of one request ends that request; any other error ends the engine."""
@@ -35,13 +43,16 @@ class Loop:
             busy = not self._scheduler.idle
             self.take()
             if not self._scheduler.idle:
+                signal.setitimer(signal.ITIMER_REAL, self._longest_step)
                 self.step()
             elif busy:
                 self._send([], StepStats())  # all was cancelled: the last step's numbers don't hold any more
             else:
                 continue
-            if self._scheduler.idle and (wrong := self._scheduler.settle()):
-                log.error("The cache's books were wrong (%s): it starts empty again", wrong)
+            if self._scheduler.idle:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                if wrong := self._scheduler.settle():
+                    log.error("The cache's books were wrong (%s): it starts empty again", wrong)
 
     def take(self) -> None:
         """Apply what routers sent; with nothing to run, sleep until they send something."""

@@ -34,6 +34,8 @@ class Mailbox:
     def __init__(self, path: Path, hello: Hello) -> None:
         """Bind ``path``, for this user alone. ``hello``: what every router is told first."""
         self._hello = frame(hello)
+        if path.is_socket():  # of an engine that was killed: there is one at a time
+            path.unlink()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         path.chmod(0o600)  # before anybody can connect

@@ -1,8 +1,10 @@
 """The engine process: loads, opens the mailbox, says ready, steps for ever. Run by the launcher."""
 
 import ctypes
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -50,7 +52,8 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
     report(Ready())
     config = settings.tokenizer_config_path
     vocabulary = partial(Vocabulary.load, Path(settings.model.folder), None if config is None else Path(config))
-    Loop(mailbox, scheduler, runner, vocabulary).run()
+    faulthandler.register(signal.SIGALRM, chain=True)  # a step that hangs says where, and ends the process
+    Loop(mailbox, scheduler, runner, vocabulary, settings.longest_step).run()
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ class Request:
     that makes its log-probability known, as a prompt's are to who asks for them."""
     finish: FinishReason | None = field(init=False)
     """Why nothing can follow its tokens; it ends when all of them are told."""
-    turn: tuple[int, int] = (0, 0)
-    """(priority, order of arrival): the scheduler serves lower ones first."""
+    turn: tuple[int, float, int] = (0, 0.0, 0)
+    """(priority, time of arrival, number): the scheduler serves lower ones first."""
     computed: int = 0
     """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``goal``."""
     blocks: "list[array[int]]" = field(default_factory=list)
@@ -56,7 +56,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.submit.token_ids)
-        self.told = 1 if self.submit.prompt_logprobs else len(self.tokens)  # the first has no log-probability
+        self.told = len(self.tokens)
+        if self.submit.prompt_logprobs and self.submit.scored < self.submit.prompt_length - 1:
+            self.told = self.submit.scored + 1  # the first has no log-probability
         self.finish = self._end()
 
     @property

@@ -58,7 +58,7 @@ class Plan:
 
 
 class Scheduler:
-    """Serves by turn, (priority, order of arrival), lower first; what runs goes before what waits.
+    """Serves by turn, (priority, arrival at the router), lower first; what runs goes before what waits.
 
     Both lists are kept in that order. So a step's tokens go to the running requests by turn; a new request passes
     waiting ones of lower importance, but takes no place from a running one; and when blocks run out, the last in turn
@@ -85,7 +85,7 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._beside = beside
         self._max_running = max_running
-        self._arrivals = itertools.count()
+        self._numbers = itertools.count()
 
     @property
     def idle(self) -> bool:
@@ -106,7 +106,7 @@ class Scheduler:
         if (reason := self.cache.declines(submit.prompt_length + submit.max_new_tokens)) is not None:
             return Fault(submit.id, reason)
         if not request.started:  # otherwise it comes back, to its old place
-            request.turn = submit.priority, next(self._arrivals)
+            request.turn = submit.priority, submit.arrived, next(self._numbers)
         insort(self.waiting, request, key=_turn)
         return None
 
@@ -238,5 +238,5 @@ def _catches_up(request: Request) -> bool:
     return request.goal - request.computed > BLOCK_SIZE or request.computed < request.submit.prompt_length
 
 
-def _turn(request: Request) -> tuple[int, int]:
+def _turn(request: Request) -> tuple[int, float, int]:
     return request.turn

@@ -59,6 +59,10 @@ _SLACK = {"cuda": 0.05, "cpu": 0.02}
 _CPU_CACHE_SHARE = 0.5
 """Share of what is left that the KV cache takes on CPU by itself: the machine has other programs, and every page of the
 cache is used in the long run."""
+_SLOWEST = {"cuda": 1e12, "cpu": 2e9}
+"""Operations a second that every machine reaches that is worth serving on: a hundredth of a usual one's."""
+_GRACE = 60.0
+"""Seconds for all that a step does besides: a disk that wakes up, a neighbour that takes the processors."""
 _SAMPLING_BYTES = 40
 """Bytes per logit at the worst: scores, penalized and warped copies, a sort with its indices."""
 
@@ -195,6 +199,8 @@ class Plan:
     quantize: str | None
     memory: int
     """Bytes the engine may use in all."""
+    longest_step: float
+    """Seconds; see Settings."""
     ledger: dict[str, int]
     """Name → bytes, in the order they are taken."""
 
@@ -282,7 +288,10 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         validation_workers=options.validation_workers,
         payload_limit=options.payload_limit,
     )
-    return Plan(limits, cache.pools(capacity), dtype, quantize, budget, ledger)
+    pairs = 2 * shape.layers * shape.heads * shape.head_dim * total  # queries with keys, and with values
+    operations = 2.0 * prefill * (elements(files, config.scheme) + pairs)
+    longest_step = _GRACE + operations / _SLOWEST[machine.device]
+    return Plan(limits, cache.pools(capacity), dtype, quantize, budget, longest_step, ledger)
 
 
 def _budget(machine: Machine, fraction: float) -> int:

@@ -56,6 +56,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         model=files,
         limits=plan.limits,
         pools=plan.pools,
+        longest_step=plan.longest_step,
         run_dir=run_dir,
         device=machine.device,
         dtype=plan.dtype,

@@ -1,4 +1,5 @@
-"""Starts engine and router, watches both, ends both. Knows their command lines and status pipes, nothing of their work.
+"""Starts engine and router, watches both, ends both; an engine that is lost is started again. Knows their command lines
+and status pipes, nothing of their work.
 
 One ``select`` waits for everything: signals (by the wakeup descriptor, SIGCHLD among them), status lines and standard
 error of the children. There is no polling and no thread.
@@ -7,6 +8,7 @@ error of the children. There is no polling and no thread.
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import selectors
 import signal
@@ -14,9 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,11 +32,37 @@ from tgi.launcher.progress import Progress
 
 log = logging.getLogger(__name__)
 
-ENGINE = (sys.executable, "-m", "tgi.engine.process")
+
+class Command(NamedTuple):
+    """A process to start."""
+
+    words: Sequence[str]
+    inherited: Sequence[int] = ()
+    """Descriptors that it gets besides."""
+
+
+Group = Callable[[], AbstractContextManager[Sequence[Command]]]
+"""The processes of an engine, shard by shard. It is entered for each start and left when they run: what they inherit is
+made anew each time, and closed here."""
+
+
+def alone(*words: str) -> Group:
+    """An engine of one process."""
+    return lambda: contextlib.nullcontext([Command(words)])
+
+
+ENGINE = alone(sys.executable, "-m", "tgi.engine.process")
 ROUTER = (sys.executable, "-m", "tgi.router.app")
 
 FAREWELL = 5.0
 """Seconds that one process has to end cleanly after the other failed: the router's open requests get their errors."""
+
+_SOON = 10.0
+"""Seconds of service after which the next loss of an engine has nothing to do with the one before."""
+_LONGEST_DELAY = 30.0
+"""Seconds before an engine that is lost again and again is started again: at first 0, then 1, 2, 4…"""
+_ATTEMPTS = 3
+"""Starts in a row that may fail of an engine that has served."""
 
 _SPINS = {"GOMP_SPINCOUNT": "2000"}
 """How long OpenMP's threads keep a processor while they wait for a step, if the operator doesn't say: some 20 µs. By
@@ -73,10 +103,10 @@ def supervise(
     settings: Settings,
     listener: socket.socket | None,
     started: float,
-    engine: Sequence[str] | None = ENGINE,
+    engine: Group | None = ENGINE,
     router: Sequence[str] = ROUTER,
 ) -> None:
-    """Serve until a signal comes, then return; raise the error of the child that ended before.
+    """Serve until a signal comes, then return; raise the error of what can't go on.
 
     Without ``engine`` the router finds one that runs already; without a listener there is no router. The listener is
     closed here: while the router drains, new connections must be refused, not left waiting.
@@ -86,15 +116,13 @@ def supervise(
     with listener or contextlib.nullcontext(), _Wakeup() as wakeup:
         if listener is not None:
             _listen(listener)
-        watch = _Watch(wakeup)
+        watch = _Watch(wakeup, path)
         try:
             if engine is not None:
-                log.info("Starting shard")
-                watch.spawn(_SHARD, (*engine, "--settings", path))
+                watch.start_engine(engine)
             if listener is not None:
-                log.info("Starting Webserver")
                 fd = listener.fileno()
-                watch.spawn(_WEBSERVER, (*router, "--settings", path, "--listen-fd", str(fd)), fd)
+                watch.start_router(Command((*router, "--listen-fd", str(fd)), [fd]))
             if watch.until_ready():
                 if listener is not None:
                     log.info("Connected: ready after %.1f s", time.monotonic() - started)
@@ -145,13 +173,19 @@ class _Role:
     """What a child is called in the log, and its end, before and after it was ready."""
 
     name: str
+    start: str
     crash: str
     unstarted: type[StartupError]
     failed: type[StartupError]
+    number: str = ""
+    """Behind what is said of it, where there may be several."""
 
 
-_SHARD = _Role("shard", "Shard 0 crashed", ShardCannotStart, ShardFailed)
-_WEBSERVER = _Role("webserver", "Webserver Crashed", WebserverCannotStart, WebserverFailed)
+_WEBSERVER = _Role("webserver", "Starting Webserver", "Webserver Crashed", WebserverCannotStart, WebserverFailed)
+
+
+def _shard(rank: int) -> _Role:
+    return _Role("shard", "Starting shard", f"Shard {rank} crashed", ShardCannotStart, ShardFailed, f" rank={rank}")
 
 
 class _Child:
@@ -183,7 +217,7 @@ class _Child:
                     self.loading.reach(done)
                 case Ready():
                     self.ready = True
-                    log.info("%s ready", self.role.name.capitalize())
+                    log.info("%s ready%s", self.role.name.capitalize(), self.role.number)
                 case Failed(message):
                     self.failure = message
 
@@ -192,20 +226,86 @@ class _Child:
             os.write(2, data)
         self._last_words = (self._last_words + data)[-4096:]
 
+    @property
+    def lost(self) -> bool:
+        """Whether it says that it can't go on, has ended, or hangs: what a signal has stopped nobody may set going."""
+        return self.failure is not None or self._look(os.WNOHANG) is not None
+
     def error(self) -> StartupError:
-        """The real cause: what the child reported, else how it ended and its last line on standard error."""
+        """Of what is lost. The real cause: what it reported, else how it ended and its last line on standard error."""
         cause = self.failure
         if cause is None:
-            code = self.process.wait()
-            if code == -signal.SIGKILL:
-                cause = "killed by SIGKILL, as the kernel does when memory runs out"
-            elif code < 0:
-                cause = f"killed by {signal.Signals(-code).name}"
-            else:
-                cause = f"exited with status {code}"
-            if words := self._last_words.decode(errors="replace").strip():
+            words = self._last_words.decode(errors="replace").strip()
+            state = self._look()
+            assert state is not None
+            match state.si_code, state.si_status:
+                case os.CLD_EXITED, status:
+                    cause = f"exited with status {status}"
+                case os.CLD_STOPPED, number:
+                    cause = f"stopped by {signal.Signals(number).name}"
+                case _, signal.SIGKILL:
+                    cause = "killed by SIGKILL, as the kernel does when memory runs out"
+                case _, signal.SIGALRM:
+                    cause, words = "it hung in a step; where, stands above", ""
+                case _, number:
+                    cause = f"killed by {signal.Signals(number).name}"
+            if words:
                 cause += f": {words.splitlines()[-1]}"
         return (self.role.failed if self.ready else self.role.unstarted)(cause)
+
+    def _look(self, flags: int = 0) -> os.waitid_result | None:
+        """How it has ended, or was stopped. It isn't waited for by that: until then its number is its own."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | flags)
+
+
+class _Engine:
+    """The shards, which are lost together, and when they are to be started again."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.shards: list[_Child] = []
+        self.due = math.inf
+        """When to start them."""
+        self._ready = 0.0
+        """When all were ready; 0.0: they aren't."""
+        self._lost = 0.0
+        """When they were lost last."""
+        self._delay = 0.0
+        """Before they are started again when they are lost next."""
+        self._failures = 0
+        """Starts in a row that failed."""
+
+    @property
+    def ready(self) -> bool:
+        return self._ready > 0
+
+    def look(self) -> None:
+        """Whether all are ready now."""
+        if not self.ready and self.shards and all(shard.ready for shard in self.shards):
+            self._ready = time.monotonic()
+            self._failures = 0
+            if self._lost:
+                log.info("The engine serves again after %.1f s", self._ready - self._lost)
+
+    def lose(self) -> bool:
+        """They are gone. Whether they are to be started again: not if they never served, or fail at every start."""
+        now = time.monotonic()
+        if not self.ready:
+            self._failures += 1
+        elif now - self._ready > _SOON:
+            self._delay = 0.0
+        served = self.ready or self._lost > 0
+        if not served or self._failures == _ATTEMPTS:
+            return False
+        if self._delay:
+            log.warning("Restarting the engine in %g s", self._delay)
+        else:
+            log.warning("Restarting the engine")
+        self.due = now + self._delay
+        self._delay = min(max(1.0, 2 * self._delay), _LONGEST_DELAY)
+        if self.ready:
+            self._ready, self._lost = 0.0, now
+        return True
 
 
 class _Wakeup:
@@ -234,15 +334,119 @@ class _Wakeup:
 class _Watch:
     """The children and everything that is heard from them and from the operator."""
 
-    def __init__(self, wakeup: _Wakeup) -> None:
+    def __init__(self, wakeup: _Wakeup, settings: str) -> None:
+        """``settings``: the file that every child reads."""
         self.signals: list[signal.Signals] = []
         self._wakeup = wakeup
-        self._children: list[_Child] = []
+        self._settings = settings
+        self._engine: _Engine | None = None
+        self._routers: list[_Child] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup.reader, selectors.EVENT_READ)
 
-    def spawn(self, role: _Role, command: Sequence[str], *passed: int) -> None:
+    def start_engine(self, group: Group) -> None:
+        self._engine = _Engine(group)
+        self._start_shards(self._engine)
+
+    def start_router(self, command: Command) -> None:
+        self._routers.append(self._spawn(_WEBSERVER, command))
+
+    def until_ready(self) -> bool:
+        """False if a signal came first. Raises as ``until_signal``."""
+        while not self.signals:
+            if all(router.ready for router in self._routers) and (self._engine is None or self._engine.ready):
+                return True
+            self._tend()
+        return False
+
+    def until_signal(self) -> None:
+        """The end of a router raises its error; so does an engine's that is not started again."""
+        while not self.signals:
+            self._tend()
+
+    def stop_all(self, grace: float) -> None:
+        """End the routers, whose open requests need the engine, then the engine, each within ``grace`` seconds.
+
+        One more signal ends the patience.
+        """
+        patience = len(self.signals)
+        self._stop(self._routers, grace, patience)
+        if self._engine is not None:
+            self._stop(self._engine.shards, grace, patience)
+        self._selector.close()
+
+    def _tend(self) -> None:
+        """Wait for something to happen and do what it asks for."""
+        engine = self._engine
+        self._wait(math.inf if engine is None else engine.due - time.monotonic())
+        for router in self._routers:
+            if self._is_lost(router):
+                raise router.error()
+        if engine is None:
+            return
+        if time.monotonic() >= engine.due:
+            self._start_shards(engine)
+        engine.look()
+        if (error := self._end_if_lost(engine)) is not None and not engine.lose():
+            raise error
+
+    def _start_shards(self, engine: _Engine) -> None:
+        engine.due = math.inf
+        with engine.group() as commands:
+            for rank, command in enumerate(commands):
+                engine.shards.append(self._spawn(_shard(rank), command))
+
+    def _end_if_lost(self, engine: _Engine) -> StartupError | None:
+        """One shard's end is that of all: what the others compute is nothing without it. The error of the first."""
+        lost = [shard for shard in engine.shards if self._is_lost(shard)]
+        if not lost:
+            return None
+        error = lost[0].error()
+        for shard in engine.shards:
+            self._kill(shard)  # with the processes that it may have started
+        # Whoever is started next needs their memory. Nobody outlives SIGKILL for long, unless a device has hung.
+        while any(shard.process.poll() is None for shard in engine.shards) and not self.signals:
+            self._wait(math.inf)
+        for shard in engine.shards:
+            self._forget(shard)
+        engine.shards = [shard for shard in engine.shards if shard.process.poll() is None]
+        return error
+
+    def _is_lost(self, child: _Child) -> bool:
+        """Says why, if so."""
+        if not child.lost:
+            return False
+        self._hear(child)
+        log.error("%s: %s", child.role.crash, child.error())
+        return True
+
+    def _stop(self, children: Iterable[_Child], grace: float, patience: int) -> None:
+        """``patience``: signals that have come before."""
+        for child in children:
+            if child.loading is not None:
+                child.loading.close()
+            if child.process.poll() is None:
+                log.info("Terminating %s%s", child.role.name, child.role.number)
+                child.process.terminate()
+                log.info("Waiting for %s to gracefully shutdown%s", child.role.name, child.role.number)
+        deadline = time.monotonic() + grace
+        for child in children:
+            while child.process.poll() is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or len(self.signals) > patience:
+                    log.warning("Killing %s%s", child.role.name, child.role.number)
+                    self._kill(child)
+                    child.process.wait()
+                else:
+                    self._wait(left)
+                    if self._engine is not None and children is self._routers:
+                        self._end_if_lost(self._engine)  # then nothing is left to wait for
+            self._forget(child)
+            log.info("%s terminated%s", child.role.name, child.role.number)
+
+    def _spawn(self, role: _Role, command: Command) -> _Child:
         """Start a child in its own process group: Ctrl-C reaches only the launcher, which ends the rest in order."""
+        log.info("%s%s", role.start, role.number)
         parent = os.getpid()
 
         def die_with_parent() -> None:
@@ -254,10 +458,10 @@ class _Watch:
         stderr, its_stderr = os.pipe()
         try:
             process = subprocess.Popen(
-                (*command, "--status-fd", str(its_status)),
+                (*command.words, "--settings", self._settings, "--status-fd", str(its_status)),
                 stdin=subprocess.DEVNULL,
                 stderr=its_stderr,
-                pass_fds=(its_status, *passed),
+                pass_fds=(its_status, *command.inherited),
                 process_group=0,
                 env=_SPINS | os.environ,
                 preexec_fn=die_with_parent,
@@ -270,58 +474,16 @@ class _Watch:
         for fd in child.streams:
             os.set_blocking(fd, False)
             self._selector.register(fd, selectors.EVENT_READ, child)
-        self._children.append(child)
+        return child
 
-    def until_ready(self) -> bool:
-        """False if a signal came first. The end of a child raises its error."""
-        while not self.signals:
-            if all(child.ready for child in self._children):
-                return True
-            self._wait_for_news()
-        return False
+    @staticmethod
+    def _kill(child: _Child) -> None:
+        if child.process.returncode is None:
+            os.killpg(child.process.pid, signal.SIGKILL)
 
-    def until_signal(self) -> None:
-        """The end of a child raises its error."""
-        while not self.signals:
-            self._wait_for_news()
-
-    def _wait_for_news(self) -> None:
-        self._wait(None)
-        for child in self._children:
-            if child.process.poll() is not None:
-                self._hear(child)
-            if child.failure is not None or child.process.returncode is not None:
-                error = child.error()
-                log.error("%s: %s", child.role.crash, error)
-                raise error
-
-    def stop_all(self, grace: float) -> None:
-        """End the children, the youngest first, each within ``grace`` seconds; one more signal ends the patience."""
-        patience = len(self.signals)
-        for child in reversed(self._children):
-            name = child.role.name
-            if child.loading is not None:
-                child.loading.close()
-            if child.process.poll() is None:
-                log.info("Terminating %s", name)
-                child.process.terminate()
-                log.info("Waiting for %s to gracefully shutdown", name)
-            deadline = time.monotonic() + grace
-            while child.process.poll() is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or len(self.signals) > patience:
-                    log.warning("Killing %s", name)
-                    os.killpg(child.process.pid, signal.SIGKILL)
-                    child.process.wait()
-                else:
-                    self._wait(left)
-            self._hear(child)
-            log.info("%s terminated", name)
-        self._selector.close()
-
-    def _wait(self, timeout: float | None) -> None:
-        """Sleep until something happens, and take all of it in."""
-        for key, _ in self._selector.select(timeout):
+    def _wait(self, seconds: float) -> None:
+        """Sleep until something happens, at most so long, and take all of it in."""
+        for key, _ in self._selector.select(None if seconds == math.inf else seconds):
             if isinstance(key.data, _Child):
                 self._hear(key.data)
             else:
@@ -332,6 +494,17 @@ class _Watch:
             with contextlib.suppress(BlockingIOError):
                 while data := os.read(fd, 65536):
                     take(data)
-                self._selector.unregister(fd)
-                os.close(fd)
-                del child.streams[fd]
+                self._close(child, fd)
+
+    def _forget(self, child: _Child) -> None:
+        """Hear its last words; nothing of it stays open, whoever else may hold the other ends."""
+        self._hear(child)
+        for fd in list(child.streams):
+            self._close(child, fd)
+        if child.loading is not None:
+            child.loading.close()
+
+    def _close(self, child: _Child, fd: int) -> None:
+        self._selector.unregister(fd)
+        os.close(fd)
+        del child.streams[fd]

@@ -166,7 +166,7 @@ def build(settings: Settings) -> Service:
         ),
         formats=formats,
         validator=Validator(settings.limits, tokenizer, watermark, grammars),
-        client=EngineClient(settings.socket, metrics),
+        client=EngineClient(settings.socket, metrics, settings.longest_step),
         metrics=metrics,
         permits=Permits(settings.limits.max_concurrent_requests),
         tracer=None if settings.otlp_endpoint is None else Tracer(settings),
@@ -185,7 +185,8 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
         signal.signal(number, lambda *_: sys.exit(0))
     listener = socket.socket(fileno=listen_fd)
     watch_readers(listener)
-    server = _Server(configure(create(build(settings))), lambda: report(Ready()))
+    service = build(settings)
+    server = _Server(configure(create(service)), lambda: report(Ready()), service.client.drain)
     server.run([listener])
 
 
@@ -217,9 +218,10 @@ register_url_convertor("path", _Path())
 class _Server(uvicorn.Server):
     """Tells when it accepts connections. Sleeps where uvicorn's own looks ten times a second for the end."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._on_end = on_end
         self._told_to_end = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -230,6 +232,7 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         await self._told_to_end.wait()
+        self._on_end()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)

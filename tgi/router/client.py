@@ -1,4 +1,7 @@
-"""The router's end of the engine's socket, and the truth about every request. Knows token ids, never text."""
+"""The router's end of the engine's socket, and the truth about every request. Knows token ids, never text.
+
+An engine may be lost at any time: what it had is handed to the next one and goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Protocol
 
 import msgspec
 
-from tgi.core.errors import GENERATION, RequestError
+from tgi.core.errors import CRASH, GENERATION, UNAVAILABLE, RequestError
 from tgi.core.messages import (
     FRAME,
     MAX_FRAME,
@@ -27,6 +30,7 @@ from tgi.core.messages import (
     Ping,
     Pong,
     Pooling,
+    PromptToken,
     Sampling,
     Step,
     StepStats,
@@ -41,15 +45,15 @@ log = logging.getLogger(__name__)
 RETRY = 0.1
 """Seconds between attempts to connect: the engine may load for minutes, and a refused Unix socket costs nothing."""
 
-LONGEST_STEP = 60.0
-"""Seconds that the engine may be silent in the middle of a step: a large prompt on a small machine takes its time."""
+LONGEST_ABSENCE = 600.0
+"""Seconds that requests wait for the next engine: the largest models take minutes to load."""
 
 CHUNK = 1 << 18
 """Bytes read at once; in one wake-up all the frames that they hold."""
 
 
 class Ticket:
-    """One request: what was asked (``submit``) and what has come of it (``output_ids``).
+    """One request: what was asked (``submit``) and what has come of it (``prompt``, ``output_ids``).
 
     ``follow`` hands on the engine's deltas. Leaving ``with ticket:`` cancels what is not finished. Times are
     ``time.monotonic()`` seconds, 0.0 until they happen.
@@ -57,14 +61,23 @@ class Ticket:
 
     def __init__(self, submit: Submit, on_cancel: Callable[[Ticket], None]) -> None:
         self.submit = submit
+        self.prompt: list[PromptToken] = []
+        """Of its tokens but the first, if ``submit.prompt_logprobs`` asks for them."""
         self.output_ids: list[int] = []
+        self.cached = 0
+        """Prompt tokens that the prefix cache had when an engine first scheduled it."""
+        self.sent = False
+        """Whether the engine has it."""
+        self.losses = 0
+        """Engines in a row that were lost with it, without having got on with it."""
         self.submitted = submit.arrived
         self.started = 0.0
-        """When the engine first scheduled it."""
+        """When an engine first scheduled it."""
         self.first_token = 0.0
         self.last_token = 0.0
         self.finished = 0.0
         self._on_cancel = on_cancel
+        self._known_at_loss = -1
         self._early: deque[Delta] = deque()
         """What came before anybody followed: at most max_new_tokens deltas."""
         self._hear: Callable[[Delta], None] = self._early.append
@@ -76,7 +89,7 @@ class Ticket:
 
         ``hear`` is called while the engine's message is being read, without a switch of tasks for each token; it must
         not take long, and what it raises ends the request and is raised here. Returns behind the delta with ``finish``,
-        or when the ticket is cancelled; a fault or the engine's end raises RequestError.
+        or when the ticket is cancelled; a fault, or the lack of an engine, raises RequestError.
         """
         while self._early:
             hear(self._early.popleft())
@@ -95,7 +108,9 @@ class Ticket:
         if delta.index > known:
             raise RequestError(GENERATION, f"Server error: tokens {known} to {delta.index - 1} never arrived")
         if not self.started:
-            self.started = delta.started
+            self.started, self.cached = delta.started, delta.cached
+        if delta.prompt:
+            self.prompt += delta.prompt
         if delta.tokens:
             for token in delta.tokens:
                 self.output_ids.append(token.id)
@@ -107,6 +122,23 @@ class Ticket:
         self._hear(delta)
         if self.finished:
             self._wake()
+
+    @property
+    def rest(self) -> Submit:
+        """What an engine must be told to go on where it is."""
+        ids = self.submit.token_ids + self.output_ids
+        return msgspec.structs.replace(self.submit, token_ids=ids, scored=len(self.prompt))
+
+    @property
+    def got_on(self) -> bool:
+        """Whether anything has come since an engine was lost with it."""
+        return len(self.prompt) + len(self.output_ids) > self._known_at_loss
+
+    def lose(self) -> None:
+        """The engine that had it is gone."""
+        self.losses = 1 if self.got_on else self.losses + 1
+        self._known_at_loss = len(self.prompt) + len(self.output_ids)
+        self.sent = False
 
     def fail(self, error: Exception) -> None:
         """End with an error, behind the deltas that have arrived."""
@@ -160,60 +192,66 @@ class Observer(Protocol):
     def broke(self, *, prefills: bool) -> None:
         """It was lost in the middle of its work, which was the prompt of a request, or only tokens."""
 
+    def restarted(self) -> None:
+        """There is another than before."""
+
 
 class EngineClient:
-    """One router's connection to the engine, for all its requests. Everything runs on one event loop."""
+    """One router's connection to the engine, for all its requests. Everything runs on one event loop.
 
-    def __init__(self, socket: Path, observer: Observer, longest_step: float = LONGEST_STEP) -> None:
+    A request that was under way at two losses in a row, and got nothing in between, is a suspect. While there are
+    suspects they run one at a time, and nothing beside them. One that gets on is as good as any other; one with which
+    the engine is lost once more ends with an error.
+    """
+
+    def __init__(self, socket: Path, observer: Observer, longest_step: float) -> None:
+        """``longest_step``: seconds that the engine may be silent."""
         self._socket = socket
         self._longest_step = longest_step
         self._observer = observer
         self._ids = itertools.count(1)
         self._nonces = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
+        """Those that are open, in order of arrival."""
+        self._suspects: list[Ticket] = []
+        """The first is the one that runs, or that will when the engine has let go of the one before."""
+        self._letting_go = 0
+        """Nonce of the ping by which the engine says that it has; 0: nobody waits for that."""
         self._writer: asyncio.StreamWriter | None = None
-        self._hello = asyncio.Event()
+        self._epoch: int | None = None
+        """Of the last engine."""
+        self._lost = 0.0
+        self._admitting = asyncio.Event()
+        """Set while requests are taken: there is an engine, or was one and the next will come."""
+        self._draining = False
+        self.connected = False
+        """Whether the engine has loaded and works."""
         self.implementation: Implementation | None = None
         """What serves the model; None while the engine is not there."""
         self._ping: _Ping | None = None
 
     async def run(self) -> None:
-        """Keep connected until cancelled. When the engine is lost every open ticket ends with an error."""
-        while True:
-            try:
-                reader, writer = await asyncio.open_unix_connection(self._socket)
-            except OSError:
-                await asyncio.sleep(RETRY)
-                continue
-            reason = "the router is stopping"
-            self._writer = writer
-            try:
-                with contextlib.suppress(OSError):
-                    await self._read(reader)
-                reason = "it closed the connection"
-            except (msgspec.MsgspecError, _ProtocolError) as error:
-                reason = str(error)
-            finally:
-                lost = self._lose(reason)
-                writer.close()
-            log.warning("lost the engine: %s", reason)
-            if lost:
-                self._observer.broke(prefills=any(not ticket.output_ids for ticket in lost))
-            await asyncio.sleep(RETRY)
-
-    @property
-    def connected(self) -> bool:
-        """Whether the engine has loaded and can be given requests."""
-        return self._hello.is_set()
-
-    async def wait_connected(self, timeout: float) -> bool:
-        """Wait up to ``timeout`` seconds; returns ``connected``."""
+        """Keep connected until cancelled. Then every open ticket ends with an error."""
         try:
+            while True:
+                await self._serve(*await self._connect())
+                await asyncio.sleep(RETRY)
+        finally:
+            self._give_up(_stopped("the router is stopping"))
+
+    async def admits(self, timeout: float) -> bool:
+        """Whether requests can be submitted. Waits up to ``timeout`` seconds for the first engine."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                await self._hello.wait()
-        except TimeoutError:
-            return False
-        return True
+                await self._admitting.wait()
+        return self._admitting.is_set()
+
+    def drain(self) -> None:
+        """The server ends: what is open may go on, but only with the engine that is there."""
+        self._draining = True
+        self._admitting.set()
+        if not self.connected:
+            self._give_up(_stopped("the server is stopping"))
 
     async def healthy(self, timeout: float = 5.0) -> bool:
         """Whether the engine's step loop lives: it answers a ping within ``timeout`` seconds, or the ping has not been
@@ -232,8 +270,8 @@ class EngineClient:
 
     @property
     def queued(self) -> int:
-        """Requests that the engine has not begun."""
-        return sum(not ticket.started for ticket in self._tickets.values())
+        """Requests that no engine has begun, and those that wait for the next one."""
+        return sum(not (ticket.sent and ticket.started) for ticket in self._tickets.values())
 
     @property
     def open(self) -> int:
@@ -252,8 +290,8 @@ class EngineClient:
         priority: int = 0,
         pooling: Pooling | None = None,
     ) -> Ticket:
-        """Hand a request to the engine. Raises RequestError if there is none."""
-        if not self.connected:
+        """Hand a request to the engine, or to the next one. Raises RequestError if there will be none."""
+        if not self.connected and (self._draining or not self._admitting.is_set()):
             raise RequestError(GENERATION, "Server error: the engine is not running")
         submit = Submit(
             id=next(self._ids),
@@ -269,17 +307,36 @@ class EngineClient:
             pooling=pooling,
         )
         ticket = self._tickets[submit.id] = Ticket(submit, self._cancel)
-        self._send(submit)
+        if self.connected and not self._suspects:
+            self._hand_over(ticket, submit)
         return ticket
 
-    def _send(self, message: ToEngine) -> None:
-        # No back-pressure here: what can pile up is bounded by the number of requests that validation lets in.
-        if self._writer is not None:
-            self._writer.write(frame(message))
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The next engine's. Requests don't wait for it for ever."""
+        deadline = time.monotonic() + LONGEST_ABSENCE
+        while True:
+            try:
+                return await asyncio.open_unix_connection(self._socket)
+            except OSError:
+                if time.monotonic() > deadline:
+                    self._admitting.clear()
+                    self._give_up(RequestError(UNAVAILABLE))
+                await asyncio.sleep(RETRY)
 
-    def _cancel(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.submit.id, None) is not None:
-            self._send(Cancel(ticket.submit.id))
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, to its end."""
+        self._writer = writer
+        reason = "it closed the connection"
+        try:
+            with contextlib.suppress(OSError):
+                await self._read(reader)
+        except (msgspec.MsgspecError, _ProtocolError) as error:
+            reason = str(error)
+        finally:
+            self._writer, self.connected, self.implementation = None, False, None
+            self._answer_ping(False)
+            writer.close()
+        self._lose(reason)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Take messages until the engine closes the connection."""
@@ -293,8 +350,7 @@ class EngineClient:
     def _take(self, message: ToRouter) -> None:
         match message:
             case Hello():
-                self.implementation = message.implementation
-                self._hello.set()
+                self._meet(message)
             case _ if not self.connected:
                 raise _ProtocolError(f"it began with {type(message).__name__} instead of Hello")
             case Step():
@@ -302,11 +358,24 @@ class EngineClient:
                 for fault in message.faults:
                     if ticket := self._tickets.pop(fault.id, None):
                         ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
+                if self._suspects:
+                    self._review()
                 if message.stats is not None:
                     self._observer.stepped(message.stats)
             case Pong():
                 if self._ping is not None and self._ping.nonce == message.nonce:
                     self._answer_ping(True)
+                elif message.nonce == self._letting_go:
+                    self._hand_over_next()
+
+    def _meet(self, hello: Hello) -> None:
+        """Let the engine have what is open."""
+        if self._epoch not in (None, hello.epoch):
+            self._observer.restarted()
+            log.info("another engine after %.1f s: %d requests go on", time.monotonic() - self._lost, self.open)
+        self._epoch, self.implementation, self.connected = hello.epoch, hello.implementation, True
+        self._admitting.set()
+        self._hand_over_next()
 
     def _apply(self, deltas: Sequence[Delta]) -> None:
         """One step's. What is to be observed of each is mostly the same for all, and is counted first."""
@@ -332,21 +401,74 @@ class EngineClient:
         for moment, requests in spoke.items():
             self._observer.waited(now - moment, requests)
 
+    def _hand_over_next(self) -> None:
+        """What waits: the first suspect, or without suspects everybody."""
+        self._letting_go = 0
+        for ticket in self._suspects[:1] or list(self._tickets.values()):
+            if not ticket.sent:
+                self._hand_over(ticket, ticket.rest)
+
+    def _hand_over(self, ticket: Ticket, submit: Submit) -> None:
+        ticket.sent = True
+        self._send(submit)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.submit.id, None) is not None:
+            self._send(Cancel(ticket.submit.id))
+            if self._suspects:
+                self._review()
+
+    def _send(self, message: ToEngine) -> None:
+        # No back-pressure here: what can pile up is bounded by the number of requests that validation lets in.
+        if self._writer is not None:
+            self._writer.write(frame(message))
+
+    def _review(self) -> None:
+        """Let the next suspect run if the first has got on, or has ended; after the last, everybody."""
+        first = self._suspects[0]
+        self._suspects = [ticket for ticket in self._suspects if not (ticket.finished or ticket.got_on)]
+        if not self.connected or self._suspects[:1] == [first]:
+            return
+        if not self._suspects:
+            self._hand_over_next()
+            return
+        if not first.finished:
+            self._send(Cancel(first.submit.id))
+            first.sent = False
+        # The next one is to blame for what happens from the moment when it is alone.
+        self._letting_go = next(self._nonces)
+        self._send(Ping(self._letting_go))
+
     def _answer_ping(self, alive: bool) -> None:
         if self._ping is not None:
             self._ping.answer.set_result(alive)
             self._ping = None
 
-    def _lose(self, reason: str) -> list[Ticket]:
-        """End all that is under way; what that was."""
-        self._writer = None
-        self._hello.clear()
-        self.implementation = None
-        self._answer_ping(False)
-        tickets, self._tickets = list(self._tickets.values()), {}
+    def _lose(self, reason: str) -> None:
+        """What was under way waits for the next engine; but not the suspect that ran alone."""
+        lost = [ticket for ticket in self._tickets.values() if ticket.sent]
+        log.warning("lost the engine (%s) and %d requests under way", reason, len(lost))
+        self._lost = time.monotonic()
+        if lost:
+            self._observer.broke(prefills=any(not ticket.output_ids for ticket in lost))
+        for ticket in lost:
+            ticket.lose()
+            if ticket in self._suspects:
+                del self._tickets[ticket.submit.id]
+                ticket.fail(RequestError(CRASH))
+        self._suspects = [ticket for ticket in self._tickets.values() if ticket.losses > 1]
+        if self._draining:
+            self._give_up(_stopped(reason))
+
+    def _give_up(self, error: RequestError) -> None:
+        """End all that is open."""
+        tickets, self._tickets, self._suspects = list(self._tickets.values()), {}, []
         for ticket in tickets:
-            ticket.fail(RequestError(GENERATION, f"Server error: the engine stopped: {reason}"))
-        return tickets
+            ticket.fail(error)
+
+
+def _stopped(reason: str) -> RequestError:
+    return RequestError(GENERATION, f"Server error: the engine stopped: {reason}")
 
 
 class _ProtocolError(Exception):

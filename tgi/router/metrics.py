@@ -77,6 +77,7 @@ TABLE = {
         SECONDS, "Time spent forming a batch that requests join while others run", "method", ("decode",)
     ),
     "tgi_batch_preempted": Row(COUNTER, "Times that a running request had to give up its cache and start again"),
+    "tgi_engine_restarts": Row(COUNTER, "Times that an engine took the place of one that was lost"),
     "tgi_grammar_forced_tokens": Row(COUNTER, "Generated tokens that were the only ones possible, without steps"),
 }
 
@@ -216,6 +217,10 @@ class Metrics:
         method = _method(prefills=prefills)
         self._count("tgi_batch_inference_count", method)
         self._count("tgi_batch_inference_failure", method)
+
+    def restarted(self) -> None:
+        """Another engine is there than before."""
+        self._count("tgi_engine_restarts")
 
     def expose(self, queued: int) -> bytes:
         """Prometheus' text format."""

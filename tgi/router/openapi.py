@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 import tgi
-from tgi.core.errors import GENERATION, INCOMPLETE, OVERLOADED, UNAUTHORIZED, UNAVAILABLE, VALIDATION
+from tgi.core.errors import CRASH, GENERATION, INCOMPLETE, OVERLOADED, UNAUTHORIZED, UNAVAILABLE, VALIDATION
 from tgi.router.call import Call
 from tgi.router.pipeline import Service
 from tgi.router.routes import ROUTES, Row
@@ -20,7 +20,7 @@ _NO_SLASH = {"pattern": "^[^/]+$"}
 _PARAMETER = re.compile(r"{(\w+)(:\w+)?}")
 _PAGE = Path(__file__).with_name("docs.html")
 
-_FAILURES = (VALIDATION, GENERATION, OVERLOADED, INCOMPLETE, UNAVAILABLE)
+_FAILURES = (VALIDATION, GENERATION, OVERLOADED, INCOMPLETE, CRASH, UNAVAILABLE)
 """What a generation can end with."""
 
 _UNREADABLE = {

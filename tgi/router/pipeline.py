@@ -29,7 +29,7 @@ from tgi.router.validate import Generation, Validator
 from tgi.router.wire.native import FinishReason, Token
 
 ENGINE_PATIENCE = 60.0
-"""Seconds that a request waits for an engine that is still loading, or starting again."""
+"""Seconds that a request waits for an engine that is loading for the first time."""
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,6 @@ class Run:
         """``counts``: the metrics see a request of its own in it. ``pooling``: it is for the prompt's embedding."""
         self.generation = generation
         self.tokens = 0
-        self.cached = 0
-        """Prompt tokens that the prefix cache had."""
-        self.prompt: list[PromptToken] = []
-        """All prompt tokens but the first, if the generation asked for ``prompt_logprobs``."""
         self.embedding: list[float] = []
         self.finish: FinishReason | None = None
         self.stop: str | None = None
@@ -129,9 +125,9 @@ class Run:
         self._ticket: Ticket
 
     async def __aenter__(self) -> Self:
-        """Hand it to the engine; waits for one that is loading."""
+        """Hand it to the engine; waits for one that is loading for the first time."""
         service, generation = self._service, self.generation
-        if not await service.client.wait_connected(ENGINE_PATIENCE):
+        if not await service.client.admits(ENGINE_PATIENCE):
             raise RequestError(UNAVAILABLE)
         self._ticket = service.client.submit(
             token_ids=generation.token_ids,
@@ -165,10 +161,6 @@ class Run:
             raise RequestError(INCOMPLETE)
 
     def _grow(self, delta: Delta) -> None:
-        if delta.cached:
-            self.cached = delta.cached
-        if delta.prompt:
-            self.prompt += delta.prompt
         count = len(delta.tokens)
         for at, token in enumerate(delta.tokens, 1):
             piece = self._piece(token, delta.finish if at == count else None)
@@ -197,6 +189,16 @@ class Run:
             shown = tokenizer.piece(token.id)
         top = self._service.tokens(token.top) if token.top else []
         return Piece(Token(token.id, shown, token.logprob, special), top, grown, finish)
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that the prefix cache had."""
+        return self._ticket.cached
+
+    @property
+    def prompt(self) -> list[PromptToken]:
+        """All prompt tokens but the first, if the generation asked for ``prompt_logprobs``."""
+        return self._ticket.prompt
 
     @property
     def text(self) -> str:
