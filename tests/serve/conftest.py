@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ def free_port() -> int:
 
 
 class Server:
-    """One launcher with its children, in a process group of its own; or another ``program`` that serves HTTP."""
+    """One launcher with its children, in a session of its own; or another ``program`` that serves HTTP."""
 
-    def __init__(self, *arguments: str, log: Path, program: Path = LAUNCHER, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, log: Path, program: Sequence[str | Path] = (LAUNCHER,), **environment: str
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [str(program), "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
+        command = [*program, "--hostname", "127.0.0.1", "--port", str(self.port), *arguments]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
@@ -70,6 +72,22 @@ class Server:
             if parent == self.process.pid and b"-m" in command:
                 found[command[command.index(b"-m") + 1].decode()] = int(stat.parent.name)
         return found
+
+    def session(self) -> list[int]:
+        """Pids of all processes that it or its children have started and that still run."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session, *_ = stat.read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(session) == self.process.pid and state != "Z":
+                found.append(int(stat.parent.name))
+        return found
+
+    def metric(self, series: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return next(float(value) for name, _, value in (line.rpartition(" ") for line in lines) if name == series)
 
     def generate(self, prompt: str, **parameters: object) -> dict[str, object]:
         response = httpx.post(

@@ -22,7 +22,7 @@ def test_engine_and_router_by_hand(tmp_path: Path) -> None:
         socket = tmp_path / "e-0"
         assert stat.S_IMODE(socket.stat().st_mode) == 0o600
         arguments = ["--tokenizer-name", flags.DEFAULT_MODEL, "--master-shard-uds-path", str(socket)]
-        router = Server(*arguments, log=tmp_path / "log", program=LAUNCHER.with_name("text-generation-router"))
+        router = Server(*arguments, log=tmp_path / "log", program=[LAUNCHER.with_name("text-generation-router")])
         try:
             router.wait_ready()
             assert router.generate("The opposite of hot is", max_new_tokens=1)["generated_text"] == " cold"

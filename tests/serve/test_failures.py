@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -66,28 +65,6 @@ def test_a_busy_port(tmp_path: Path, tiny: Path):
 def test_memory_that_does_not_suffice(tmp_path: Path, tiny: Path):
     arguments = ["--model-id", str(tiny), "--max-batch-total-tokens", "4000000000"]
     ends(Server(*arguments, log=tmp_path / "log"), "`max_batch_total_tokens` must be <=")
-
-
-def test_killing_the_engine_ends_requests_with_clean_errors(tmp_path: Path, tiny: Path):
-    server = Server("--model-id", str(tiny), log=tmp_path / "log").wait_ready()
-    answers: list[httpx.Response] = []
-    body = {"inputs": "a b c", "parameters": {"max_new_tokens": 100_000}}
-    body["parameters"]["max_new_tokens"] = httpx.get(f"{server.url}/info").json()["max_total_tokens"] - 50
-    waiting = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=60))
-    )
-    waiting.start()
-    with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data:")
-        os.kill(server.children()["tgi.engine.process"], signal.SIGKILL)
-        events = [json.loads(line[5:]) for line in lines if line.startswith("data:")]
-    waiting.join(30)
-    assert events[-1]["error_type"] == "generation"
-    assert answers[0].status_code == 424
-    assert answers[0].json()["error_type"] == "generation"
-    ends(server, "ShardFailed")
-    assert not server.children()
 
 
 def test_a_signal_stops_everything_and_lets_open_requests_finish(tmp_path: Path, tiny: Path):

@@ -60,7 +60,7 @@ FAREWELL = 5.0
 _SOON = 10.0
 """Seconds of service after which the next loss of an engine has nothing to do with the one before."""
 _LONGEST_DELAY = 30.0
-"""Seconds before an engine that is lost again and again is started again: at first 0, then 1, 2, 4…"""
+"""Seconds before an engine that is lost again and again is started again: at first 0, then 0.5, 1, 2, 4…"""
 _ATTEMPTS = 3
 """Starts in a row that may fail of an engine that has served."""
 
@@ -302,7 +302,7 @@ class _Engine:
         else:
             log.warning("Restarting the engine")
         self.due = now + self._delay
-        self._delay = min(max(1.0, 2 * self._delay), _LONGEST_DELAY)
+        self._delay = min(max(0.5, 2 * self._delay), _LONGEST_DELAY)
         if self.ready:
             self._ready, self._lost = 0.0, now
         return True
