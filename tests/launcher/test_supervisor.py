@@ -303,7 +303,7 @@ def test_an_engine_that_is_lost_while_the_router_drains_is_not_started_again(lau
     os.kill(int(run.value("RANK1")), signal.SIGKILL)
     run.until("Shard 1 crashed")
     code, out, _ = run.end()
-    assert code == 0 and "Restarting" not in out
+    assert code == 0 and "Restarting" not in out and out.count("crashed: ") == 1
     assert gone(int(run.value("RANK0")))
 
 

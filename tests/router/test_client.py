@@ -333,7 +333,10 @@ def test_what_came_of_a_prompt_is_not_asked_for_again(tmp_path: Path) -> None:
 
 def test_what_is_cancelled_meanwhile_is_not_handed_over_again(tmp_path: Path) -> None:
     async def scenario(client: EngineClient, engine: FakeEngine) -> None:
+        engine.pause()
         tickets = [submit(client, [n], 100) for n in (1, 2)]
+        await until(lambda: len(engine.submits) == 2)
+        engine.resume()
         await until(lambda: not client.connected)
         tickets[0].cancel()
         engine.start()

@@ -4,11 +4,15 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import huggingface_hub
+import openai
 import pytest
 from msgspec.structs import replace
 
@@ -361,6 +365,49 @@ def test_requests_outlive_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert router.metric('tgi_request_failure{err="generation"}') == 0
 
 
+def openai_chat(url: str) -> Iterator[str]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        messages: Any = [{"role": "user", "content": "hello"}]
+        for chunk in client.chat.completions.create(model="m", messages=messages, max_tokens=30, stream=True):
+            yield chunk.choices[0].delta.content or ""
+
+
+def openai_response(url: str) -> Iterator[str]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        for event in client.responses.create(model="m", input="hello", max_output_tokens=30, stream=True):
+            if event.type == "response.output_text.delta":
+                yield event.delta
+
+
+def anthropic_message(url: str) -> Iterator[str]:
+    with (
+        anthropic.Anthropic(base_url=url, api_key="-", max_retries=0) as client,
+        client.messages.stream(model="m", max_tokens=30, messages=[{"role": "user", "content": "hello"}]) as stream,
+    ):
+        yield from stream.text_stream
+
+
+def hub_text(url: str) -> Iterator[str]:
+    with huggingface_hub.InferenceClient(url) as client:
+        yield from client.text_generation("hello", max_new_tokens=30, stream=True)
+
+
+@pytest.mark.parametrize("ask", [openai_chat, openai_response, anthropic_message, hub_text])
+def test_clients_see_a_pause_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], Iterator[str]]
+) -> None:
+    monkeypatch.setattr("tgi.router.call.KEEP_ALIVE", 0.01)
+    with Router(settings(tmp_path), delay=0.005) as router:
+        undisturbed = "".join(ask(router.url))
+        texts = ask(router.url)
+        first = next(texts)
+        router.engine.die()
+        time.sleep(0.1)
+        router.engine.start()
+        assert first + "".join(texts) == undisturbed
+        assert router.metric("tgi_engine_restarts") == 1
+
+
 def test_who_waits_for_the_engine_holds_a_place(tmp_path: Path) -> None:
     with Router(settings(tmp_path, replace(LIMITS, max_concurrent_requests=1))) as router:
         router.engine.die()
@@ -380,8 +427,8 @@ def test_a_server_that_stops_ends_what_waits_for_the_engine(tmp_path: Path) -> N
         with router.http.stream("POST", "/generate_stream", json=LONG_ANSWER) as native:
             lines = native.iter_raw()
             first = next(lines)
-            with router.http.stream("POST", "/v1/completions", json={"prompt": "hello", "stream": True}) as openai:
-                chunks = openai.iter_raw()
+            with router.http.stream("POST", "/v1/completions", json={"prompt": "hello", "stream": True}) as completion:
+                chunks = completion.iter_raw()
                 assert next(chunks).startswith(b"data: {")
                 router.engine.die()
                 until(lambda: not router.service.client.connected)

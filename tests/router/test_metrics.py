@@ -234,6 +234,7 @@ def test_an_engine_that_is_lost_has_failed_a_batch(tmp_path: Path) -> None:
         assert router.metric('tgi_batch_inference_failure{method="decode"}') == 1
         assert router.metric('tgi_batch_inference_success{method="decode"}') == 1
         assert router.metric('tgi_batch_inference_count{method="decode"}') == 2
+        assert router.metric("tgi_batch_current_size") == router.metric("tgi_batch_current_max_tokens") == 0
         assert router.metric("tgi_engine_restarts") == 0
         router.engine.start()
         until(lambda: router.service.client.connected)

@@ -149,12 +149,12 @@ def healthy(server: Server) -> bool:
     return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
 
-def end_engine(server: Server, number: signal.Signals = signal.SIGKILL) -> int:
+def end_engine(server: Server, number: signal.Signals = signal.SIGKILL, module: str = ENGINE) -> int:
     """Returns the pid of the next one."""
-    before = server.children()[ENGINE]
+    before = server.children()[module]
     os.kill(before, number)
-    until(lambda: server.children().get(ENGINE, before) != before)
-    return server.children()[ENGINE]
+    until(lambda: server.children().get(module, before) != before)
+    return server.children()[module]
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +269,33 @@ def test_open_requests_get_clean_errors_when_there_will_be_no_engine(tmp_path: P
             last = server.output.strip().splitlines()[-1]
             assert last.startswith("Error: ShardCannotStart: ") and "model.safetensors" in last
             assert server.output.count("Restarting the engine") == 3
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_twenty_losses_of_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints how long it takes from the loss until the server is ready, and until the first token comes."""
+    prompts = ["The capital of France is", "Once upon a time", "def add(a, b):", "One, two, three,"]
+    ways: list[Body] = [{}, SAMPLED, {**SAMPLED, "repetition_penalty": 1.2}, {**SAMPLED, "top_n_tokens": 3}]
+    asked = [("/generate_stream", native(prompt, 100, **way)) for prompt in prompts for way in ways]
+    server = Server("--device", "cpu", log=tmp_path / "log").wait_ready()
+    undisturbed = Load(server, asked).answers()
+    readies, tokens = [], []
+    for turn in range(20):
+        time.sleep(10)  # what is lost again sooner waits
+        load = Load(server, asked)
+        load.grow(1 + 60 * turn)  # from the first token to three quarters of all
+        begin = time.monotonic()
+        end_engine(server, module="tgi.engine.process")
+        time.sleep(0.2)  # what was on its way has come
+        load.grow(1)
+        tokens.append(time.monotonic() - begin)
+        until(lambda: healthy(server))
+        readies.append(time.monotonic() - begin)
+        assert load.answers() == undisturbed
+    assert server.metric("tgi_engine_restarts") == 20
+    assert server.stop() == 0
+    assert not server.session()
+    with capsys.disabled():
+        for name, seconds in (("ready", readies), ("first token", tokens)):
+            print(f"\n{name}: {min(seconds):.2f} to {max(seconds):.2f} s, median {sorted(seconds)[10]:.2f} s")

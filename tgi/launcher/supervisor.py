@@ -199,6 +199,8 @@ class _Child:
         self.ready = False
         self.failure: str | None = None
         self.loading: Progress | None = None
+        self._end: os.waitid_result | None = None
+        """How it has ended, or was stopped."""
         self._unread = b""
         self._last_words = b""
 
@@ -229,16 +231,19 @@ class _Child:
     @property
     def lost(self) -> bool:
         """Whether it says that it can't go on, has ended, or hangs: what a signal has stopped nobody may set going."""
-        return self.failure is not None or self._look(os.WNOHANG) is not None
+        if self._end is None:
+            # It isn't waited for by that: until then its number is its own.
+            flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+            self._end = os.waitid(os.P_PID, self.process.pid, flags)
+        return self.failure is not None or self._end is not None
 
     def error(self) -> StartupError:
         """Of what is lost. The real cause: what it reported, else how it ended and its last line on standard error."""
         cause = self.failure
         if cause is None:
+            assert self._end is not None
             words = self._last_words.decode(errors="replace").strip()
-            state = self._look()
-            assert state is not None
-            match state.si_code, state.si_status:
+            match self._end.si_code, self._end.si_status:
                 case os.CLD_EXITED, status:
                     cause = f"exited with status {status}"
                 case os.CLD_STOPPED, number:
@@ -252,10 +257,6 @@ class _Child:
             if words:
                 cause += f": {words.splitlines()[-1]}"
         return (self.role.failed if self.ready else self.role.unstarted)(cause)
-
-    def _look(self, flags: int = 0) -> os.waitid_result | None:
-        """How it has ended, or was stopped. It isn't waited for by that: until then its number is its own."""
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | flags)
 
 
 class _Engine:
@@ -404,8 +405,9 @@ class _Watch:
         error = lost[0].error()
         for shard in engine.shards:
             self._kill(shard)  # with the processes that it may have started
-        # Whoever is started next needs their memory. Nobody outlives SIGKILL for long, unless a device has hung.
-        while any(shard.process.poll() is None for shard in engine.shards) and not self.signals:
+        # The next ones need their memory. Nobody outlives SIGKILL for long, unless a device hangs.
+        heard = len(self.signals)
+        while any(shard.process.poll() is None for shard in engine.shards) and len(self.signals) == heard:
             self._wait(math.inf)
         for shard in engine.shards:
             self._forget(shard)

@@ -237,6 +237,7 @@ class EngineClient:
                 await self._serve(*await self._connect())
                 await asyncio.sleep(RETRY)
         finally:
+            self._admitting.clear()
             self._give_up(_stopped("the router is stopping"))
 
     async def admits(self, timeout: float) -> bool:
@@ -449,6 +450,7 @@ class EngineClient:
         lost = [ticket for ticket in self._tickets.values() if ticket.sent]
         log.warning("lost the engine (%s) and %d requests under way", reason, len(lost))
         self._lost = time.monotonic()
+        self._observer.stepped(StepStats())
         if lost:
             self._observer.broke(prefills=any(not ticket.output_ids for ticket in lost))
         for ticket in lost:
