@@ -68,8 +68,6 @@ class Ticket:
         """Prompt tokens that the prefix cache had when an engine first scheduled it."""
         self.sent = False
         """Whether the engine has it."""
-        self.losses = 0
-        """Engines in a row that were lost with it, without having got on with it."""
         self.submitted = submit.arrived
         self.started = 0.0
         """When an engine first scheduled it."""
@@ -77,6 +75,8 @@ class Ticket:
         self.last_token = 0.0
         self.finished = 0.0
         self._on_cancel = on_cancel
+        self._losses = 0
+        """Engines in a row that were lost with it and before anything came."""
         self._known_at_loss = -1
         self._early: deque[Delta] = deque()
         """What came before anybody followed: at most max_new_tokens deltas."""
@@ -130,15 +130,19 @@ class Ticket:
         return msgspec.structs.replace(self.submit, token_ids=ids, scored=len(self.prompt))
 
     @property
-    def got_on(self) -> bool:
-        """Whether anything has come since an engine was lost with it."""
-        return len(self.prompt) + len(self.output_ids) > self._known_at_loss
+    def suspect(self) -> bool:
+        """Whether engines were lost with it twice or more, without anything having come since the first time."""
+        return self._losses > 1 and self._known == self._known_at_loss
 
     def lose(self) -> None:
         """The engine that had it is gone."""
-        self.losses = 1 if self.got_on else self.losses + 1
-        self._known_at_loss = len(self.prompt) + len(self.output_ids)
+        self._losses = self._losses + 1 if self._known == self._known_at_loss else 1
+        self._known_at_loss = self._known
         self.sent = False
+
+    @property
+    def _known(self) -> int:
+        return len(self.prompt) + len(self.output_ids)
 
     def fail(self, error: Exception) -> None:
         """End with an error, behind the deltas that have arrived."""
@@ -427,7 +431,7 @@ class EngineClient:
     def _review(self) -> None:
         """Let the next suspect run if the first has got on, or has ended; after the last, everybody."""
         first = self._suspects[0]
-        self._suspects = [ticket for ticket in self._suspects if not (ticket.finished or ticket.got_on)]
+        self._suspects = [ticket for ticket in self._suspects if ticket.suspect and not ticket.finished]
         if not self.connected or self._suspects[:1] == [first]:
             return
         if not self._suspects:
@@ -458,7 +462,7 @@ class EngineClient:
             if ticket in self._suspects:
                 del self._tickets[ticket.submit.id]
                 ticket.fail(RequestError(CRASH))
-        self._suspects = [ticket for ticket in self._tickets.values() if ticket.losses > 1]
+        self._suspects = [ticket for ticket in self._tickets.values() if ticket.suspect]
         if self._draining:
             self._give_up(_stopped(reason))
 
