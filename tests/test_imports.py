@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "core": set(),
     "kernels": set(),
-    "parallel": set(),
+    "parallel": {"core"},
     "benchmark": set(),
 }
 TORCH_FREE = ("cli", "launcher", "router", "core", "benchmark")

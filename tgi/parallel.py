@@ -1,8 +1,29 @@
-"""The ranks that hold one model together. Today there is one: nothing is sliced and nothing is sent."""
+"""The ranks that hold one model together: who has which part, and what they make of each other's results."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from torch import distributed
+
+from tgi.core import split
+from tgi.core.errors import StartupError
+
+
+class Exchange(Protocol):
+    """How ranks reach each other. All call the same, in the same order, with tensors of the same rows."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    def total(self, x: torch.Tensor, into: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
+        """Sum of every rank's ``x`` [rows, size], in its place; or ``factor`` times that added to ``into``. The same to
+        the bit on all ranks."""
+
+    def joined(self, x: torch.Tensor, widths: Sequence[int], *, first_only: bool = False) -> torch.Tensor:
+        """Every rank's ``x`` side by side on the last axis; ``widths`` of the ranks. ``first_only``: only rank 0 needs
+        it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,19 +32,74 @@ class Group:
 
     rank: int = 0
     size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.size != 1:
-            raise NotImplementedError(f"{self.size} ranks: tensor parallelism is not implemented")
+    exchange: Exchange | None = None
+    """With the others, if there are any."""
 
     def shard(self, size: int) -> slice:
         """This rank's run of an axis of ``size``."""
-        return slice(0, size)
+        own = split.shard(size, self.rank, self.size)
+        return slice(own.start, own.stop)
+
+    def widths(self, size: int) -> list[int]:
+        """Of every rank's run."""
+        return [len(split.shard(size, rank, self.size)) for rank in range(self.size)]
+
+    def heads(self, queries: int, keys: int, rank: int | None = None) -> tuple[range, list[int]]:
+        """As in split: of a rank, this one by itself."""
+        return split.heads(queries, keys, self.rank if rank is None else rank, self.size)
+
+    def begin(self) -> None:
+        """A step begins, on every rank."""
+        if self.exchange is not None:
+            self.exchange.begin()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of every rank's ``x``, in place."""
-        return x
+        return x if self.exchange is None else self.exchange.total(x)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's ``x`` side by side on the last axis."""
-        return x
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        """Add ``factor`` times the sum of every rank's ``x`` to ``into``."""
+        if self.exchange is None:
+            into.add_(x, alpha=factor)
+        else:
+            self.exchange.total(x, into, factor)
+
+    def all_gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """Every rank's ``x`` side by side on the last axis; ``widths`` of the ranks."""
+        return x if self.exchange is None else self.exchange.joined(x, widths)
+
+    def gather(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        """The same for rank 0; others get anything."""
+        return x if self.exchange is None else self.exchange.joined(x, widths, first_only=True)
+
+
+class Collective:
+    """Through torch.distributed: NCCL between GPUs, gloo between CPUs without our own kernels."""
+
+    def __init__(self, rank: int, ranks: int, device: torch.device, master: tuple[str, int]) -> None:
+        """``master``: address and port where rank 0 waits for the others. Raises StartupError."""
+        address = f"tcp://{master[0]}:{master[1]}"
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", init_method=address, rank=rank, world_size=ranks
+            )
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise StartupError(
+                f"the ranks can't meet at {address} (`--master-addr`, `--master-port`): {reason}"
+            ) from None
+
+    def begin(self) -> None: ...
+
+    def total(self, x: torch.Tensor, into: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
+        distributed.all_reduce(x)
+        return x if into is None else into.add_(x, alpha=factor)
+
+    def joined(self, x: torch.Tensor, widths: Sequence[int], *, first_only: bool = False) -> torch.Tensor:
+        # All send as many numbers as the widest.
+        own = torch.nn.functional.pad(x, (0, max(widths) - x.shape[1])).contiguous()
+        parts = [torch.empty_like(own) for _ in widths]
+        distributed.all_gather(parts, own)
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)

@@ -30,12 +30,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch alone, as on a GPU."""
+    monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
+    monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (SdpaAttention,))
+
+
 @pytest.fixture(params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own kernels where they can do it, or torch alone, as on a GPU."""
+def kernels(request: pytest.FixtureRequest) -> None:
+    """Our own kernels where they can do it, or torch."""
     if request.param == "torch":
-        monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
-        monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (SdpaAttention,))
+        request.getfixturevalue("without_kernels")
 
 
 class FullAttention:
@@ -112,7 +118,8 @@ class Engine:
         """``options`` are load_model's."""
         self.model = load(folder, device, **options)
         own = pools(self.model, blocks)
-        self.runner = Runner.of(self.model, own, step_tokens, stored, torch.device(device))
+        group: Any = options.get("group")
+        self.runner = Runner.of(self.model, own, step_tokens, stored, torch.device(device), group)
         self.scheduler = Scheduler(pools=own, step_tokens=step_tokens, max_running=8)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []

@@ -21,6 +21,7 @@ from tests.parity.conftest import (
     tokens,
     write_reference,
 )
+from tests.parity.ranks import same_in_ranks
 from tgi.attention.base import Precision
 from tgi.core.errors import StartupError
 from tgi.core.model_config import read_config
@@ -222,10 +223,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
-def made(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
     family, config = request.param
-    return write_reference(tmp_path, family, **config)
+    return write_reference(tmp_path_factory.mktemp(family), family, **config)
 
 
 def theirs_of(folder: Path) -> torch.nn.Module:
@@ -248,6 +250,11 @@ def test_a_step_is_one_program(made: Path) -> None:
     model, cpu = load(made), torch.device("cpu")
     cache = KVCache(model.specs, pools(model, 1), Precision(model.compute, torch.float32), cpu)
     assert isinstance(choose(model, cache, 16, cpu), Recorded)
+
+
+@native
+def test_ranks_compute_what_one_does(made: Path) -> None:
+    same_in_ranks(made)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])

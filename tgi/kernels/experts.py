@@ -133,17 +133,19 @@ def linear(
 
 def mix(
     library: Library,
-    into: torch.Tensor,
     x: torch.Tensor,
     weights: torch.Tensor,
     place: torch.Tensor | None = None,
+    *,
+    into: torch.Tensor | None = None,
     factor: float = 1.0,
-) -> None:
-    """Add ``factor`` times Σ weights[row, i] · x[place[row, i]] to each row of ``into``.
+) -> torch.Tensor:
+    """``factor`` times Σ weights[row, i] · x[place[row, i]] for each row; added to ``into`` if that is given.
 
     Without ``place`` each row has its own of x, and one weight.
     """
-    rows, size = into.shape
+    out = empty(len(weights), x.shape[1]) if into is None else into
+    rows, size = out.shape
     assert weights.is_contiguous() and (place is None or place.is_contiguous())
     op = Mix(
         Kind.MIX,
@@ -152,10 +154,12 @@ def mix(
         x_stride=x.stride(0),
         place=address(place),
         weight=weights.data_ptr(),
-        out=into.data_ptr(),
-        out_stride=into.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
         size=size,
         per_token=weights.shape[1],
+        add=into is not None,
         factor=factor,
     )
     run(library, op)
+    return out

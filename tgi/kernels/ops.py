@@ -1,7 +1,7 @@
 """The structs of csrc/ops.h, field by field: what Python hands to the library."""
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 
 
@@ -22,6 +22,7 @@ class Kind(IntEnum):
     ARRANGE = 11
     EXPERTS = 12
     MIX = 13
+    EXCHANGE = 14
 
 
 class Form(IntEnum):
@@ -151,6 +152,7 @@ class Embed(Op):
         ("half", c_int32),
         ("zero", c_int32),
         ("first", c_int32),
+        ("count", c_int32),
         ("add", c_int32),
         ("factor", c_float),
     ]
@@ -340,13 +342,50 @@ class Mix(Op):
         ("out_stride", c_int64),
         ("size", c_int32),
         ("per_token", c_int32),
+        ("add", c_int32),
+        ("factor", c_float),
+    ]
+
+
+class Turns(ctypes.Structure):
+    """One thread's."""
+
+    _fields_ = [("value", c_int32), ("left", c_double), ("_rest", c_int32 * 12)]
+
+
+class Link(ctypes.Structure):
+    """No operation: the memory that ranks share."""
+
+    _fields_ = [
+        ("memory", c_void_p),
+        ("slot", c_int64),
+        ("ranks", c_int32),
+        ("rank", c_int32),
+        ("copied", c_int32),
+        ("began", c_double),
+        ("patience", c_double),
+        ("_rest", c_int32 * 4),
+        ("turn", Turns * 256),
+    ]
+
+
+class Exchange(Op):
+    _fields_ = [
+        ("link", c_void_p),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("first", c_void_p),
+        ("size", c_int32),
+        ("add", c_int32),
         ("factor", c_float),
     ]
 
 
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     *(Linear, Quantize, Norm, Embed, Angles, Turn, Attend, Pick, Head, Sample),
-    *(Route, Arrange, Experts, Mix),
-    *(Choice, Step, Program),
+    *(Route, Arrange, Experts, Mix, Exchange),
+    *(Choice, Step, Program, Link),
 )
 """In the order of the library's own list: operations by Kind, then others."""

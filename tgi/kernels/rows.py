@@ -16,8 +16,8 @@ def embed(
     first: int = 0,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The rows ``first + ids`` (int64 [rows]) of a matrix, in float32, times ``factor``; added to ``into`` if that is
-    given. Its columns are in the order of inputs."""
+    """The rows ``first + ids`` (int64 [rows]) of a matrix, in float32, times ``factor``, zeros where there is none;
+    added to ``into`` if that is given. Its columns are in the order of inputs."""
     assert panels.order is None
     out = empty(len(ids), panels.inner) if into is None else into
     op = Embed(
@@ -36,6 +36,7 @@ def embed(
         half=panels.half,
         zero=panels.zero,
         first=first,
+        count=panels.outs,
         add=into is not None,
         factor=factor,
     )

@@ -1,6 +1,6 @@
 """Self-attention around the cache: the projections, and what happens to q and k between them and attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import rms_norm
@@ -9,7 +9,7 @@ from tgi.attention.base import Attend
 from tgi.core.model_config import ModelShape, QkNorm, Qkv
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.layers.linear import ColumnLinear, RowLinear
-from tgi.layers.norm import LayerNorm, RMSNorm
+from tgi.layers.norm import LayerNorm, SharedNorm
 from tgi.layers.rotary import Angles, rotate
 from tgi.parallel import Group
 
@@ -66,7 +66,8 @@ def _pieces(name: str, shape: ModelShape, qkv: Qkv, group: Group) -> list[Piece]
     dim = shape.head_dim
     shared = shape.heads // shape.kv_heads
     counts = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
-    own = {kind: group.shard(count) for kind, count in counts.items()}
+    heads, kv_heads = group.heads(shape.heads, shape.kv_heads)
+    own = {"q": heads, "k": kv_heads, "v": kv_heads}
 
     def first(kinds: str, kind: str, head: int) -> int:
         """Row where a head begins in the module that holds ``kinds``."""
@@ -79,7 +80,7 @@ def _pieces(name: str, shape: ModelShape, qkv: Qkv, group: Group) -> list[Piece]
 
     def rows(kinds: str, kind: str) -> list[slice]:
         found: list[slice] = []
-        for head in range(own[kind].start, own[kind].stop):
+        for head in own[kind]:
             at = first(kinds, kind, head)
             if qkv.pairs and kind != "v":
                 turning = at + qkv.pairs
@@ -111,7 +112,7 @@ class QkNorms:
 
     turned: HeadNorm | None = None
     """In one go with their rotation."""
-    before: tuple[tuple[slice, RMSNorm | LayerNorm], ...] = ()
+    before: tuple[tuple[slice, SharedNorm | LayerNorm], ...] = ()
     """Before it: columns of the projection, and the norm that replaces them."""
 
     @classmethod
@@ -119,26 +120,42 @@ class QkNorms:
         cls, checkpoint: Checkpoint, name: str, shape: ModelShape, qkv: Qkv, norm: QkNorm, eps: float, offset: float
     ) -> "QkNorms":
         """Those of the module ``name``. ``offset``: what the checkpoint leaves away from the weights."""
+        group, library, dim = checkpoint.group, checkpoint.library, shape.head_dim
+        # As the rows of the projection.
+        order = [*range(0, qkv.pairs, 2), *range(1, qkv.pairs, 2), *range(qkv.pairs, dim)]
 
-        def both(suffix: str) -> torch.Tensor:
-            """[heads + kv heads, head dim]."""
+        def both(suffix: str) -> tuple[torch.Tensor, torch.Tensor]:
+            """Of q and k, [heads, head dim] each."""
             q, k = (
-                _by_head(checkpoint, f"{name}.{kind}_{norm.name}", suffix, heads, shape.head_dim, norm.weights)
+                _by_head(checkpoint, f"{name}.{kind}_{norm.name}", suffix, heads, dim, norm.weights)[:, order]
                 for kind, heads in (("q", shape.heads), ("k", shape.kv_heads))
             )
-            # As the rows of the projection.
-            order = [*range(0, qkv.pairs, 2), *range(1, qkv.pairs, 2), *range(qkv.pairs, shape.head_dim)]
-            return torch.cat((q, k))[:, order]
+            return q, k
 
-        weight = both("weight") + offset
+        ranks = [group.heads(shape.heads, shape.kv_heads, rank) for rank in range(group.size)]
+
+        def own(parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            """[this rank's heads + kv heads, head dim]."""
+            return torch.cat([part[[*heads]] for part, heads in zip(parts, ranks[group.rank], strict=True)])
+
+        weights = both("weight")
         if norm.center:
-            bias = both("bias") if norm.bias else None
-            return cls(before=((slice(0, weight.numel()), LayerNorm(weight, bias, eps, checkpoint.library)),))
+            weight, bias = own(weights) + offset, own(both("bias")) if norm.bias else None
+            return cls(before=((slice(0, weight.numel()), LayerNorm(weight, bias, eps, library)),))
         if norm.weights != "whole":
-            return cls(turned=HeadNorm(weight, eps))
-        flat, end = weight.flatten(), shape.heads * shape.head_dim
-        columns = slice(0, end), slice(end, len(flat))
-        return cls(before=tuple((run, RMSNorm(flat[run], eps, checkpoint.library)) for run in columns))
+            return cls(turned=HeadNorm(own(weights) + offset, eps))
+        found, at = [], 0
+        for part, of_ranks in zip(weights, zip(*ranks, strict=True), strict=True):
+            # Of a head there may be copies: as many as of any other, so that the mean is the same.
+            held = [head for heads in of_ranks for head in heads]
+            if len({held.count(head) for head in held}) > 1:
+                raise ValueError(f"{group.size} ranks can't norm {len(part)} kv heads as one")
+            whole = part[held].flatten() + offset
+            widths = [len(heads) * dim for heads in of_ranks]
+            columns = slice(at, at + widths[group.rank])
+            found.append((columns, SharedNorm(whole, eps, group, widths, library)))
+            at = columns.stop
+        return cls(before=tuple(found))
 
 
 def _by_head(checkpoint: Checkpoint, name: str, suffix: str, heads: int, dim: int, weights: str) -> torch.Tensor:
@@ -168,7 +185,8 @@ class SelfAttention:
         clip: float | None,
         scales: tuple[float, float],
     ) -> None:
-        """``index``: of the layer. ``clip``: the most that q, k and v may be. ``scales``: as in Turn."""
+        """``index``: of the layer. ``shape``: with this rank's heads. ``clip``: the most that q, k and v may be.
+        ``scales``: as in Turn."""
         self._index = index
         self._heads, self._kv_heads = shape.heads, shape.kv_heads
         self._qkv = qkv
@@ -198,13 +216,21 @@ class SelfAttention:
 
         ``eps``, ``norm_offset``: of ``norm``, as in QkNorms.
         """
-        width = shape.heads * shape.head_dim
+        heads, kv_heads = checkpoint.group.heads(shape.heads, shape.kv_heads)
         pieces = _pieces(name, shape, qkv, checkpoint.group)
         return cls(
             index,
-            shape,
+            replace(shape, heads=len(heads), kv_heads=len(kv_heads)),
             ColumnLinear.of(checkpoint, pieces, bias=bias),
-            RowLinear.load(checkpoint, f"{name}.{o}", shape.hidden, width, bias=o_bias, transposed=qkv.transposed),
+            RowLinear.load(
+                checkpoint,
+                f"{name}.{o}",
+                shape.hidden,
+                shape.heads * shape.head_dim,
+                bias=o_bias,
+                transposed=qkv.transposed,
+                own=slice(heads.start * shape.head_dim, heads.stop * shape.head_dim),
+            ),
             QkNorms() if norm is None else QkNorms.load(checkpoint, name, shape, qkv, norm, eps, norm_offset),
             clip,
             cache_scales(checkpoint, name),

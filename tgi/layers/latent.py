@@ -45,8 +45,7 @@ class LatentAttention:
 
     def __init__(self, checkpoint: Checkpoint, name: str, index: int, shape: ModelShape, latent: Latent) -> None:
         """The module ``name`` of the layer ``index``."""
-        own = checkpoint.group.shard(shape.heads)
-        heads = range(own.start, own.stop)
+        heads, _ = checkpoint.group.heads(shape.heads, 1)
         self._index = index
         self._latent = latent
         self._heads = len(heads)
@@ -54,9 +53,7 @@ class LatentAttention:
         self._q_down = self._q_norm = None
         inner, q = shape.hidden, "q_proj"
         if latent.q_rank is not None:
-            size = latent.q_rank, inner
-            down = Piece(f"{name}.q_a_proj", size, [slice(0, latent.q_rank)], slice(0, inner))
-            self._q_down = ColumnLinear.of(checkpoint, [down], bias=latent.bias)
+            self._q_down = ColumnLinear.whole(checkpoint, f"{name}.q_a_proj", latent.q_rank, inner, bias=latent.bias)
             self._q_norm = RMSNorm.load(checkpoint, f"{name}.q_a_layernorm", latent.q_rank, _EPS)
             inner, q = latent.q_rank, "q_b_proj"
         wide = latent.still + latent.turning
@@ -71,7 +68,12 @@ class LatentAttention:
         self._key_norm = RMSNorm.load(checkpoint, f"{name}.kv_a_layernorm", latent.rank, _EPS)
         self._absorbed = _absorbed(checkpoint, f"{name}.kv_b_proj", shape.heads, heads, latent)
         self._o = RowLinear.load(
-            checkpoint, f"{name}.o_proj", shape.hidden, shape.heads * latent.value, bias=latent.bias
+            checkpoint,
+            f"{name}.o_proj",
+            shape.hidden,
+            shape.heads * latent.value,
+            bias=latent.bias,
+            own=slice(heads.start * latent.value, heads.stop * latent.value),
         )
 
     def add(self, into: torch.Tensor, x: torch.Tensor, angles: Angles | None, attend: Attend, factor: float) -> None:

@@ -48,6 +48,11 @@ class ColumnLinear:
         """This rank's rows, chosen already."""
         return cls(checkpoint.linear(pieces, bias=bias))
 
+    @classmethod
+    def whole(cls, checkpoint: Checkpoint, name: str, rows: int, columns: int, *, bias: bool) -> "ColumnLinear":
+        """All rows of a module, on every rank."""
+        return cls.of(checkpoint, [Piece(name, (rows, columns), [slice(0, rows)], slice(0, columns))], bias=bias)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.method(x)
 
@@ -66,11 +71,23 @@ class RowLinear:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, name: str, rows: int, columns: int, *, bias: bool, transposed: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        name: str,
+        rows: int,
+        columns: int,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        own: slice | None = None,
     ) -> "RowLinear":
+        """``own``: this rank's columns, if they aren't a run as even as it can be."""
         group = checkpoint.group
-        piece = Piece(name, (rows, columns), [slice(0, rows)], group.shard(columns), transposed)
-        return cls(checkpoint.linear([piece], bias=bias and group.rank == 0), checkpoint)
+        piece = Piece(name, (rows, columns), [slice(0, rows)], own or group.shard(columns), transposed)
+        if bias and group.rank:  # the sum has it once
+            checkpoint.tensors.skip(f"{name}.bias", (rows,))
+            bias = False
+        return cls(checkpoint.linear([piece], bias=bias), checkpoint)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, columns] → [tokens, rows]."""
@@ -81,4 +98,4 @@ class RowLinear:
         if self._group.size == 1:
             self.method.add(into, x, factor)
         else:
-            into.add_(self(x), alpha=factor)
+            self._group.add(into, self.method(x), factor)

@@ -67,7 +67,7 @@ class MoE:
         block, routing = f"{name}.{config.block}", config.routing
         # Which experts a token goes to is decided by small differences.
         exact = replace(checkpoint, dtype=torch.float32, quantize=None)
-        router = ColumnLinear.load(exact, {f"{block}.{config.router}": (config.count,)}, shape.hidden, bias=False)
+        router = ColumnLinear.whole(exact, f"{block}.{config.router}", config.count, shape.hidden, bias=False)
         bias = exact.vector(f"{block}.{routing.bias}", config.count) if routing.bias else None
         experts: ExpertsMethod
         if checkpoint.library is None:
@@ -79,7 +79,7 @@ class MoE:
             inner = replace(shape, intermediate=config.shared_intermediate)
             shared = GatedMLP.load(checkpoint, f"{block}.{config.shared}", inner, activation)
             if config.shared_gate:
-                gate = ColumnLinear.load(exact, {f"{block}.{config.shared_gate}": (1,)}, shape.hidden, bias=False)
+                gate = ColumnLinear.whole(exact, f"{block}.{config.shared_gate}", 1, shape.hidden, bias=False)
         return cls(routing, router, bias, experts, shared, gate)
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
@@ -165,11 +165,14 @@ class GroupedExperts:
         rows = native.pick(library, x, pairs.row)
         inner = native.linear(library, self._gate_up, rows, pairs.first, finish=Finish.GATE, act=act)
         del rows  # a recorded program lends its memory again
-        outs = self._group.all_reduce(native.linear(library, self._down, inner, pairs.first))
-        native.mix(library, into, outs, weights, pairs.place, factor)
+        outs = native.linear(library, self._down, inner, pairs.first)
+        if self._group.size == 1:
+            native.mix(library, outs, weights, pairs.place, into=into, factor=factor)
+        else:
+            self._group.add(into, native.mix(library, outs, weights, pairs.place), factor)
 
     def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
-        native.mix(self._library, into, x, weights, None, factor)
+        native.mix(self._library, x, weights, into=into, factor=factor)
 
 
 class SeparateExperts:

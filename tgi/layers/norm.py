@@ -1,11 +1,14 @@
 """Normalisation over the last axis."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
 from tgi.kernels import rows
 from tgi.kernels.library import Library
 from tgi.layers.checkpoint import Checkpoint
+from tgi.parallel import Group
 
 
 class RMSNorm:
@@ -41,6 +44,35 @@ class RMSNorm:
             rows.rms_norm(self._library, x, self._weight, self._eps, out=x)
         else:
             x.copy_(self(x))
+
+
+class SharedNorm:
+    """An RMSNorm over the numbers of all ranks."""
+
+    __slots__ = ("_group", "_library", "_norm", "_own", "_widths")
+
+    def __init__(
+        self, weight: torch.Tensor, eps: float, group: Group, widths: Sequence[int], library: Library | None
+    ) -> None:
+        """``weight``: of all numbers; ``widths``: how many each rank has."""
+        self._norm = RMSNorm(weight, eps, library)
+        self._group = group
+        self._widths = widths
+        self._library = library
+        begin = sum(widths[: group.rank])
+        self._own = slice(begin, begin + widths[group.rank])
+
+    def replace(self, x: torch.Tensor) -> None:
+        """Put the norm of this rank's ``x``, which may be some columns of a tensor, in its place."""
+        if self._group.size == 1:
+            self._norm.replace(x)
+            return
+        whole = self._group.all_gather(x, self._widths)
+        self._norm.replace(whole)
+        if self._library is not None:
+            rows.copy(self._library, whole[:, self._own], x)
+        else:
+            x.copy_(whole[:, self._own])
 
 
 class LayerNorm:

@@ -49,6 +49,7 @@ class DecoderConfig:
     """Of attention's scores."""
     clip_qkv: float | None = None
     """The most that q, k and v may be."""
+    qk_norm: QkNorm | None = None
     unit_head: bool = False
     """Each row of the head is brought to length 1."""
     experts: Experts | None = None
@@ -111,7 +112,6 @@ class DenseConfig(DecoderConfig):
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: QkNorm | None = None
     packed: bool = False
     """The checkpoint holds gate_up_proj instead of two matrices."""
     gated: bool = True
@@ -167,7 +167,6 @@ class GptConfig(DecoderConfig):
     norm_bias: bool = True
     norm_offset: float = 0.0
     """What the checkpoint leaves away from the weights of norms."""
-    qk_norm: QkNorm | None = None
     gated: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -209,6 +208,7 @@ class TailConfig:
     experts = None
     """None that a step is planned for: how they are computed is transformers' affair."""
     scheme = None
+    qk_norm = None
 
     @property
     def windows(self) -> tuple[None, ...]:

@@ -22,9 +22,11 @@ class DenseDecoder:
         self.vocab_size = shape.vocab
         self.compute = checkpoint.compute
         self.library = checkpoint.library
-        scale, softcap, slopes = config.attention_scale, config.softcap, config.slopes
+        heads, kv_heads = checkpoint.group.heads(shape.heads, shape.kv_heads)
+        scale, softcap = config.attention_scale, config.softcap
+        slopes = None if config.slopes is None else config.slopes[heads.start : heads.stop]
         self.specs = [
-            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, scale, window, softcap, slopes, shape.latent)
+            AttnSpec(len(heads), len(kv_heads), shape.head_dim, scale, window, softcap, slopes, shape.latent)
             for window in config.windows
         ]
         self._embed = VocabEmbedding.load(

@@ -12,7 +12,7 @@ from tgi.attention.base import Attend, AttnSpec
 from tgi.layers.attention import SelfAttention
 from tgi.layers.checkpoint import Checkpoint
 from tgi.layers.embedding import LmHead, VocabEmbedding
-from tgi.layers.linear import RowLinear
+from tgi.layers.linear import ColumnLinear
 from tgi.layers.mlp import GatedMLP, PlainMLP
 from tgi.layers.moe import MoE
 from tgi.layers.norm import LayerNorm
@@ -28,9 +28,11 @@ class GptDecoder:
         self.vocab_size = shape.vocab
         self.compute = checkpoint.compute
         self.library = checkpoint.library
-        scale, softcap, slopes = config.attention_scale, config.softcap, config.slopes
+        heads, kv_heads = checkpoint.group.heads(shape.heads, shape.kv_heads)
+        scale, softcap = config.attention_scale, config.softcap
+        slopes = None if config.slopes is None else config.slopes[heads.start : heads.stop]
         self.specs = [
-            AttnSpec(shape.heads, shape.kv_heads, shape.head_dim, scale, window, softcap, slopes)
+            AttnSpec(len(heads), len(kv_heads), shape.head_dim, scale, window, softcap, slopes)
             for window in config.windows
         ]
         vocabulary = replace(shape, hidden=config.embedding or shape.hidden)
@@ -38,8 +40,8 @@ class GptDecoder:
         self._project_in = self._project_out = None
         if config.embedding is not None:
             sizes = shape.hidden, vocabulary.hidden
-            self._project_in = RowLinear.load(checkpoint, names.project_in, *sizes, bias=False)
-            self._project_out = RowLinear.load(checkpoint, names.project_out, *sizes[::-1], bias=False)
+            self._project_in = ColumnLinear.whole(checkpoint, names.project_in, *sizes, bias=False)
+            self._project_out = ColumnLinear.whole(checkpoint, names.project_out, *sizes[::-1], bias=False)
         self._places = None
         if names.positions:
             rows = shape.max_position_embeddings + config.first_position

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tgi.attention.base import Attend, AttnSpec
     from tgi.kernels.library import Library
     from tgi.kernels.sampling import Head
+    from tgi.parallel import Group
 
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def load_model(
     quantize: str | None = None,
     packed: Path | None = None,
     trust_remote_code: bool = False,
+    group: "Group | None" = None,
     progress: Callable[[int, int], None],
 ) -> Model:
     """Read the weights into memory, ready to run.
@@ -189,6 +191,7 @@ def load_model(
     from tgi.parallel import Group
     from tgi.quantization.packed import Pack
 
+    group = group or Group()
     reach = max_total_tokens or parsed.shape.max_position_embeddings
     native = library() if device.type == "cpu" and dtype in (getattr(torch, name) for name in DTYPES) else None
     if device.type == "cpu" and (reason := why_not()) is not None:
@@ -217,8 +220,8 @@ def load_model(
     model_class = getattr(importlib.import_module(row.module), row.name)
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
-        pack = Pack.open(packed if native else None, sources, dtype, quantize, parsed.scheme)
-        checkpoint = Checkpoint(tensors, dtype, device, Group(), native, quantize, pack)
+        pack = Pack.open(packed if native else None, sources, dtype, quantize, parsed.scheme, group.rank, group.size)
+        checkpoint = Checkpoint(tensors, dtype, device, group, native, quantize, pack)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     pack.save()

@@ -87,9 +87,9 @@ class NativeLinear:
         """``factor`` times the product into ``out`` [tokens, out]; with a ``cap``, cap · tanh(that / cap)."""
         native_linear(self._library, self.panels, x, bias=self.bias, out=out, alpha=factor, cap=cap)
 
-    def rows(self, ids: torch.Tensor, factor: float) -> torch.Tensor:
-        """The matrix's own rows, times ``factor``: int64 [tokens] → float32 [tokens, in]."""
-        return embed(self._library, self.panels, ids, factor)
+    def rows(self, ids: torch.Tensor, factor: float, first: int) -> torch.Tensor:
+        """The matrix's own rows ``first + ids``, times ``factor``: int64 [tokens] → float32 [tokens, in]."""
+        return embed(self._library, self.panels, ids, factor, first)
 
     def add_rows(self, into: torch.Tensor, ids: torch.Tensor, first: int) -> None:
         """Add the matrix's rows ``first + ids`` to ``into`` [tokens, in]."""

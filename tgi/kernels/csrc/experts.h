@@ -131,7 +131,8 @@ static void mix(const Mix& op, int row) {
         V16 total = zero();
         for (int i = 0; i < op.per_token; i++)
             total = fma(load_some(op.x + place[i] * op.x_stride + at, op.size - at), set1(weight[i]), total);
-        store_some(out + at, fma(total, set1(op.factor), load_some(out + at, op.size - at)), op.size - at);
+        V16 before = op.add ? load_some(out + at, op.size - at) : zero();
+        store_some(out + at, fma(total, set1(op.factor), before), op.size - at);
     }
 }
 

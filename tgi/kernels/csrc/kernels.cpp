@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "linear.h"
+#include "link.h"
 #include "rows.h"
 #include "sampling.h"
 #include "table.h"
@@ -31,4 +32,5 @@ extern const Table NAME(TGI_ISA) = {{
     {ARRANGE, call<Arrange, arrange>, nullptr},
     {EXPERTS, call<Experts, experts>, nullptr},
     {MIX, nullptr, each<Mix, mix>},
+    {EXCHANGE, call<Exchange, exchange>, nullptr},
 }};

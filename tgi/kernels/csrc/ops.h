@@ -4,7 +4,7 @@
 #include <atomic>
 #include <cstdint>
 
-enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, PICK, HEAD, SAMPLE, ROUTE, ARRANGE, EXPERTS, MIX, KINDS };
+enum Kind : int32_t { LINEAR, QUANTIZE, NORM, EMBED, ANGLES, TURN, ATTEND, PICK, HEAD, SAMPLE, ROUTE, ARRANGE, EXPERTS, MIX, EXCHANGE, KINDS };
 
 struct Op {
     int32_t kind;
@@ -90,6 +90,7 @@ struct Embed : Op {
     int64_t out_stride;
     int32_t form, size, group, half, zero;
     int32_t first;  // row of the matrix that id 0 stands for
+    int32_t count;  // rows that there are; others are zeros
     int32_t add;    // whether out grows by the result
     float factor;
 };
@@ -257,7 +258,46 @@ struct Mix : Op {
     const float* weight;   // [rows, per_token]
     float* out;
     int64_t out_stride;
-    int32_t size, per_token;
+    int32_t size, per_token, add;  // add: `out` grows by it
+    float factor;
+};
+
+// What a thread does that waits for another.
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    asm volatile("yield");
+#endif
+}
+
+constexpr int LINK_HEAD = 64;  // bytes of shared memory for each rank's number of arrivals
+constexpr int LINK_THREADS = 256;
+
+// What a rank knows of the memory that it shares with the others: heads, then [2][ranks] slots.
+struct Link {
+    char* memory;
+    int64_t slot;              // bytes: a multiple of 64
+    int32_t ranks, rank;
+    std::atomic<int> copied;   // threads that have put their rows into this rank's slot
+    double began;              // when this step was, in seconds of the steady clock
+    double patience;           // seconds that others may take longer than three times what this rank took
+    struct alignas(64) Turn {
+        int32_t value;         // exchanges so far, as each thread counts them
+        double left;           // when it came out of the last one
+    } turn[LINK_THREADS];
+};
+
+// Rows of all ranks are summed, or joined.
+struct Exchange : Op {
+    Link* link;
+    const float* x;
+    int64_t x_stride;
+    float* out;            // null: this rank doesn't want what comes of it
+    int64_t out_stride;
+    const int32_t* first;  // null: sums. Else where each rank's columns begin in out, and where the last ones end
+    int32_t size;          // of a row of x
+    int32_t add;           // whether out grows by the sum times `factor`
     float factor;
 };
 

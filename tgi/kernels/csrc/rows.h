@@ -119,6 +119,10 @@ static void embed(const Embed& op, int row) {
     float fresh[op.add ? op.size : 1];
     float* into = op.out + row * op.out_stride;
     float* out = op.add ? fresh : into;
+    if (id < 0 || id >= op.count) {
+        if (!op.add) memset(out, 0, op.size * sizeof(float));
+        return;
+    }
     switch (op.form) {
         case FP32:
             for (int k = 0; k < op.size; k++) out[k] = ((const float*)op.weight)[(panel * op.size + k) * 16 + lane];

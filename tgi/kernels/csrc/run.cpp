@@ -49,14 +49,6 @@ void choose(const Isa& isa) {
     for (const Entry& entry : isa.table->entries) entries[entry.kind] = entry;
 }
 
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    asm volatile("yield");
-#endif
-}
-
 // Where threads meet between operations. They wait actively for some microseconds, then asleep: so a thread whose core
 // somebody else has taken finds another one free.
 struct alignas(64) Meeting {
@@ -122,8 +114,8 @@ int tgi_choose(const char* name) {
 int64_t tgi_size(int which) {
     static const int64_t sizes[] = {sizeof(Linear),  sizeof(Quantize), sizeof(Norm),    sizeof(Embed), sizeof(Angles),
                                     sizeof(Turn),    sizeof(Attend),   sizeof(Pick),    sizeof(Head),  sizeof(Sample),
-                                    sizeof(Route),   sizeof(Arrange),  sizeof(Experts), sizeof(Mix),   sizeof(Choice),
-                                    sizeof(Step),    sizeof(Program)};
+                                    sizeof(Route),   sizeof(Arrange),  sizeof(Experts), sizeof(Mix),   sizeof(Exchange),
+                                    sizeof(Choice),  sizeof(Step),     sizeof(Program), sizeof(Link)};
     return which < (int)(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
