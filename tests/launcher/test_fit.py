@@ -33,7 +33,7 @@ TOKEN = 3 * 2 * 2 * 16 * 4
 """Bytes of one token in the KV cache in float32: layers, k and v, kv heads, head dimension, width."""
 CPU = Machine("cpu", "cpu", 16 * GB, 8 * GB)
 NATIVE = Machine("cpu", "cpu", 16 * GB, 8 * GB, native=True)
-GPU = Machine("cuda", "NVIDIA H100 80GB HBM3", 80 * GB, 70 * GB)
+GPU = Machine("cuda", "NVIDIA H100 80GB HBM3", 80 * GB, 70 * GB, gpus=((80 * GB, 70 * GB),))
 
 
 def model(folder: Path, tokenizer: dict[str, object] | None = None, **config: object) -> ModelFiles:
@@ -458,10 +458,17 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(fitting, "version", lambda _: "2.11.0+cu130")
     (nvidia_smi / "says").write_text("NVIDIA H100 80GB HBM3, 81559, 80000\nNVIDIA T4, 15360, 15000\n")
     found = probe("auto", None)
-    assert found == Machine("cuda", "NVIDIA H100 80GB HBM3", 81559 << 20, 80000 << 20)
-    assert found.compute_type == "1-nvidia-h100-80gb-hbm3"
+    assert found == Machine(
+        "cuda",
+        "NVIDIA H100 80GB HBM3",
+        81559 << 20,
+        80000 << 20,
+        gpus=((81559 << 20, 80000 << 20), (15360 << 20, 15000 << 20)),
+    )
+    assert found.compute_type(2) == "2-nvidia-h100-80gb-hbm3"
+    assert found.part(1) == found and found.part(2).available == 15000 << 20
     probe("cuda", "2,3")
-    assert (nvidia_smi / "asked").read_text().strip().endswith("-i 2")
+    assert (nvidia_smi / "asked").read_text().strip().endswith("-i 2,3")
     for device, visible in (("cpu", None), ("auto", ""), ("auto", "-1")):
         assert probe(device, visible).device == "cpu"
 

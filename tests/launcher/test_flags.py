@@ -43,7 +43,7 @@ TGI = {
     "--hostname": "0.0.0.0",
     "--port": 3000,
     "--prometheus-port": 9000,
-    "--shard-uds-path": "/tmp/text-generation-server",
+    "--shard-uds-path": None,  # /tmp/text-generation-server, which other servers want too
     "--master-addr": "localhost",
     "--master-port": 29500,
     "--huggingface-hub-cache": None,
@@ -133,6 +133,7 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "tgi_wiggle_room": ("0.9", 0.9, "2"),
     "hf_api_token": ("x", "x", ""),
     "cuda_visible_devices": ("1", "1", ""),
+    "nvidia_visible_devices": ("all", "all", ""),
     "xdg_cache_home": ("/x", "/x", ""),
     "tokenizer_name": ("org/name", "org/name", ""),
     "master_shard_uds_path": ("/x", "/x", ""),
@@ -345,9 +346,6 @@ def test_hostname_variable_that_shells_set_is_passed_over() -> None:
             "`max_input_length is deprecated for naming consistency.",
         ),
         (Options(validation_workers=0), "`validation_workers` must be > 0"),
-        (Options(num_shard=0), "`num_shard` cannot be < 1"),
-        (Options(sharded=True, num_shard=1), "`sharded` is true but `num_shard` <= 1"),
-        (Options(sharded=True), "`sharded` is not supported yet"),
         (Options(max_batch_size=0), "`max_batch_size` must be > 0"),
         (
             Options(max_input_length=8, max_total_tokens=8),

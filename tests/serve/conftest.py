@@ -60,8 +60,8 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"the server is not ready after {seconds} s:\n{self.output}")
 
-    def children(self) -> dict[str, int]:
-        """Pids of the launcher's children by the module they run."""
+    def children(self, rank: int = 0) -> dict[str, int]:
+        """Pids of the launcher's children by the module they run; of an engine's processes the one of this ``rank``."""
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -69,7 +69,8 @@ class Server:
                 command = (stat.parent / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if parent == self.process.pid and b"-m" in command:
+            # A child that is about to be another program has the launcher's command.
+            if parent == self.process.pid and b"--status-fd" in command and _rank(command) in (rank, None):
                 found[command[command.index(b"-m") + 1].decode()] = int(stat.parent.name)
         return found
 
@@ -104,6 +105,10 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+
+def _rank(command: list[bytes]) -> int | None:
+    return int(command[command.index(b"--rank") + 1]) if b"--rank" in command else None
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

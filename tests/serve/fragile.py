@@ -19,7 +19,8 @@ from tgi import cli
 from tgi.core import child
 from tgi.core.config import Settings
 from tgi.core.plan import Work
-from tgi.launcher import launch, supervisor
+from tgi.launcher import launch
+from tgi.launcher.shards import shards
 
 SLOWLY = 0.004
 """Seconds that a step takes at least."""
@@ -28,7 +29,7 @@ SLOWLY = 0.004
 def engine() -> int:
     from tgi.engine.process import serve
 
-    return child.run("text_generation_engine", lambda settings, _, report: serve(_weaken(settings), _, report))
+    return child.run("text_generation_engine", lambda settings, *rest: serve(_weaken(settings), *rest))
 
 
 def _weaken(settings: Settings) -> Settings:
@@ -56,6 +57,5 @@ def _weaken(settings: Settings) -> Settings:
 if __name__ == "__main__":
     if "--status-fd" in sys.argv:
         os._exit(engine())
-    group = supervisor.alone(sys.executable, "-m", "tests.serve.fragile")
-    launch.supervise = partial(supervisor.supervise, engine=group)
+    launch.shards = partial(shards, words=(sys.executable, "-m", "tests.serve.fragile"))
     sys.exit(cli.launcher())

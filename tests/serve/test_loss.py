@@ -149,12 +149,12 @@ def healthy(server: Server) -> bool:
     return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
 
-def end_engine(server: Server, number: signal.Signals = signal.SIGKILL, module: str = ENGINE) -> int:
+def end_engine(server: Server, number: signal.Signals = signal.SIGKILL, module: str = ENGINE, rank: int = 0) -> int:
     """Returns the pid of the next one."""
-    before = server.children()[module]
+    before = server.children(rank)[module]
     os.kill(before, number)
-    until(lambda: server.children().get(module, before) != before)
-    return server.children()[module]
+    until(lambda: server.children(rank).get(module, before) != before)
+    return server.children(rank)[module]
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +169,10 @@ def special(folder: Path, token: str) -> str:
 
 
 @contextmanager
-def serving(folder: Path, log: Path, **environment: str) -> Iterator[Server]:
+def serving(folder: Path, log: Path, *more: str, **environment: str) -> Iterator[Server]:
     """Leaves nothing behind."""
     options = ("--model-id", str(folder), "--device", "cpu", "--dtype", "float32", "--reasoning-parser", "think")
-    server = Server(*options, log=log, program=FRAGILE, PYTHONPATH=str(ROOT), **environment).wait_ready()
+    server = Server(*options, *more, log=log, program=FRAGILE, PYTHONPATH=str(ROOT), **environment).wait_ready()
     command = Path(f"/proc/{server.children()[ENGINE]}/cmdline").read_text().split("\0")
     run_dir = Path(command[command.index("--settings") + 1]).parent
     try:

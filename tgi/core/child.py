@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -18,15 +19,29 @@ log = logging.getLogger(__name__)
 Report = Callable[[Status], None]
 """Tell the launcher how it goes."""
 
-Serve = Callable[[Settings, int | None, Report], None]
-"""(settings, descriptor of the listening socket, report): the child's whole life."""
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one child is given that others aren't: descriptors that it has inherited, and its number."""
+
+    listen: int | None = None
+    """The server's listening socket."""
+    rank: int = 0
+    lines: Sequence[int] = ()
+    """Sockets to the other ranks if this is the first, else the one to that."""
+    memory: int | None = None
+    """A file in memory that ranks share."""
+
+
+Serve = Callable[[Settings, Place, Report], None]
+"""The child's whole life."""
 
 _GARBAGE = 20_000
 """New objects before the collector looks for cycles: the messages of one step of many streams are no reason to."""
 
 
 def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
-    """Parse ``--settings PATH --status-fd N [--listen-fd M]``, serve, and return the exit code.
+    """Parse ``--settings PATH --status-fd N`` and what a Place is made of, serve, and return the exit code.
 
     Whatever ends the child early is reported as Failed, in words for the operator.
     """
@@ -34,9 +49,14 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", required=True)
     parser.add_argument("--status-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--line-fds", type=int, nargs="*", default=())
+    parser.add_argument("--memory-fd", type=int)
     arguments = parser.parse_args(argv)
     settings = Settings.read(arguments.settings)
-    telemetry.setup(target, settings.log_level, settings.json_output, colour=settings.log_colorize)
+    # What ranks tell of their loading is the same for all.
+    level = "error" if arguments.rank else settings.log_level
+    telemetry.setup(target, level, settings.json_output, colour=settings.log_colorize)
 
     def report(status: Status) -> None:
         if isinstance(status, Ready):
@@ -49,7 +69,8 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     # and later it would come between two tokens.
     gc.disable()
     try:
-        serve(settings, arguments.listen_fd, report)
+        place = Place(arguments.listen_fd, arguments.rank, arguments.line_fds, arguments.memory_fd)
+        serve(settings, place, report)
     except StartupError as error:
         report(Failed(str(error)))
         return 1

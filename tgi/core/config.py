@@ -81,6 +81,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     uds_path: str | None = None
     """Where the engine listens, if not in ``run_dir``."""
+    ranks: int = 1
+    """Processes that hold the model together."""
+    master: tuple[str, int] = ("localhost", 29500)
+    """Address and port where they meet if torch lets them talk to each other."""
     device: str = "cpu"
     dtype: str = "float32"
     """Of weights that aren't quantized, of the KV cache, and of activations unless native kernels compute these."""

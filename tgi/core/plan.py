@@ -50,6 +50,18 @@ class Masks(msgspec.Struct, frozen=True):
         return Masks([self.rows[at] - start for at in own], self.bits[own]) if own else None
 
 
+class Orders(msgspec.Struct, frozen=True, array_like=True):
+    """One step as ranks other than the first need it: they compute, and draw nothing. Numbers are int32 in memory."""
+
+    token_ids: bytes
+    segments: list[list[tuple[int, int, bytes]]]
+    """For each kind of layer, of each request (position of its first token, tokens, pages)."""
+    rows: bytes
+    """Places of the tokens whose logits are wanted."""
+    first: int
+    """Of these rows so many are made into logits at first."""
+
+
 class Sampled(msgspec.Struct, frozen=True, gc=False):
     """What the device made of one chunk."""
 

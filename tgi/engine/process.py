@@ -5,6 +5,7 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -20,14 +21,25 @@ from tgi.engine.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, _listen: int | None, report: child.Report) -> None:
+def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
     """Load the model and run the step loop until the process is ended. Raises StartupError."""
     begin = time.monotonic()
     from tgi.engine.loop import Loop  # torch: over a second
+    from tgi.runtime.ranks import Follower, Leader, join
     from tgi.runtime.runner import Runner
 
+    faulthandler.register(signal.SIGALRM, chain=True)  # a step that hangs says where, and ends the process
     limits = settings.limits
-    runner = Runner.load(settings, lambda done, total: report(Loading(done, total)))
+    group = join(settings, place)
+    runner = Runner.load(settings, lambda done, total: report(Loading(done, total)), group)
+    if place.rank:
+        _trim()
+        report(Ready())
+        Follower(socket.socket(fileno=place.lines[0])).run(runner, settings.longest_step)
+        return
+    if place.lines:
+        runner.leader = Leader([socket.socket(fileno=line) for line in place.lines])
+        runner.leader.wait()
     scheduler = Scheduler(
         pools=settings.pools,
         step_tokens=limits.max_batch_prefill_tokens,
@@ -36,8 +48,7 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
         prefix_caching=settings.prefix_caching and runner.paged,
     )
     mailbox = Mailbox(settings.socket, Hello(time.time_ns(), runner.implementation))
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # glibc keeps what packing the weights has freed
+    _trim()
     log.info(
         "Model loaded in %.1f s: %s in %s on %s, %d blocks of %d tokens",
         time.monotonic() - begin,
@@ -52,8 +63,13 @@ def serve(settings: Settings, _listen: int | None, report: child.Report) -> None
     report(Ready())
     config = settings.tokenizer_config_path
     vocabulary = partial(Vocabulary.load, Path(settings.model.folder), None if config is None else Path(config))
-    faulthandler.register(signal.SIGALRM, chain=True)  # a step that hangs says where, and ends the process
     Loop(mailbox, scheduler, runner, vocabulary, settings.longest_step).run()
+
+
+def _trim() -> None:
+    """glibc keeps what packing the weights has freed."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Engine and router started by hand, each by its own command; a socket's path joins them.
 
-Beside the engine's socket lies a file with its settings, from which the router learns model and limits. Whoever started
-the engine holds a lock on that file for as long as it lives: settings that a dead engine left behind deceive nobody.
+Beside the engine's socket lies a file with its settings, from which the router learns model and limits.
 """
 
 import contextlib
 import fcntl
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from tgi.core.config import BLOCK_SIZE, Limits, ModelFiles, Settings
-from tgi.launcher.errors import ArgumentValidation, ShardCannotStart, WebserverCannotStart
+from tgi.launcher.claim import beside, claim
+from tgi.launcher.errors import ArgumentValidation, WebserverCannotStart
 from tgi.launcher.flags import Options
 from tgi.launcher.launch import begin, engine_settings, with_http
+from tgi.launcher.shards import shards
 from tgi.launcher.supervisor import bind, supervise
 
 _CLIENTS_LIMITS = (
@@ -34,11 +33,9 @@ def serve_engine(options: Options, started: float) -> None:
     """One engine, until a signal comes. ``started``: time.monotonic(). Raises StartupError."""
     options = begin(options)
     socket = Path(f"{options.uds_path}-0").absolute()
-    with _claim(socket) as file, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
-        settings = msgspec.structs.replace(engine_settings(options, run_dir), uds_path=str(socket))
-        os.ftruncate(file, 0)
-        os.pwrite(file, msgspec.json.encode(settings), 0)
-        supervise(settings, None, started)
+    with claim(socket, "--uds-path") as tell, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
+        settings = tell(engine_settings(options, run_dir))
+        supervise(settings, None, started, shards(settings.ranks))
 
 
 def serve_router(options: Options, started: float) -> None:
@@ -61,34 +58,6 @@ def serve_router(options: Options, started: float) -> None:
         supervise(with_http(settings, options), listener, started, engine=None)
 
 
-def _beside(socket: Path) -> Path:
-    """The settings of the engine on this socket."""
-    return socket.with_name(f"{socket.name}.json")
-
-
-@contextlib.contextmanager
-def _claim(socket: Path) -> Iterator[int]:
-    """The locked file for the settings. A socket that a dead engine left is removed."""
-    path = _beside(socket)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardCannotStart(f"there is an engine on {socket} already; choose another `--uds-path`") from None
-        if socket.is_socket():
-            socket.unlink()
-        elif socket.exists():
-            raise ShardCannotStart(f"{socket} is in the way; choose another `--uds-path`")
-        try:
-            yield file
-        finally:
-            socket.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(file)
-
-
 def _settings_of(socket: Path) -> Settings:
     """Of the engine on this socket, which may still be loading."""
     nobody = WebserverCannotStart(
@@ -96,7 +65,7 @@ def _settings_of(socket: Path) -> Settings:
         f"MODEL_ID --uds-path {str(socket).removesuffix('-0')}`."
     )
     try:
-        with _beside(socket).open("rb") as file:
+        with beside(socket).open("rb") as file:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 raise nobody
@@ -108,7 +77,7 @@ def _settings_of(socket: Path) -> Settings:
     try:
         return msgspec.json.decode(text, type=Settings)
     except msgspec.DecodeError as error:
-        raise WebserverCannotStart(f"{_beside(socket)} is not of this version: {error}") from None
+        raise WebserverCannotStart(f"{beside(socket)} is not of this version: {error}") from None
 
 
 def _check_model(options: Options, model: ModelFiles) -> None:

@@ -7,6 +7,10 @@ class ArgumentValidation(StartupError):
     """The flags contradict each other, or the machine and the model don't have what they ask for."""
 
 
+class NotEnoughCUDADevices(StartupError):
+    """The model is to be split over more devices than there are."""
+
+
 class DownloadError(StartupError):
     """The model's files can't be had."""
 

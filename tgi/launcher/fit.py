@@ -23,6 +23,7 @@ from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
 from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
+from tgi.launcher.sharding import check_master, choose_ranks, fullest
 from tgi.models.config import TailConfig
 from tgi.models.registry import check as read_family
 from tgi.quantization.scheme import Held, Scheme
@@ -79,11 +80,19 @@ class Machine:
     """Bytes of it that are free now."""
     native: bool = False
     """Whether our own kernels run there."""
+    gpus: tuple[tuple[int, int], ...] = ()
+    """Of all visible GPUs ``total`` and ``available``, which are the first one's."""
 
-    @property
-    def compute_type(self) -> str:
+    def part(self, ranks: int) -> "Machine":
+        """What each of so many ranks may count on: the least that any of its GPUs has, or a share of the memory."""
+        if not self.gpus:
+            return dataclasses.replace(self, total=self.total // ranks, available=self.available // ranks)
+        totals, frees = zip(*self.gpus[:ranks], strict=True)
+        return dataclasses.replace(self, total=min(totals), available=min(frees))
+
+    def compute_type(self, ranks: int) -> str:
         """As TGI names it: number of devices and their kind."""
-        return "cpu" if self.device == "cpu" else f"1-{self.name.lower().replace(' ', '-')}"
+        return "cpu" if self.device == "cpu" else f"{ranks}-{self.name.lower().replace(' ', '-')}"
 
 
 def probe(device: str, visible: str | None) -> Machine:
@@ -100,16 +109,17 @@ def probe(device: str, visible: str | None) -> Machine:
 
 
 def _gpu(visible: str | None) -> Machine | None:
-    """The first visible GPU, by nvidia-smi."""
+    """The visible GPUs, by nvidia-smi."""
     if visible in ("", "-1"):
         return None
     command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     if visible:
-        command += ["-i", visible.split(",")[0]]
+        command += ["-i", visible]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-        name, total, free = (part.strip() for part in lines[0].rsplit(",", 2))
-        return Machine("cuda", name, int(total) << 20, int(free) << 20)
+        rows = [line.rsplit(",", 2) for line in lines]
+        gpus = tuple((int(total) << 20, int(free) << 20) for _, total, free in rows)
+        return Machine("cuda", rows[0][0].strip(), *gpus[0], gpus=gpus)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
@@ -193,6 +203,8 @@ def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, 
 class Plan:
     """What the engine may do and hold."""
 
+    ranks: int
+    """Processes that hold the model together. Bytes are of the one that has most."""
     limits: Limits
     pools: list[KVPool]
     dtype: str
@@ -220,6 +232,12 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         trust_remote_code=options.trust_remote_code,
     )
     shape = config.shape
+    ranks = choose_ranks(options, len(machine.gpus) if machine.device == "cuda" else None)
+    machine = machine.part(ranks)
+    tail = isinstance(config, TailConfig)
+    if tail and ranks > 1:
+        raise ArgumentValidation(f"`--num-shard {ranks}`: {shape.architecture} has no row here, and runs on one device")
+    share = fullest(shape, config.experts, config.qk_norm, ranks)
     dtype = choose_dtype(options.dtype, machine, raw)
     quantize = choose_quantize(options, files, config.scheme, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests
@@ -231,14 +249,17 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         raise ArgumentValidation("`--kv-cache-dtype int8` needs the native kernels, which run on CPU")
     # In bytes our own kernels have a scale for each token and head.
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim * native
+    if ranks > 1 and not native:
+        check_master(options)
     # What has no row is read by transformers before it is rounded, and its embedding stays beside a packed head.
-    tail = isinstance(config, TailConfig)
     rounded = None if tail else quantize
     compute = WIDTH["float32" if native else dtype]
-    bill = _Bill(shape, config.experts, config.scheme, WIDTH[dtype], compute, cached, native)
+    whole = _Bill(shape, config.experts, config.scheme, WIDTH[dtype], compute, cached, native)
+    bill = dataclasses.replace(whole, shape=share.shape, experts=share.experts)
+    weights = whole.weights(files, rounded, copies=tail or (machine.device == "cpu" and not native))
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
-        "weights": bill.weights(files, rounded, copies=tail or (machine.device == "cpu" and not native)),
+        "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
         "attention": bill.gathered(GATHERED_TOKENS),
@@ -291,7 +312,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     pairs = 2 * shape.layers * shape.heads * shape.head_dim * total  # queries with keys, and with values
     operations = 2.0 * prefill * (elements(files, config.scheme) + pairs)
     longest_step = _GRACE + operations / _SLOWEST[machine.device]
-    return Plan(limits, cache.pools(capacity), dtype, quantize, budget, longest_step, ledger)
+    return Plan(ranks, limits, cache.pools(capacity), dtype, quantize, budget, longest_step, ledger)
 
 
 def _budget(machine: Machine, fraction: float) -> int:

@@ -133,12 +133,17 @@ class Options:
     validation_workers: int = _flag(
         kinds.integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
     )
-    # What asks for more than one device in vain is told by `check`, in TGI's words.
     sharded: bool | None = _flag(
-        kinds.BOOLEAN, None, "Split the model over several devices.", "refused", neutral=(None, False, True)
+        kinds.BOOLEAN,
+        None,
+        "Split the model over all visible GPUs, or as many as `--num-shard` says; `false`: only if that says so.",
     )
     num_shard: int | None = _flag(
-        kinds.integer(), None, "Number of devices that the model is split over.", "refused", neutral=(None, 0, 1)
+        kinds.integer(),
+        None,
+        "Processes that hold the model together, each with a GPU of its own; on a CPU any number, which share its "
+        "cores. Unset means the GPUs that `CUDA_VISIBLE_DEVICES` or `NVIDIA_VISIBLE_DEVICES` name, else 1. With fewer "
+        "key-value heads than processes these have copies of them. Not for models without a row in docs/models.md.",
     )
     quantize: str | None = _flag(
         kinds.one_of(
@@ -260,15 +265,20 @@ class Options:
     prometheus_port: int = _flag(
         kinds.integer(0, 65535), 9000, "Metrics are served at /metrics of `--port`.", "obsolete", commands=_HTTP
     )
-    shard_uds_path: str = _flag(
+    shard_uds_path: str | None = _flag(
         kinds.text("PATH"),
-        "/tmp/text-generation-server",
-        "Sockets between the processes lie in a private folder made at start.",
-        "obsolete",
+        None,
+        "Unix socket of the engine, with `-0` behind it, for routers that are started by hand; unset means one in a "
+        "private folder. The processes of a split model need no others.",
         commands=("launcher",),
     )
-    master_addr: str = _flag(kinds.text("ADDRESS"), "localhost", "Only split models need a meeting point.", "obsolete")
-    master_port: int = _flag(kinds.integer(), 29500, "Only split models need a meeting point.", "obsolete")
+    master_addr: str = _flag(
+        kinds.text("ADDRESS"),
+        "localhost",
+        "Where the processes of a split model meet, on GPUs and on CPUs without native kernels. With these they share "
+        "memory, and need no address.",
+    )
+    master_port: int = _flag(kinds.integer(1, 65535), 29500, "Port of `--master-addr`.")
     huggingface_hub_cache: str | None = _flag(
         kinds.text("DIR"),
         None,
@@ -562,7 +572,10 @@ class Options:
         kinds.text(), None, "Hub token; wins over `HF_TOKEN` and `HUGGING_FACE_HUB_TOKEN`.", only="env", commands=_FILES
     )
     cuda_visible_devices: str | None = _flag(
-        kinds.ANY, None, "GPUs to see; the first one is used.", only="env", commands=(*_ENGINE, *_QUANTIZE)
+        kinds.ANY, None, "GPUs to see.", only="env", commands=(*_ENGINE, *_QUANTIZE)
+    )
+    nvidia_visible_devices: str | None = _flag(
+        kinds.ANY, None, "GPUs that the container runtime shows; also read by that.", only="env"
     )
     aip_http_port: int | None = _flag(
         kinds.integer(0, 65535),
@@ -630,7 +643,6 @@ VARIABLES: dict[str, str] = {
         "HF_HUB_DISABLE_PROGRESS_BARS"
     ),
     "huggingface_hub knows it no more, and says so.": "HF_HUB_ENABLE_HF_TRANSFER",
-    "The container runtime reads it, and shows only these GPUs.": "NVIDIA_VISIBLE_DEVICES",
     "torch reads it: threads of the engine on CPU.": "OMP_NUM_THREADS",
     "The SageMaker image makes `MODEL_ID`, `REVISION`, `NUM_SHARD`, `QUANTIZE` and `TRUST_REMOTE_CODE` of them.": (
         "HF_MODEL_ID HF_MODEL_REVISION SM_NUM_GPUS HF_MODEL_QUANTIZE HF_MODEL_TRUST_REMOTE_CODE"
@@ -766,12 +778,6 @@ def check(options: Options) -> Options:
         options = dataclasses.replace(options, max_input_tokens=options.max_input_length, max_input_length=None)
     if options.aip_http_port is not None:
         options = dataclasses.replace(options, port=options.aip_http_port, aip_http_port=None)
-    if options.num_shard is not None and options.num_shard < 1:
-        raise ArgumentValidation("`num_shard` cannot be < 1")
-    if options.sharded:
-        if options.num_shard is not None:
-            raise ArgumentValidation("`sharded` is true but `num_shard` <= 1")
-        raise ArgumentValidation("`sharded` is not supported yet")
     inputs, total = options.max_input_tokens, options.max_total_tokens
     prefill, batch = options.max_batch_prefill_tokens, options.max_batch_total_tokens
     if options.validation_workers == 0:

@@ -1,5 +1,6 @@
 """From options to a running server: machine, model, ledger, settings, children. The order in which errors are found."""
 
+import contextlib
 import dataclasses
 import logging
 import platform
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -14,9 +17,11 @@ import msgspec
 from tgi import __version__
 from tgi.core.config import Settings
 from tgi.core.errors import StartupError
+from tgi.launcher.claim import claim
 from tgi.launcher.download import Store, resolve_model
 from tgi.launcher.fit import fit, probe
 from tgi.launcher.flags import Options, check
+from tgi.launcher.shards import shards
 from tgi.launcher.supervisor import bind, supervise
 
 log = logging.getLogger(__name__)
@@ -28,8 +33,16 @@ def launch(options: Options, started: float) -> None:
     """Serve until a signal comes. ``started``: time.monotonic(). Raises StartupError with the cause of another end."""
     options = begin(options)
     listener = bind(options.hostname, options.port)
-    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir:
-        supervise(with_http(engine_settings(options, run_dir), options), listener, started)
+    with listener, tempfile.TemporaryDirectory(prefix="tgi-") as run_dir, _place(options) as tell:
+        settings = with_http(tell(engine_settings(options, run_dir)), options)
+        supervise(settings, listener, started, shards(settings.ranks))
+
+
+def _place(options: Options) -> AbstractContextManager[Callable[[Settings], Settings]]:
+    """Where the engine listens: in its private folder, unless a place is named."""
+    if options.shard_uds_path is None:
+        return contextlib.nullcontext(lambda settings: settings)
+    return claim(Path(f"{options.shard_uds_path}-0").absolute(), "--shard-uds-path")
 
 
 def begin(options: Options, subject: str = "model_id") -> Options:
@@ -48,7 +61,10 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
     machine = probe(options.device, options.cuda_visible_devices)
     files = resolve_model(options.model_id, options.revision, store(options))
     plan = fit(options, files, machine)
-    log.info("Memory on %s\n%s", machine.name, plan.table())
+    if plan.ranks > 1:
+        log.info("Sharding model on %d processes", plan.ranks)
+    each = f", for each of {plan.ranks} ranks" if plan.ranks > 1 else ""
+    log.info("Memory on %s%s\n%s", machine.name, each, plan.table())
     if options.max_batch_prefill_tokens is None:
         log.info("Default `max_batch_prefill_tokens` to %d", plan.limits.max_batch_prefill_tokens)
     log.info("Setting max batch total tokens to %d", plan.limits.max_batch_total_tokens)
@@ -58,6 +74,8 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         pools=plan.pools,
         longest_step=plan.longest_step,
         run_dir=run_dir,
+        ranks=plan.ranks,
+        master=(options.master_addr, options.master_port),
         device=machine.device,
         dtype=plan.dtype,
         quantize=plan.quantize,
@@ -71,7 +89,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         tokenizer_config_path=options.tokenizer_config_path,
         watermark_gamma=options.watermark_gamma,
         watermark_delta=options.watermark_delta,
-        compute_type=machine.compute_type,
+        compute_type=machine.compute_type(plan.ranks),
         json_output=options.json_output,
         log_level=options.log_level,
         log_colorize=options.log_colorize,

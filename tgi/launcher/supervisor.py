@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ class Command(NamedTuple):
     words: Sequence[str]
     inherited: Sequence[int] = ()
     """Descriptors that it gets besides."""
+    environment: Mapping[str, str] = {}
+    """Variables that it gets if the operator hasn't set them."""
 
 
 Group = Callable[[], AbstractContextManager[Sequence[Command]]]
@@ -51,7 +53,6 @@ def alone(*words: str) -> Group:
     return lambda: contextlib.nullcontext([Command(words)])
 
 
-ENGINE = alone(sys.executable, "-m", "tgi.engine.process")
 ROUTER = (sys.executable, "-m", "tgi.router.app")
 
 FAREWELL = 5.0
@@ -103,7 +104,7 @@ def supervise(
     settings: Settings,
     listener: socket.socket | None,
     started: float,
-    engine: Group | None = ENGINE,
+    engine: Group | None,
     router: Sequence[str] = ROUTER,
 ) -> None:
     """Serve until a signal comes, then return; raise the error of what can't go on.
@@ -465,7 +466,7 @@ class _Watch:
                 stderr=its_stderr,
                 pass_fds=(its_status, *command.inherited),
                 process_group=0,
-                env=_SPINS | os.environ,
+                env={**_SPINS, **command.environment, **os.environ},
                 preexec_fn=die_with_parent,
             )
         finally:

@@ -173,9 +173,9 @@ def build(settings: Settings) -> Service:
     )
 
 
-def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> None:
+def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
     """Until SIGTERM or SIGINT; then open answers are finished, however long they take, and nothing new is accepted."""
-    if listen_fd is None:
+    if place.listen is None:
         raise StartupError("the router needs --listen-fd, a listening TCP socket")
     # A connection is a descriptor, and shells allow 1024 where the system allows many more.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -183,7 +183,7 @@ def serve(settings: Settings, listen_fd: int | None, report: child.Report) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn, when done, raises again the signal that ended it: that is a clean end.
         signal.signal(number, lambda *_: sys.exit(0))
-    listener = socket.socket(fileno=listen_fd)
+    listener = socket.socket(fileno=place.listen)
     watch_readers(listener)
     service = build(settings)
     server = _Server(configure(create(service)), lambda: report(Ready()), service.client.drain)

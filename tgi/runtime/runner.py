@@ -16,10 +16,12 @@ from tgi.core.messages import Implementation, Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
+from tgi.parallel import Group
 from tgi.runtime.batch import Batch
 from tgi.runtime.forward import Forward, Then, choose
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score, told
+from tgi.runtime.ranks import Leader
 from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
 
 
@@ -55,10 +57,18 @@ class Runner:
     """One rank's model and cache."""
 
     def __init__(
-        self, model: Model, forward: Forward, device: torch.device, implementation: Implementation | None = None
+        self,
+        model: Model,
+        forward: Forward,
+        device: torch.device,
+        implementation: Implementation | None = None,
+        group: Group | None = None,
     ) -> None:
         """``implementation``: what there is to be told of it."""
         self.implementation = implementation
+        self.leader: Leader | None = None
+        """Of the other ranks, if this is the first of several."""
+        self._group = group or Group()
         self._model = model
         self._forward = forward
         self._device = device
@@ -66,9 +76,14 @@ class Runner:
         self._sampler = Sampler(self._library, model.head)
 
     @classmethod
-    def load(cls, settings: Settings, progress: Callable[[int, int], None]) -> "Runner":
-        """Load the weights (``progress(done, total)`` in bytes) and set up the cache. Raises StartupError."""
-        device = torch.device(settings.device)
+    def load(
+        cls,
+        settings: Settings,
+        progress: Callable[[int, int], None],
+        group: Group = Group(),  # noqa: B008  # frozen
+    ) -> "Runner":
+        """Load this rank's weights (``progress(done, total)`` in bytes) and set up its cache. Raises StartupError."""
+        device = torch.device(settings.device, group.rank if settings.device == "cuda" else 0)
         dtype: torch.dtype = getattr(torch, settings.dtype)
         model = load_model(
             settings.model,
@@ -80,6 +95,7 @@ class Runner:
             quantize=settings.quantize,
             packed=None if settings.packed is None else Path(settings.packed),
             trust_remote_code=settings.trust_remote_code,
+            group=group,
             progress=progress,
         )
         if settings.kv_cache_dtype is not None and not model.specs:
@@ -87,16 +103,22 @@ class Runner:
             raise StartupError(f"`{name}`: {settings.model.model_id} keeps a cache of its own")
         limits = settings.limits
         stored: torch.dtype = getattr(torch, (settings.kv_cache_dtype or settings.dtype).replace("fp8", "float8"))
-        return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device)
+        return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device, group)
 
     @classmethod
     def of(
-        cls, model: Model, pools: Sequence[KVPool], tokens: int, stored: torch.dtype, device: torch.device
+        cls,
+        model: Model,
+        pools: Sequence[KVPool],
+        tokens: int,
+        stored: torch.dtype,
+        device: torch.device,
+        group: Group | None = None,
     ) -> "Runner":
         """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
         cache = KVCache(model.specs, pools, Precision(model.compute, stored), device)
         forward = choose(model, cache, tokens, device)
-        return cls(model, forward, device, Implementation(model.description, forward.how, cache.names))
+        return cls(model, forward, device, Implementation(model.description, forward.how, cache.names), group)
 
     @property
     def vocab_size(self) -> int:
@@ -120,20 +142,31 @@ class Runner:
         then: Then | None = None
         if plain:
             then = partial(self._sampler.plan, places=[*plain.values()], works=[works[at] for at in plain])
+        places = [*drawing.values(), *batch.scored_rows]
+        # Of a GPU's step all logits are made at once; those of a CPU's should still be in its cache when they are read.
+        first = SCORED_ROWS if self._device.type == "cpu" else max(len(drawing), SCORED_ROWS)
+        if self.leader is not None:
+            self._group.begin()
+            self.leader.send(batch, places, first)
         hidden = self._forward(batch, then)
-        rows = None
-        if drawing or batch.scored_rows:
-            rows = self._rows(hidden, [*drawing.values()], batch)
+        rows = self._rows(hidden, places, batch.scored_ids, first) if places else None
         return Launched(works, order, [*plain], [*drawing], rows, self._pooled(order, ordered, hidden))
 
     @torch.inference_mode()
-    def _rows(self, hidden: torch.Tensor, drawing: list[int], batch: Batch) -> Rows:
-        places = drawing + batch.scored_rows
+    def follow(self, batch: Batch, places: Sequence[int], first: int) -> None:
+        """Another rank's share of a step that rank 0 launches and samples."""
+        self._group.begin()
+        hidden = self._forward(batch)
+        if places:
+            rows = self._rows(hidden, places, (), first).hidden
+            for at in range(first, len(places), SCORED_ROWS):
+                self._model.logits(rows[at : at + SCORED_ROWS])
+
+    @torch.inference_mode()
+    def _rows(self, hidden: torch.Tensor, places: Sequence[int], targets: Sequence[int], first: int) -> Rows:
         # One transfer for both.
-        packed = torch.tensor(places + batch.scored_ids).to(self._device, non_blocking=True)
+        packed = torch.tensor([*places, *targets]).to(self._device, non_blocking=True)
         rows = hidden[packed[: len(places)]]
-        # Of a GPU's step all logits are made at once; those of a CPU's should still be in its cache when they are read.
-        first = SCORED_ROWS if self._device.type == "cpu" else max(len(drawing), SCORED_ROWS)
         return Rows(rows, packed[len(places) :], self._model.logits(rows[:first]))
 
     @staticmethod

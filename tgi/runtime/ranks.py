@@ -1,0 +1,91 @@
+"""How the ranks of one model go in step: the first tells the others what to compute. Knows no request."""
+
+import signal
+import socket
+import time
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from tgi.attention.base import Segment
+from tgi.core.child import Place
+from tgi.core.config import Settings
+from tgi.core.messages import FRAME
+from tgi.core.plan import Orders
+from tgi.kernels.library import DTYPES, library
+from tgi.kernels.link import Link
+from tgi.parallel import Collective, Group
+from tgi.runtime.batch import Batch
+
+if TYPE_CHECKING:
+    from tgi.runtime.runner import Runner
+
+_LOADED = b"!"
+
+
+def join(settings: Settings, place: Place) -> Group:
+    """This process's place among the ranks. Raises StartupError."""
+    if settings.ranks == 1:
+        return Group()
+    native = library() if settings.device == "cpu" and settings.dtype in DTYPES else None
+    if native is not None:
+        assert place.memory is not None
+        return Group(place.rank, settings.ranks, Link(native, place.memory, place.rank, settings.ranks))
+    device = torch.device(settings.device, place.rank)
+    return Group(place.rank, settings.ranks, Collective(place.rank, settings.ranks, device, settings.master))
+
+
+class Leader:
+    """Rank 0's lines to the others."""
+
+    def __init__(self, lines: Sequence[socket.socket]) -> None:
+        self._lines = lines
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def wait(self) -> None:
+        """Until all have loaded. Of a rank that ends, the launcher learns by itself, and it ends this one."""
+        for line in self._lines:
+            while line.recv(1) != _LOADED:
+                time.sleep(1)
+
+    def send(self, batch: Batch, rows: Sequence[int], first: int) -> None:
+        """Let them compute what this rank is about to. ``rows``, ``first``: as in Orders."""
+        orders = Orders(
+            array("i", batch.token_ids).tobytes(),
+            [[(each.start, each.length, bytes(each.blocks)) for each in kind] for kind in batch.segments],
+            array("i", rows).tobytes(),
+            first,
+        )
+        body = self._encoder.encode(orders)
+        for line in self._lines:
+            line.sendall(FRAME.pack(len(body)) + body)
+
+
+class Follower:
+    """Another rank's line to the first."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        self._decoder = msgspec.msgpack.Decoder(Orders)
+
+    def run(self, runner: "Runner", longest_step: float) -> None:
+        """Compute what is ordered, until the first rank ends. ``longest_step``: as the Loop's."""
+        self._line.sendall(_LOADED)
+        with self._line.makefile("rb") as orders:
+            while head := orders.read(FRAME.size):
+                body = orders.read(FRAME.unpack(head)[0])
+                signal.setitimer(signal.ITIMER_REAL, longest_step)
+                self._obey(runner, self._decoder.decode(body))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @staticmethod
+    def _obey(runner: "Runner", orders: Orders) -> None:
+        kinds = [
+            [Segment(start, length, array("i", blocks)) for start, length, blocks in kind] for kind in orders.segments
+        ]
+        positions = [at for each in kinds[0] for at in range(each.start, each.start + each.length)]
+        batch = Batch(array("i", orders.token_ids).tolist(), positions, kinds, (), [], [], [])
+        runner.follow(batch, array("i", orders.rows).tolist(), orders.first)
