@@ -36,7 +36,7 @@ from tgi.launcher import flags
 from tgi.launcher.launch import engine_settings
 from tgi.launcher.shards import shards
 from tgi.parallel import Collective, Exchange
-from tgi.runtime.ranks import Leader, join
+from tgi.runtime.ranks import Leader, fingerprint, join
 from tgi.runtime.runner import Runner
 
 WIDTH = 576
@@ -111,7 +111,7 @@ def loaded(model: str, options: Sequence[str], ranks: int, requests: int) -> Ite
         runner = Runner.load(settings, lambda done, total: None, join(settings, place))
         if place.lines:
             runner.leader = Leader([stack.enter_context(socket.socket(fileno=line)) for line in place.lines])
-            runner.leader.wait()
+            runner.leader.wait(fingerprint(settings.model))
         yield runner, settings
 
 

@@ -1,21 +1,28 @@
 """A model held by several processes computes what one does. More families: test_more.py."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from socket import socket
+from socket import socket, socketpair
+from typing import Any
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.kernels.conftest import native
 from tests.parity.conftest import Engine, load, logits, tokens
 from tests.parity.ranks import meet, rank_logits, same_in_ranks, together
 from tests.serve.conftest import free_port
 from tests.tiny import FAMILIES, write_model
+from tgi.core.config import ModelFiles
+from tgi.core.errors import StartupError
 from tgi.core.messages import Delta, Sampling, Submit, Token
+from tgi.layers.checkpoint import _Run
 from tgi.parallel import Group
-from tgi.runtime.ranks import Follower, Leader
+from tgi.runtime.ranks import Follower, Leader, fingerprint
 
 
 @native
@@ -57,11 +64,11 @@ def told(folder: Path, group: Group, lines: Sequence[socket]) -> dict[int, list[
     engine = Engine(folder, group=group, max_total_tokens=128, blocks=10, step_tokens=24)
     meet(group, lines)
     if group.rank:
-        Follower(lines[0]).run(engine.runner, 0)
+        Follower(lines[0]).run(engine.runner, b"same", 0)
         return {}
     if lines:
         engine.runner.leader = Leader(lines)
-        engine.runner.leader.wait()
+        engine.runner.leader.wait(b"same")
     engine.run(*SUBMITS)
     assert engine.preempted
     engine.run(*(msgspec.structs.replace(submit, id=submit.id + 100) for submit in SUBMITS))
@@ -88,3 +95,46 @@ def test_an_engine_of_several_ranks_says_what_one_says(tmp_path: Path, name: str
 
 def _tokens(deltas: Sequence[Delta]) -> list[Token]:
     return [token for delta in deltas for token in delta.tokens]
+
+
+def test_ranks_of_different_weights_dont_go_together() -> None:
+    ours, theirs = socketpair()
+    with ours, theirs:
+        theirs.sendall(b"other")
+        with pytest.raises(StartupError, match="rank 1 has loaded other weights than rank 0"):
+            Leader([ours]).wait(b"these")
+
+
+def test_a_fingerprint_is_that_of_files(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    files = ModelFiles(model_id="tiny", folder=str(folder), weights=[str(folder / "model.safetensors")])
+    before = fingerprint(files)
+    assert fingerprint(files) == before
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert fingerprint(files) != before
+
+
+@native
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_rank_reads_its_own_bytes_and_no_others(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices; norms, which are small, are read by all."""
+    folder = write_model(tmp_path, "llama", num_attention_heads=6, num_key_value_heads=3, head_dim=16)
+    read = 0
+    real = _Run.__getitem__
+
+    def counted(run: _Run, rows: slice) -> Any:
+        nonlocal read
+        part = real(run, rows)
+        assert isinstance(part, torch.Tensor)
+        read += part.nbytes
+        return part
+
+    monkeypatch.setattr(_Run, "__getitem__", counted)
+    shares = []
+    for rank in range(count):
+        read = 0
+        load(folder, max_total_tokens=64, group=Group(rank, count))
+        shares.append(read)
+    matrices = [tensor.nbytes for tensor in load_file(folder / "model.safetensors").values() if tensor.dim() == 2]
+    assert 1 <= sum(shares) / sum(matrices) < 1.03  # the first row of each is looked at twice
+    assert max(shares) < 1.2 * sum(matrices) / count

@@ -25,21 +25,22 @@ def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
     """Load the model and run the step loop until the process is ended. Raises StartupError."""
     begin = time.monotonic()
     from tgi.engine.loop import Loop  # torch: over a second
-    from tgi.runtime.ranks import Follower, Leader, join
+    from tgi.runtime.ranks import Follower, Leader, fingerprint, join
     from tgi.runtime.runner import Runner
 
     faulthandler.register(signal.SIGALRM, chain=True)  # a step that hangs says where, and ends the process
     limits = settings.limits
     group = join(settings, place)
+    loaded = fingerprint(settings.model)
     runner = Runner.load(settings, lambda done, total: report(Loading(done, total)), group)
     if place.rank:
         _trim()
         report(Ready())
-        Follower(socket.socket(fileno=place.lines[0])).run(runner, settings.longest_step)
+        Follower(socket.socket(fileno=place.lines[0])).run(runner, loaded, settings.longest_step)
         return
     if place.lines:
         runner.leader = Leader([socket.socket(fileno=line) for line in place.lines])
-        runner.leader.wait()
+        runner.leader.wait(loaded)
     scheduler = Scheduler(
         pools=settings.pools,
         step_tokens=limits.max_batch_prefill_tokens,

@@ -1,10 +1,12 @@
 """How the ranks of one model go in step: the first tells the others what to compute. Knows no request."""
 
+import hashlib
 import signal
 import socket
 import time
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,7 +14,8 @@ import torch
 
 from tgi.attention.base import Segment
 from tgi.core.child import Place
-from tgi.core.config import Settings
+from tgi.core.config import ModelFiles, Settings
+from tgi.core.errors import StartupError
 from tgi.core.messages import FRAME
 from tgi.core.plan import Orders
 from tgi.kernels.library import DTYPES, library
@@ -23,7 +26,15 @@ from tgi.runtime.batch import Batch
 if TYPE_CHECKING:
     from tgi.runtime.runner import Runner
 
-_LOADED = b"!"
+
+def fingerprint(model: ModelFiles) -> bytes:
+    """16 bytes that are the same where the files are."""
+    paths = [Path(model.folder) / "config.json", *map(Path, model.weights), *map(Path, model.adapter)]
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        stat = path.stat()
+        digest.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
+    return digest.digest()
 
 
 def join(settings: Settings, place: Place) -> Group:
@@ -45,11 +56,14 @@ class Leader:
         self._lines = lines
         self._encoder = msgspec.msgpack.Encoder()
 
-    def wait(self) -> None:
-        """Until all have loaded. Of a rank that ends, the launcher learns by itself, and it ends this one."""
-        for line in self._lines:
-            while line.recv(1) != _LOADED:
+    def wait(self, loaded: bytes) -> None:
+        """Until all have loaded what this rank has; ``loaded``: its fingerprint. Raises StartupError if one has
+        another. Of a rank that ends, the launcher learns by itself, and it ends this one."""
+        for rank, line in enumerate(self._lines, 1):
+            while not (theirs := line.recv(len(loaded), socket.MSG_WAITALL)):
                 time.sleep(1)
+            if theirs != loaded:
+                raise StartupError(f"rank {rank} has loaded other weights than rank 0: files were changed meanwhile")
 
     def send(self, batch: Batch, rows: Sequence[int], first: int) -> None:
         """Let them compute what this rank is about to. ``rows``, ``first``: as in Orders."""
@@ -71,9 +85,10 @@ class Follower:
         self._line = line
         self._decoder = msgspec.msgpack.Decoder(Orders)
 
-    def run(self, runner: "Runner", longest_step: float) -> None:
-        """Compute what is ordered, until the first rank ends. ``longest_step``: as the Loop's."""
-        self._line.sendall(_LOADED)
+    def run(self, runner: "Runner", loaded: bytes, longest_step: float) -> None:
+        """Compute what is ordered, until the first rank ends. ``loaded``: fingerprint of this one's weights;
+        ``longest_step``: as the Loop's."""
+        self._line.sendall(loaded)
         with self._line.makefile("rb") as orders:
             while head := orders.read(FRAME.size):
                 body = orders.read(FRAME.unpack(head)[0])
