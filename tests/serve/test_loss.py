@@ -3,18 +3,21 @@
 import json
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.kernels.conftest import native as native_only
 from tests.serve.conftest import Server
 from tests.tiny import write_model
 
@@ -273,29 +276,31 @@ def test_open_requests_get_clean_errors_when_there_will_be_no_engine(tmp_path: P
 
 @pytest.mark.real
 @pytest.mark.long
-def test_twenty_losses_of_the_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=native_only)])
+def test_twenty_losses_of_the_real_model(tmp_path: Path, ranks: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Prints how long it takes from the loss until the server is ready, and until the first token comes."""
     prompts = ["The capital of France is", "Once upon a time", "def add(a, b):", "One, two, three,"]
     ways: list[Body] = [{}, SAMPLED, {**SAMPLED, "repetition_penalty": 1.2}, {**SAMPLED, "top_n_tokens": 3}]
     asked = [("/generate_stream", native(prompt, 100, **way)) for prompt in prompts for way in ways]
-    server = Server("--device", "cpu", log=tmp_path / "log").wait_ready()
+    server = Server("--device", "cpu", "--num-shard", str(ranks), log=tmp_path / "log").wait_ready()
     undisturbed = Load(server, asked).answers()
     readies, tokens = [], []
-    for turn in range(20):
+    for turn, rank in product(range(20), range(ranks)):
         time.sleep(10)  # what is lost again sooner waits
         load = Load(server, asked)
         load.grow(1 + 60 * turn)  # from the first token to three quarters of all
         begin = time.monotonic()
-        end_engine(server, module="tgi.engine.process")
+        end_engine(server, module="tgi.engine.process", rank=rank)
         time.sleep(0.2)  # what was on its way has come
         load.grow(1)
         tokens.append(time.monotonic() - begin)
         until(lambda: healthy(server))
         readies.append(time.monotonic() - begin)
         assert load.answers() == undisturbed
-    assert server.metric("tgi_engine_restarts") == 20
+    assert server.metric("tgi_engine_restarts") == 20 * ranks
     assert server.stop() == 0
     assert not server.session()
     with capsys.disabled():
         for name, seconds in (("ready", readies), ("first token", tokens)):
-            print(f"\n{name}: {min(seconds):.2f} to {max(seconds):.2f} s, median {sorted(seconds)[10]:.2f} s")
+            middle = statistics.median(seconds)
+            print(f"\n{ranks} ranks, {name}: {min(seconds):.2f} to {max(seconds):.2f} s, median {middle:.2f} s")

@@ -4,9 +4,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.kernels.conftest import native as native_only
 from tests.serve.conftest import Server
-from tests.serve.test_loss import ASKED, Load, end_engine, healthy, serving, until
+from tests.serve.test_loss import ASKED, Load, end_engine, healthy, native, serving, until
 from tests.tiny import write_model
 
 pytestmark = native_only
@@ -53,3 +55,21 @@ def test_a_rank_that_cant_start_says_why_once(tmp_path: Path) -> None:
     assert last.startswith("Error: ") and "model.safetensors" in last
     assert server.output.count(last.removeprefix("Error: ").partition(": ")[2]) <= 2
     assert not server.session()
+
+
+@pytest.mark.real
+def test_three_ranks_of_the_real_model_say_what_one_says(server: Server, tmp_path: Path) -> None:
+    """9 heads in 3 groups."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    asked = [
+        ("/generate", native("The capital of France is", 24)),
+        ("/generate", native("Once upon a time", 24, do_sample=True, seed=11, temperature=0.8)),
+        ("/generate", native("A city as JSON:", 24, grammar={"type": "json", "value": schema})),
+        ("/generate_stream", native("def add(a, b):", 24, do_sample=True, seed=12, top_p=0.9, repetition_penalty=1.2)),
+    ]
+    alone = Load(server, asked).answers()
+    ranks = Server("--num-shard", "3", "--device", "cpu", "--dtype", "float32", log=tmp_path / "log").wait_ready()
+    for _ in range(2):  # the second time out of the prefix cache
+        for expected, answer in zip(alone, Load(ranks, asked).answers(), strict=True):
+            assert alike(answer, expected)
+    assert ranks.stop() == 0 and not ranks.session()
