@@ -1,5 +1,6 @@
 """The ranks that hold one model together: who has which part, and what they make of each other's results."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,8 @@ from torch import distributed
 
 from tgi.core import split
 from tgi.core.errors import StartupError
+
+log = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
@@ -79,22 +82,23 @@ class Collective:
     def __init__(self, rank: int, ranks: int, device: torch.device, master: tuple[str, int]) -> None:
         """``master``: address and port where rank 0 waits for the others. Raises StartupError."""
         address = f"tcp://{master[0]}:{master[1]}"
+        gpu = device.type == "cuda"
         try:
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.set_device(device)
-            distributed.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", init_method=address, rank=rank, world_size=ranks
-            )
+            distributed.init_process_group("nccl" if gpu else "gloo", init_method=address, rank=rank, world_size=ranks)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise StartupError(
                 f"the ranks can't meet at {address} (`--master-addr`, `--master-port`): {reason}"
             ) from None
+        self._peers = SymmetricMemory.of(device) if gpu else None
 
     def begin(self) -> None: ...
 
     def total(self, x: torch.Tensor, into: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
-        distributed.all_reduce(x)
+        if self._peers is None or not self._peers.sum(x):
+            distributed.all_reduce(x)
         return x if into is None else into.add_(x, alpha=factor)
 
     def joined(self, x: torch.Tensor, widths: Sequence[int], *, first_only: bool = False) -> torch.Tensor:
@@ -103,3 +107,49 @@ class Collective:
         parts = [torch.empty_like(own) for _ in widths]
         distributed.all_gather(parts, own)
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+
+class SymmetricMemory:
+    """Memory that GPUs of one machine read of each other: a sum of few numbers is one kernel then. torch's module for
+    it is in alpha state, so that whatever goes wrong at the start leaves all to NCCL."""
+
+    MOST = 8 << 20
+    """Bytes; NCCL is better with more."""
+    _ONE_SHOT = 256 << 10
+    """Bytes; with more, that each GPU reads all of all others costs more than that sums are told in a second turn."""
+
+    def __init__(self, buffer: torch.Tensor, group: str, *, multicast: bool) -> None:
+        """``buffer``: uint8 [MOST], known to all. ``multicast``: the switch between the GPUs can add."""
+        self._buffer = buffer
+        self._group = group
+        self._multicast = multicast
+
+    @classmethod
+    def of(cls, device: torch.device) -> "SymmetricMemory | None":
+        """Of all ranks, which call this together."""
+        try:
+            from torch.distributed import _symmetric_memory as memory
+
+            group = distributed.group.WORLD
+            assert group is not None
+            buffer = memory.empty(cls.MOST, dtype=torch.uint8, device=device)
+            handle = memory.rendezvous(buffer, group.group_name)
+            return cls(buffer, group.group_name, multicast=handle.multicast_ptr != 0)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            log.info("NCCL makes all sums over ranks: %s", error)
+            return None
+
+    def sum(self, x: torch.Tensor) -> bool:
+        """Put the sum of every rank's ``x`` in its place. False: it isn't one for this way."""
+        if x.nbytes > self.MOST or x.nbytes % 16:
+            return False
+        shared, operations = self._buffer[: x.nbytes].view(x.dtype).view_as(x), torch.ops.symm_mem
+        shared.copy_(x)
+        if self._multicast:
+            operations.multimem_all_reduce_(shared, "sum", self._group)
+        elif x.nbytes > self._ONE_SHOT:
+            operations.two_shot_all_reduce_(shared, "sum", self._group)
+        else:
+            shared = operations.one_shot_all_reduce(shared, "sum", self._group)
+        x.copy_(shared)
+        return True
