@@ -79,7 +79,8 @@ def test_layers_of_other_settings(tmp_path: Path) -> None:
     def pack(module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         return packer(8, 32)(module, weight) if "down" in module else packer(4, 64)(module, weight)
 
-    tags = {"mlp.down_proj": params(8, 32), "self_attn.q_proj": params(4, 64)}
+    tags = {f"self_attn.{part}_proj": params(4, 64) for part in "qkvo"}
+    tags |= {"mlp.gate_proj": params(4, 64), "mlp.up_proj": params(4, 64), "mlp.down_proj": params(8, 32)}
     same(write(tmp_path, pack, {"quant_method": "hqq", "quant_config": tags, "skip_modules": []}))
 
 
@@ -109,7 +110,7 @@ NAME = "model.layers.1.mlp.up_proj"
         (lambda t: t[f"{NAME}.nbits"].fill_(5), "nbits is 5"),
         (lambda t: t[f"{NAME}.quant_zero"].fill_(1), "quant_zero is true"),
         (lambda t: t.update({f"{NAME}.W_q": t[f"{NAME}.W_q"][1:]}), "W_q has .* bytes"),
-        (lambda t: t.update({f"{NAME}.scale": t[f"{NAME}.scale"][1:]}), "scale has shape"),
+        (lambda t: t.update({f"{NAME}.scale": t[f"{NAME}.scale"][1:]}), "zero has shape .* 383 groups"),
         (lambda t: t.pop(f"{NAME}.zero"), "zero is missing"),
     ],
 )

@@ -49,6 +49,7 @@ def multiply(
     op.weight, op.bias = panels.weight.data_ptr(), address(bias)
     op.form, op.inner, op.outs = panels.form, panels.inner, panels.outs
     op.scale, op.min, op.table = address(panels.scale), address(panels.min), address(panels.table)
+    op.factors = address(panels.factors)
     op.group, op.zero, op.half = panels.group, panels.zero, panels.half
     if panels.form in (Form.INT8, Form.INT4):
         q, scale, total = quantize(library, x, panels.group, panels.order, first)

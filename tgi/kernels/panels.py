@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,8 +18,8 @@ OUTPUTS = 32
 class Panels:
     """One matrix [outs, inner], or several one behind the other.
 
-    INT8, INT4: (stored - zero) · scale + min; E4M3, E5M2: stored · scale; CODES: table[stored] · scale; with one scale
-    for each ``group`` columns.
+    INT8, INT4: (stored - zero) · scale + min; E4M3, E5M2: stored · scale; CODES: table[stored] · scale · factor; with
+    one scale for each ``group`` columns.
     """
 
     form: Form
@@ -32,6 +33,8 @@ class Panels:
     min: torch.Tensor | None = None
     table: torch.Tensor | None = None
     """float32 [16]."""
+    factors: torch.Tensor | None = None
+    """float32 [panels, 16]; None: 1."""
     count: int = 1
     """Of matrices."""
     order: torch.Tensor | None = None
@@ -59,6 +62,8 @@ class Panels:
             full = self._stored(panels) * self.scale.float().transpose(1, 2).repeat_interleave(self.group, 2)
             if self.min is not None:
                 full = full + self.min.float().transpose(1, 2).repeat_interleave(self.group, 2)
+            if self.factors is not None:
+                full = full * self.factors[..., None]
         full = full.reshape(self.count, self.rows, self.inner)[:, : self.outs].float()
         if self.order is not None:
             full = torch.empty_like(full).scatter_(2, self.order.long()[:, None].expand_as(full), full)
@@ -124,14 +129,19 @@ def pack_float8(values: torch.Tensor, scale: torch.Tensor) -> Panels:
     return Panels(form, outs, inner, blocks.contiguous(), group, scale=scale)
 
 
-def pack_codes(codes: torch.Tensor, table: torch.Tensor, scale: torch.Tensor) -> Panels:
+def pack_codes(
+    codes: torch.Tensor, table: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | None = None
+) -> Panels:
     """Of codes: uint8 [outs, inner] below 16; table: float32 [16]; scale: float [outs, groups] of a multiple of 8
-    columns."""
+    columns; factor: float32 [outs, 1]."""
     outs, inner = codes.shape
     pairs = _padded(codes).view(-1, 16, inner // 8, 4, 2)
     blocks = (pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2)
     group = inner // scale.shape[1]
-    return Panels(Form.CODES, outs, inner, blocks.contiguous(), group, scale=_grouped(scale), table=table)
+    factors = None if factor is None else _padded(factor).view(-1, 16)
+    return Panels(
+        Form.CODES, outs, inner, blocks.contiguous(), group, scale=_grouped(scale), table=table, factors=factors
+    )
 
 
 def assemble(parts: Iterable[Panels], outs: int, count: int = 1) -> Panels:
@@ -142,15 +152,18 @@ def assemble(parts: Iterable[Panels], outs: int, count: int = 1) -> Panels:
     at = 0
     for part in parts:
         if whole is None:
-            weight, scale, least = (_room(tensor, panels) for tensor in (part.weight, part.scale, part.min))
-            assert weight is not None
-            whole = replace(part, outs=outs, count=count, weight=weight, scale=scale, min=least)
-        for into, tensor in ((whole.weight, part.weight), (whole.scale, part.scale), (whole.min, part.min)):
-            if into is not None and tensor is not None:
-                into[at : at + len(tensor)] = tensor
+            rooms: dict[str, Any] = {name: _room(getattr(part, name), panels) for name in _PARTS}
+            whole = replace(part, outs=outs, count=count, **rooms)
+        for name in _PARTS:
+            if (into := getattr(whole, name)) is not None:
+                into[at : at + len(part.weight)] = getattr(part, name)
         at += len(part.weight)
     assert whole is not None and at == panels
     return whole
+
+
+_PARTS = ("weight", "scale", "min", "factors")
+"""What there is of each panel."""
 
 
 def _room(like: torch.Tensor | None, panels: int) -> torch.Tensor | None:

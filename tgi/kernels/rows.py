@@ -28,6 +28,7 @@ def embed(
         scale=address(panels.scale),
         min=address(panels.min),
         table=address(panels.table),
+        factors=address(panels.factors),
         out=out.data_ptr(),
         out_stride=out.stride(0),
         form=panels.form,

@@ -4,9 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from tgi.core.headers import replaced
 from tgi.core.model_config import read_config
 from tgi.launcher import layout
-from tgi.launcher.headers import replaced
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 

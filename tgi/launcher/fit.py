@@ -17,16 +17,17 @@ from typing import Any
 
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
-from tgi.core.model_config import Experts, ModelShape, read_config
+from tgi.core.headers import Header, read_headers, read_model
+from tgi.core.model_config import Experts, ModelShape
+from tgi.core.numbers import PLAIN
 from tgi.kernels.library import DTYPES, library
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
-from tgi.launcher.headers import read_headers
 from tgi.launcher.progress import size
 from tgi.launcher.sharding import check_master, choose_ranks, fullest
-from tgi.models.config import TailConfig
+from tgi.models.config import DecoderConfig, TailConfig
 from tgi.models.registry import check as read_family
-from tgi.quantization.scheme import Held, Scheme
+from tgi.quantization.formats.base import Held, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -224,13 +225,16 @@ class Plan:
 
 def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     """The plan for this model on this machine. ArgumentValidation names the flag to change if it doesn't fit."""
-    raw = read_config(files.folder)
+    raw = read_model(files)
     config = read_family(
         raw,
         rope_scaling=options.rope_scaling,
         rope_factor=options.rope_factor,
         trust_remote_code=options.trust_remote_code,
     )
+    headers = read_headers(files)
+    if isinstance(config, DecoderConfig) and not files.weights[0].endswith(".gguf"):
+        _check_kinds(headers, config)
     shape = config.shape
     ranks = choose_ranks(options, len(machine.gpus) if machine.device == "cuda" else None)
     machine = machine.part(ranks)
@@ -256,7 +260,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     compute = WIDTH["float32" if native else dtype]
     whole = _Bill(shape, config.experts, config.scheme, WIDTH[dtype], compute, cached, native)
     bill = dataclasses.replace(whole, shape=share.shape, experts=share.experts)
-    weights = whole.weights(files, rounded, copies=tail or (machine.device == "cpu" and not native))
+    weights = whole.weights(headers, rounded, copies=tail or (machine.device == "cpu" and not native))
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
@@ -336,15 +340,15 @@ class _Bill:
     native: bool
     """Our own kernels keep the values of latent keys once more, as they read them."""
 
-    def weights(self, files: ModelFiles, quantize: str | None, *, copies: bool) -> int:
+    def weights(self, headers: Mapping[str, Header], quantize: str | None, *, copies: bool) -> int:
         """``copies``: a tied head is a packed copy of the embedding."""
         vocab = self.shape.vocab * self.shape.hidden
         if quantize == "stored" and self.scheme is None:
-            return stored_bytes(files)
+            return int(sum(math.prod(each.shape) * _GGUF.get(each.kind, 4) for each in headers.values()))
+        plain, held = _numbers(headers, self.scheme)
         if quantize == "stored":
-            plain, held = _numbers(files, self.scheme)
-            return int(plain * self.width + sum(each.bytes for each in held))
-        numbers = elements(files, self.scheme)
+            return int(plain * self.width + sum(each.numbers * (each.width or self.width) for each in held))
+        numbers = plain + sum(each.numbers for each in held)
         if quantize is not None:
             heads = vocab if self.shape.tied else 2 * vocab
             return int((numbers - heads) * _QUANTIZED[quantize] + heads * _HEADS.get(quantize, self.width))
@@ -488,18 +492,21 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
 
 def elements(files: ModelFiles, scheme: Scheme | None = None) -> int:
     """Numbers in all weights. Tensors that are one and the same count once; masks, which are no weights, don't."""
-    plain, held = _numbers(files, scheme)
+    plain, held = _numbers(read_headers(files), scheme)
     return plain + sum(each.numbers for each in held)
 
 
-def _numbers(files: ModelFiles, scheme: Scheme | None) -> tuple[int, Collection[Held]]:
+def _numbers(headers: Mapping[str, Header], scheme: Scheme | None) -> tuple[int, Collection[Held]]:
     """Those in plain tensors, and what the others hold of quantized matrices."""
-    headers = read_headers(files)
-    held = {} if scheme is None else scheme.held({name: (each.type, each.shape) for name, each in headers.items()})
-    plain = {header for name, header in headers.items() if name not in held and header.type not in ("BOOL", "U8")}
+    held = {} if scheme is None else scheme.held(headers)
+    plain = {header for name, header in headers.items() if name not in held and header.kind not in ("BOOL", "U8")}
     return sum(math.prod(header.shape) for header in plain), held.values()
 
 
-def stored_bytes(files: ModelFiles) -> int:
-    """Bytes of a GGUF file's weights in memory, in the forms that our kernels multiply."""
-    return int(sum(math.prod(header.shape) * _GGUF.get(header.type, 4) for header in read_headers(files).values()))
+def _check_kinds(headers: Mapping[str, Header], config: DecoderConfig) -> None:
+    """StartupError for a tensor that is neither plain nor, by its quantization_config, a part of a quantized matrix."""
+    held = {} if config.scheme is None else config.scheme.held(headers)
+    rule = "no quantization_config explains" if config.scheme is None else f"{config.scheme.method} forbids"
+    for name, header in headers.items():
+        if header.kind not in PLAIN and name not in held and not name.startswith(config.spare):
+            raise StartupError(f"{header.path}: tensor {name} has type {header.kind}, which {rule}")

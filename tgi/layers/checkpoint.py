@@ -292,7 +292,7 @@ def _packed(matrix: torch.Tensor | Packed, gated: bool, dtype: torch.dtype) -> P
         case Float8():
             return pack_float8(packed.values, packed.scale)
         case Codes():
-            return pack_codes(packed.codes, packed.table, packed.scale)
+            return pack_codes(packed.codes, packed.table, packed.scale, packed.factor)
 
 
 def _name(pieces: Sequence[Piece]) -> str:

@@ -23,7 +23,8 @@ from tgi.core.model_config import (
     number,
     read_rope,
 )
-from tgi.quantization.scheme import Scheme, read_scheme
+from tgi.quantization.formats.base import Scheme
+from tgi.quantization.scheme import read_scheme
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-import re
 import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tgi.core.errors import StartupError
+from tgi.core.headers import REDUNDANT
 from tgi.core.numbers import WIDTH
 from tgi.core.pickled import read_pickled
 from tgi.quantization import gguf
@@ -37,10 +37,6 @@ def read_files(paths: Sequence[Path], folder: Path, stack: ExitStack) -> dict[st
     return entries
 
 
-_REDUNDANT = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-"""Tensors that some exports hold and that follow from the config: frequencies, and masks of what comes later."""
-
-
 def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
     try:
         file: Any = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -48,7 +44,7 @@ def _safetensors(path: Path, stack: ExitStack) -> dict[str, Entry]:
         raise StartupError(f"{path}: not a readable safetensors file: {error}") from None
     entries = {}
     for name in file.keys():  # noqa: SIM118  # a file handle has no iterator
-        if _REDUNDANT.search(name):
+        if REDUNDANT.search(name):
             continue
         stored = file.get_slice(name)
         kind, shape = stored.get_dtype(), tuple(stored.get_shape())
@@ -72,7 +68,7 @@ class _Mapped:
 
 def _pickled(path: Path) -> dict[str, Entry]:
     """A file of torch.save's. What its pickle may do is judged before torch, which is as strict, reads it."""
-    rows = {name: row for name, row in read_pickled(path).items() if not _REDUNDANT.search(name)}
+    rows = {name: row for name, row in read_pickled(path).items() if not REDUNDANT.search(name)}
     for name, row in rows.items():
         if row.dtype not in WIDTH:
             raise StartupError(f"{path}: tensor {name} has type {row.dtype}, which is not implemented")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
-from tgi.core.model_config import Raw, architecture, read_config
+from tgi.core.headers import read_model
+from tgi.core.model_config import Raw, architecture
 from tgi.models.config import DecoderConfig, Family, TailConfig
 from tgi.models.families import baichuan, cohere, deepseek, experts, gemma, gpt, llama, olmo, tail
 
@@ -177,7 +178,7 @@ def load_model(
     run, if it has no row here. ``progress`` gets (bytes done, bytes in all).
     """
     parsed = check(
-        read_config(files.folder),
+        read_model(files),
         rope_scaling=rope_scaling,
         rope_factor=rope_factor,
         trust_remote_code=trust_remote_code,

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tgi.core.errors import StartupError
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.floats import BitsAndBytes
 from tgi.quantization.forms import Codes
-from tgi.quantization.parts import matrix, part
+from tgi.quantization.grouped import Columns, Integers
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry, Quantized
-from tgi.quantization.scheme import BitsAndBytes
 
 BLOCK = 64
 """Numbers that share a scale where weights are rounded at load."""
@@ -37,42 +38,40 @@ TABLES = {name: torch.tensor(levels) for name, levels in _LEVELS.items()}
 
 def unpack(entries: Mapping[str, Entry], scheme: BitsAndBytes) -> dict[str, Entry]:
     """Bytes ``X.weight``, and tensors whose names begin so, or int8 and ``X.SCB``, as the one matrix that they make."""
-    found = {name: entry for name, entry in entries.items() if ".weight." not in name}
-    for name, entry in list(found.items()):
-        if not name.endswith(".weight"):
-            continue
-        if scheme.bits == 4 and (entry.kind == "U8" or f"{name}.absmax" in entries):
-            found[name] = _coded(entries, name, scheme)
-        elif scheme.bits == 8 and entry.kind == "I8":
-            module = name.removesuffix("weight")
-            scale = part(entries, f"{module}SCB", entry, scheme.method, ("F32",), entry.shape[:1])
-            found[name] = matrix((entry, scale), entry.shape, _Rows(entry, scale))
-            del found[f"{module}SCB"]
-            found.pop(f"{module}weight_format", None)
-    return found
+    if scheme.bits == 8:
+        return unpacked(entries, scheme, _integers)
+    return unpacked(entries, scheme, lambda module, shape: _codes(module, shape[0], scheme.state))
 
 
-def _coded(entries: Mapping[str, Entry], name: str, scheme: BitsAndBytes) -> Entry:
-    packed = entries[name]
-    says = part(entries, f"{name}.quant_state.bitsandbytes__{scheme.kind}", packed, scheme.method, ("U8",))
+def _integers(module: Module[Entry], shape: tuple[int, ...]) -> Entry:
+    """int8 with a scale for each row, which takes 127 to the row's largest number."""
+    weight, most = module.parts["weight"], module.parts["SCB"]
+
+    def codes(rows: slice) -> torch.Tensor:
+        return weight.values[rows].view(torch.uint8) ^ 0x80
+
+    columns = Columns.even(shape[1], None)
+    return matrix(module, shape, Integers(8, columns, codes, lambda rows: most.values[rows][:, None] / 127, 128))
+
+
+def _codes(module: Module[Entry], numbers: int, says: str) -> Entry:
     try:
-        state = json.loads(bytes(says.values[:].tolist()))
+        state = json.loads(bytes(module.parts[says].values[:].tolist()))
         outs, inner = map(int, state["shape"])
         block, nested, offset = (state.get(key, 0) for key in ("blocksize", "nested_blocksize", "nested_offset"))
         blocks = -(-outs * inner // int(block))
+        above = -(-blocks // nested) if nested else 0
     except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
-        raise StartupError(f"{packed.path}: tensor {name} is described wrongly: {error!r}") from None
-    if packed.bytes != -(-outs * inner // 2):
-        raise StartupError(f"{packed.path}: tensor {name} has {packed.bytes} bytes, its shape is {(outs, inner)}")
-    parts = {
-        "absmax": part(entries, f"{name}.absmax", packed, scheme.method, ("U8" if nested else "F32",), (blocks,)),
-        "quant_map": part(entries, f"{name}.quant_map", packed, scheme.method, ("F32",), (16,)),
-    }
+        raise module.wrong(says, f"is no description of a matrix: {error!r}") from None
+    if -(-outs * inner // 2) * 2 != numbers:
+        raise module.wrong("weight", f"has {numbers // 2} bytes, its shape is {(outs, inner)}")
+    module.part("weight.absmax", ("U8" if nested else "F32",), (blocks,), rule=f"blocks of {block}")
     if nested:
-        for key, size in (("nested_absmax", -(-blocks // nested)), ("nested_quant_map", 256)):
-            parts[key] = part(entries, f"{name}.{key}", packed, scheme.method, ("F32",), (size,))
-    stored = _Coded(packed, parts, (outs, inner), block, nested, offset)
-    return matrix((packed, says, *parts.values()), (outs, inner), stored)
+        module.part("weight.nested_absmax", ("F32",), (above,), rule=f"blocks of {nested} scales")
+    parts = {part: module.parts[f"weight.{part}"] for part in ("absmax", "quant_map")}
+    if nested:
+        parts |= {part: module.parts[f"weight.{part}"] for part in ("nested_absmax", "nested_quant_map")}
+    return matrix(module, (outs, inner), _Coded(module.parts["weight"], parts, (outs, inner), block, nested, offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +104,6 @@ class _Coded:
             return most
         levels, scale = (self.parts[key].values[:] for key in ("nested_quant_map", "nested_absmax"))
         return levels[most.int()] * scale[block // self.nested] + self.offset
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """int8 with a scale for each row, which takes 127 to the row's largest number."""
-
-    weight: Entry
-    scale: Entry
-
-    def __getitem__(self, rows: slice) -> Quantized:
-        stored = self.weight.values[rows].view(torch.uint8) ^ 0x80
-        return Quantized(8, 128, stored, self.scale.values[rows][:, None] / 127)
 
 
 def quantize_rows(weight: torch.Tensor) -> Quantized:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, Columns, Integers, Module, unpacked, whole
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.integers import Eetq
+from tgi.quantization.grouped import Columns, Integers, whole
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Eetq
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Eetq) -> dict[str, Entry]:
@@ -14,9 +16,9 @@ def unpack(entries: Mapping[str, Entry], scheme: Eetq) -> dict[str, Entry]:
     return unpacked(entries, scheme, _matrix)
 
 
-def _matrix(module: Module) -> Entry:
-    weight, inner, outs = module.matrix("weight", ("I8",), 64, 64)
-    scales = module.part("weight_scales", FLOATS, (outs,), "its weight")
+def _matrix(module: Module[Entry], shape: tuple[int, ...]) -> Entry:
+    outs, inner = shape
+    weight, scales = module.parts["weight"], module.parts["weight_scales"]
 
     def codes(rows: slice) -> torch.Tensor:
         # Outputs in pairs, which take turns every 64 inputs. Of 16 inputs each of the first 8 is followed by the one
@@ -25,6 +27,5 @@ def _matrix(module: Module) -> Entry:
         stored = weight.values[:].view(torch.uint8).view(outs // 2, -1, 2, 64)[pairs]
         return stored.transpose(1, 2).reshape(-1, inner // 16, 8, 2).mT.reshape(-1, inner)[place]
 
-    return module.entry(
-        outs, Integers(8, Columns.even(inner, None), codes, lambda rows: scales.values[:][rows, None], 128)
-    )
+    rows_of = Integers(8, Columns.even(inner, None), codes, lambda rows: scales.values[:][rows, None], 128)
+    return matrix(module, shape, rows_of)

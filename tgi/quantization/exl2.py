@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Integers, Module, fields, unpacked, whole
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.integers import Exl2
+from tgi.quantization.grouped import Columns, Integers, fields, whole
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Exl2
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Exl2) -> dict[str, Entry]:
@@ -15,14 +17,11 @@ def unpack(entries: Mapping[str, Entry], scheme: Exl2) -> dict[str, Entry]:
     return unpacked(entries, scheme, _matrix)
 
 
-def _matrix(module: Module) -> Entry:
-    weight, words, outs = module.matrix("q_weight", INTEGERS, 1, 8)
-    place = module.part("q_invperm", ("I16", "I32")).values[:].long() & 0xFFFF
-    inner = len(place)
-    table = module.part("q_groups", ("I16", "I32")).values[:].long() & 0xFFFF
-    count = len(table) // 2
-    scales = module.part("q_scale", INTEGERS, (count, outs // 8), f"{count} groups")
-    most = module.part("q_scale_max", FLOATS, (count,), f"{count} groups")
+def _matrix(module: Module[Entry], shape: tuple[int, ...]) -> Entry:
+    outs, inner = shape
+    weight, scales, most = (module.parts[part] for part in ("q_weight", "q_scale", "q_scale_max"))
+    place, table = (module.parts[part].values[:].long() & 0xFFFF for part in ("q_invperm", "q_groups"))
+    words, count = weight.shape[0], len(table) // 2
     if not torch.equal(place.sort().values, torch.arange(inner)):
         raise module.wrong("q_invperm", f"is no order of {inner} inputs")
     bits, starts = table.view(-1, 2).T.tolist()
@@ -47,4 +46,4 @@ def _matrix(module: Module) -> Entry:
         steps = fields(scales.values[:][:, tiles].T, 4).T[:, own].float() + 1
         return (steps.square() * (most.values[:].float() / 256)[:, None]).T
 
-    return module.entry(outs, Integers(widest, columns, codes, scale, half, ordered=True))
+    return matrix(module, shape, Integers(widest, columns, codes, scale, half, ordered=True))

@@ -45,14 +45,17 @@ class Float8:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """table[codes] · scale, with one scale for each group of columns of a row: NF4, FP4, MXFP4, NVFP4."""
+    """table[codes] · scale · factor, with one scale for each group of columns of a row, and a factor for the row: NF4,
+    FP4, MXFP4, NVFP4."""
 
     codes: torch.Tensor
     """uint8 [outs, inner], below 16."""
     table: torch.Tensor
     """float32 [16]."""
     scale: torch.Tensor
-    """float32 [outs, groups]."""
+    """float32 or float16 [outs, groups]."""
+    factor: torch.Tensor | None = None
+    """float32 [outs, 1]; None: 1."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,7 +68,8 @@ class Codes:
 
     def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "Codes":
         """``pick`` chooses or reorders rows, alike for all parts."""
-        return replace(self, codes=pick(self.codes), scale=pick(self.scale))
+        factor = None if self.factor is None else pick(self.factor)
+        return replace(self, codes=pick(self.codes), scale=pick(self.scale), factor=factor)
 
     def columns(self, run: slice) -> "Codes":
         """A run of columns; where it cuts groups, all become smaller."""
@@ -74,11 +78,20 @@ class Codes:
     def stack(self, parts: "Sequence[Codes]") -> "Codes":
         """One above the other, in groups as large as these."""
         codes = torch.cat([part.codes for part in parts])
-        return replace(self, codes=codes, scale=_stacked(parts, self.group))
+        factors = [part.factor for part in parts if part.factor is not None]
+        return replace(
+            self, codes=codes, scale=_stacked(parts, self.group), factor=torch.cat(factors) if factors else None
+        )
+
+    def alike(self, other: "Codes") -> bool:
+        """Whether codes and scales mean the same."""
+        kinds = [(part.scale.dtype, part.factor is None) for part in (self, other)]
+        return kinds[0] == kinds[1] and torch.equal(self.table, other.table)
 
     def dequantize(self) -> torch.Tensor:
         """float32 [outs, inner]."""
-        return _scaled(self.table[self.codes.int()], self.scale)
+        values = _scaled(self.table[self.codes.int()], self.scale)
+        return values if self.factor is None else values * self.factor
 
 
 def _scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -103,11 +116,11 @@ def common(parts: Sequence[Float8 | Codes]) -> Float8 | Codes | None:
     for part in parts:
         if isinstance(part, Float8) and isinstance(first, Float8) and part.values.dtype == first.values.dtype:
             continue
-        if isinstance(part, Codes) and isinstance(first, Codes) and torch.equal(part.table, first.table):
+        if isinstance(part, Codes) and isinstance(first, Codes) and part.alike(first):
             continue
         return None
     groups = first.shape[1] // math.gcd(*(part.group for part in parts))
-    return replace(first.rows(lambda part: part[:0]), scale=torch.empty(0, groups))
+    return replace(first.rows(lambda part: part[:0]), scale=torch.empty(0, groups, dtype=first.scale.dtype))
 
 
 def _stacked(parts: Sequence[Float8] | Sequence[Codes], group: int) -> torch.Tensor:

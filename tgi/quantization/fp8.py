@@ -6,38 +6,26 @@ from dataclasses import dataclass
 
 import torch
 
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.floats import Fp8
 from tgi.quantization.forms import Float8
-from tgi.quantization.parts import floating, matrix, part, weights_alone
+from tgi.quantization.parts import floating, matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Fp8
-
-KINDS = ("F8_E4M3", "F8_E5M2")
-_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Fp8) -> dict[str, Entry]:
-    """Each float8 tensor ``X`` and its ``X_scale_inv`` or ``X_scale`` as the one matrix that they make."""
-    found = weights_alone(entries)
-    for name, entry in list(found.items()):
-        if entry.kind in KINDS and len(entry.shape) > 1:
-            scale = next((key for key in (f"{name}_scale_inv", f"{name}_scale") if key in found), f"{name}_scale")
-            found[name] = scaled(found, entry, scale, scheme.block, scheme.method)
-            del found[scale]
-    return found
+    """Each float8 tensor and its scales as the one matrix, or stack of them, that they make."""
+    return unpacked(entries, scheme, lambda module, shape: scaled(module, "", scheme.scale(module), scheme.block))
 
 
-def scaled(entries: Mapping[str, Entry], weight: Entry, name: str, block: tuple[int, int] | None, method: str) -> Entry:
-    """The float8 ``weight`` with the scales ``name``. ``block``: rows and columns that share one; None: a whole row
-    or all of the tensor does."""
-    *stack, outs, inner = weight.shape
-    if block is not None:
-        shapes = [(*stack, -(-outs // block[0]), -(-inner // block[1]))]
-    else:
-        shapes = [(*stack, outs, 1), (*stack, outs), (*stack, 1, 1), (*stack, 1), tuple(stack)]
-    scale = part(entries, name, weight, method, _SCALES, *shapes)
+def scaled(module: Module[Entry], weight: str, scale: str, block: tuple[int, int] | None) -> Entry:
+    """Of the parts that are called so. ``block``: rows and columns that share a scale; None: a whole row or all of the
+    tensor does."""
+    values, scales = module.parts[weight], module.parts[scale]
+    *stack, outs, inner = values.shape
     if block is None:
-        block = (1 if math.prod(scale.shape) == math.prod(stack) * outs else outs, inner)
-    return matrix((weight, scale), weight.shape, Blocks(weight, scale, block))
+        block = (1 if math.prod(scales.shape) == math.prod(stack) * outs else outs, inner)
+    return matrix(module, values.shape, Blocks(values, scales, block))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,57 +1,32 @@
 """GPTQ's tensors (Frantar et al., arXiv 2210.17323): integers packed into words along the inputs."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
-from tgi.quantization.grouped import (
-    FLOATS,
-    INTEGERS,
-    Columns,
-    Integers,
-    Module,
-    Part,
-    columns_of,
-    fields,
-    unpacked,
-    whole,
-)
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.integers import Gptq
+from tgi.quantization.grouped import Integers, Part, columns_of, fields, ordered, whole
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Gptq
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Gptq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    if {"gptq_bits", "gptq_groupsize"} <= entries.keys():
-        # TGI's own quantizer writes tensors that overrule the config.
-        bits, group = (int(entries[key].values[:]) for key in ("gptq_bits", "gptq_groupsize"))
-        scheme = replace(scheme, bits=bits, group=None if group == -1 else group)
-        entries = {name: entry for name, entry in entries.items() if not name.startswith("gptq_")}
-    return unpacked(entries, scheme, lambda module: _matrix(module, scheme))
+    return unpacked(entries, scheme, lambda module, shape: _matrix(module, shape, scheme))
 
 
-def _matrix(module: Module, scheme: Gptq) -> Entry:
+def _matrix(module: Module[Entry], shape: tuple[int, ...], scheme: Gptq) -> Entry:
+    outs, inner = shape
     bits, group = scheme.of(module.name)
-    period = bits if 32 % bits else 1
-    qweight, words, outs = module.matrix("qweight", INTEGERS, period, 32 if 32 % bits else 1)
-    inner = words * 32 // bits
-    groups = -(-inner // (group or inner))
-    rule = f"bits {bits} and group_size {group or -1}"
-    scales = module.part("scales", FLOATS, (groups, outs), rule)
-    qzeros = module.part("qzeros", INTEGERS, (groups, -(-outs * bits // 32)), rule)
-    columns = Columns.even(inner, group)
-    if "g_idx" in module.parts:
-        index = module.part("g_idx", ("I32", "I64"), (inner,), rule).values[:].long()
-        if index.min() < 0 or index.max() >= groups:
-            raise module.wrong("g_idx", f"has groups {index.min()} to {index.max()}, of which there are {groups}")
-        columns = Columns.of(index)
+    qweight = module.parts["qweight"]
+    columns = ordered(module, "g_idx", inner, group)
 
     def codes(rows: slice) -> torch.Tensor:
         return fields(qweight.values[:][:, rows], bits).T
 
-    zeros = _zeros(qzeros, bits, outs, less_one=scheme.less_one)
-    return module.entry(outs, Integers(bits, columns, codes, columns_of(scales), zeros))
+    zeros = _zeros(module.parts["qzeros"], bits, outs, less_one=scheme.less_one)
+    return matrix(module, shape, Integers(bits, columns, codes, columns_of(module.parts["scales"]), zeros))
 
 
 def _zeros(stored: Entry, bits: int, outs: int, *, less_one: bool) -> Part | int:

@@ -1,83 +1,15 @@
-"""What formats of integers with a scale for each group of inputs share.
-
-How a module's tensors are found and judged, which columns share a scale, and how rows become ``Quantized``.
-"""
+"""What formats of integers with a scale for each group of inputs share: which columns share one, and how rows become
+``Quantized``."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from tgi.core.errors import StartupError
-from tgi.quantization.quantized import Dequantized, Entry, Quantized
-from tgi.quantization.scheme import Grouped
-
-INTEGERS = ("I32",)
-FLOATS = ("F16", "BF16", "F32")
-GRAIN = 16
-"""Columns that share a scale in our kernels: a multiple of this, …"""
-WIDEST = 128
-"""… and no more, for activations are rounded in the same groups."""
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A quantized module's tensors, by what they are called in it."""
-
-    name: str
-    method: str
-    parts: Mapping[str, Entry]
-
-    def part(self, part: str, kinds: tuple[str, ...], shape: tuple[int, ...] | None = None, rule: str = "") -> Entry:
-        """A tensor that must be there, of one of ``kinds`` and, by a ``rule``, of this shape; else StartupError."""
-        if part not in self.parts:
-            path = next(iter(self.parts.values())).path
-            raise StartupError(f"{path}: tensor {self.name}.{part} is missing, which {self.method} implies")
-        entry = self.parts[part]
-        if entry.kind not in kinds:
-            raise self.wrong(part, f"has type {entry.kind}, {self.method} implies {' or '.join(kinds)}")
-        if shape is not None and entry.shape != shape:
-            raise self.wrong(part, f"has shape {entry.shape}, {self.method} with {rule} implies {shape}")
-        return entry
-
-    def matrix(self, part: str, kinds: tuple[str, ...], *multiples: int) -> tuple[Entry, int, int]:
-        """A tensor that must be there, of two axes that are multiples of these, with their lengths."""
-        entry = self.part(part, kinds)
-        if len(entry.shape) != 2 or any(size % times for size, times in zip(entry.shape, multiples, strict=True)):
-            raise self.wrong(part, f"has shape {entry.shape}, {self.method} implies multiples of {multiples}")
-        return entry, *entry.shape
-
-    def wrong(self, part: str, what: str) -> StartupError:
-        return StartupError(f"{self.parts[part].path}: tensor {self.name}.{part} {what}")
-
-    def entry(self, outs: int, rows: "Integers") -> Entry:
-        """The matrix ``weight``; our kernels multiply it as it is stored if its groups are theirs."""
-        path, size = next(iter(self.parts.values())).path, sum(part.bytes for part in self.parts.values())
-        stored = None if rows.columns.unit % GRAIN else rows
-        return Entry(path, (outs, rows.columns.count), size, "F32", Dequantized(rows), stored)
-
-
-def unpacked(entries: Mapping[str, Entry], scheme: Grouped, make: Callable[[Module], Entry]) -> dict[str, Entry]:
-    """``entries`` with the one matrix that ``make`` makes of a quantized module's tensors. What belongs to none stays:
-    somebody will ask what it is."""
-    found = dict(entries)
-    for module in _modules(entries, scheme):
-        for part in module.parts:
-            del found[f"{module.name}.{part}"]
-        weight = f"{module.name}.weight"
-        if weight in found:
-            raise module.wrong(scheme.PACKED, f"stands for {weight}, which is also there")
-        found[weight] = make(module)
-    return found
-
-
-def _modules(entries: Mapping[str, Entry], scheme: Grouped) -> Iterator[Module]:
-    for name in entries:
-        module, _, part = name.rpartition(".")
-        if part == scheme.PARTS[0]:
-            own = {part: entry for part in scheme.PARTS if (entry := entries.get(f"{module}.{part}"))}
-            yield Module(module, scheme.method, own)
+from tgi.quantization.formats.base import GRAIN, Module, widest
+from tgi.quantization.formats.integers import groups_of
+from tgi.quantization.quantized import Entry, Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +40,13 @@ class Columns:
     @classmethod
     def even(cls, count: int, group: int | None) -> "Columns":
         """Groups of this size, the last one perhaps shorter; None: one."""
-        return cls.of(torch.arange(count) // (group or count))
+        return cls.of(torch.arange(count) // min(group or count, count))
 
 
 def _unit(groups: torch.Tensor) -> int:
     """The longest run that the runs of equal groups consist of, of those our kernels can do if there is one."""
     edges = groups.diff().nonzero().flatten() + 1
-    run = math.gcd(len(groups), *edges.tolist())
-    sizes = [size for size in range(1, WIDEST + 1) if run % size == 0]
-    return max(sizes, key=lambda size: (size % GRAIN == 0, size))
+    return widest(math.gcd(len(groups), *edges.tolist()))
 
 
 Part = Callable[[slice], torch.Tensor]
@@ -135,6 +65,8 @@ class Integers:
     """[outs, groups]."""
     zeros: Part | int
     """[outs, groups], or the one that all have."""
+    minima: Part | None = None
+    """[outs, groups]: code · scale + these instead."""
     ordered: bool = False
     """Codes come in the columns' order instead of the inputs'."""
 
@@ -142,14 +74,18 @@ class Integers:
         codes, scale, order = self.codes(rows), self.scales(rows), self.columns.order
         if order is not None and not self.ordered:
             codes = codes[:, order]
-        scale = scale.float() if scale.dtype != torch.float16 else scale
-        bits = 4 if self.bits <= 4 else 8
-        runs = self.columns.groups
-        if isinstance(self.zeros, int):
+        bits, runs = 4 if self.bits <= 4 else 8, self.columns.groups
+        if isinstance(self.zeros, int) and self.minima is None:
+            scale = scale if scale.dtype == torch.float16 else scale.float()
             return Quantized(bits, self.zeros, codes.contiguous(), scale[:, runs], order=order)
         # In float32, for in half precision the product would not be what the checkpoint means.
-        least = -self.zeros(rows).float() * scale.float()
-        return Quantized(bits, 0, codes.contiguous(), scale.float()[:, runs], least[:, runs], order)
+        scale = scale.float()
+        if self.minima is not None:
+            least = self.minima(rows).float()
+        else:
+            assert not isinstance(self.zeros, int)
+            least = -self.zeros(rows).float() * scale
+        return Quantized(bits, 0, codes.contiguous(), scale[:, runs], least[:, runs], order)
 
 
 def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -172,6 +108,18 @@ def whole(rows: slice, outs: int, tile: int) -> tuple[slice, slice]:
         return slice(0, 0), slice(0, 0)
     first, last = some[0] // tile, some[-1] // tile + 1
     return slice(first, last), slice(some[0] - first * tile, some[-1] + 1 - first * tile, some.step)
+
+
+def ordered(module: Module[Entry], part: str, inner: int, group: int | None) -> Columns:
+    """Columns in groups of this size, or in those that a ``part``, if it is there, has for each input (act-order)."""
+    if part not in module.parts:
+        return Columns.even(inner, group)
+    index, count = module.parts[part].values[:].long(), groups_of(inner, group)
+    if bool((index == -1).all()):  # llm-compressor's, for none
+        return Columns.even(inner, group)
+    if index.min() < 0 or index.max() >= count:
+        raise module.wrong(part, f"has groups {index.min()} to {index.max()}, of which there are {count}")
+    return Columns.of(index)
 
 
 def columns_of(entry: Entry) -> Part:

@@ -1,48 +1,43 @@
 """HQQ's tensors (Badri & Shaji, mobiusml.github.io/hqq_blog): integers with scales and zeros that are no integers."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, Columns, Integers, Module, unpacked
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.integers import HQQ_PACKED, Hqq
+from tgi.quantization.grouped import Columns, Integers
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import HQQ_PACKED, Hqq
 
 
 def unpack(entries: Mapping[str, Entry], scheme: Hqq) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    return unpacked(entries, scheme, _matrix)
+    return unpacked(entries, scheme, lambda module, shape: _matrix(module, shape, scheme.of(module.name)[0]))
 
 
-def _matrix(module: Module) -> Entry:
+def _matrix(module: Module[Entry], blocks: tuple[int, ...], bits: int) -> Entry:
+    """``blocks``: groups, and numbers of each."""
+
     def told(part: str) -> list[int]:
-        numbers: list[int] = module.part(part, ("U8", "I32", "I64")).values[:].reshape(-1).tolist()
+        numbers: list[int] = module.parts[part].values[:].reshape(-1).tolist()
         return numbers
 
-    bits, axis, shape = told("nbits")[0], told("axis")[0], told("shape")
-    if bits not in HQQ_PACKED:
-        raise module.wrong("nbits", f"is {bits}, hqq implies one of {', '.join(map(str, HQQ_PACKED))}")
+    count, size = blocks
+    axis, shape = told("axis")[0], tuple(told("shape"))
+    if told("nbits") != [bits]:
+        raise module.wrong("nbits", f"is {told('nbits')[0]}, quant_config implies {bits}")
     if axis != 1 or len(shape) != 2:
         raise module.wrong("axis", f"is {axis} of shape {shape}: only groups of inputs (axis 1) are implemented")
     for part in ("quant_scale", "quant_zero"):
         if part in module.parts and told(part)[0]:
             raise module.wrong(part, "is true: quantized scales and zeros are not implemented")
     outs, inner = shape
-    scales = module.part("scale", FLOATS)
-    count = math.prod(scales.shape)
-    if count == 0 or scales.shape != (count, 1) or count % outs or inner % (count // outs):
-        raise module.wrong("scale", f"has shape {scales.shape}, which are no groups of {outs} rows of {inner}")
-    zeros = module.part("zero", FLOATS, (count, 1), f"{count} groups")
-    groups, size = count // outs, outs * inner // count
-    each = HQQ_PACKED[bits]
-    dtype = torch.int32 if bits == 3 else torch.uint8
-    packed = module.part("W_q", ("U8", "I32", *FLOATS))
-    step = -(-count // each)
-    if packed.bytes != step * size * dtype.itemsize:
-        raise module.wrong(
-            "W_q", f"has {packed.bytes} bytes, hqq with {bits} bits implies {step * size * dtype.itemsize}"
-        )
+    if outs * inner != count * size or inner % size:
+        raise module.wrong("shape", f"is {shape}, which are no {count} groups of {size} inputs")
+    packed, scales, zeros = (module.parts[part] for part in ("W_q", "scale", "zero"))
+    groups, each = inner // size, HQQ_PACKED[bits]
+    dtype, step = torch.int32 if bits == 3 else torch.uint8, -(-count // each)
 
     def codes(rows: slice) -> torch.Tensor:
         # A word's highest bits are of a group of the first part of the matrix, the next of one of the second part, …
@@ -52,13 +47,10 @@ def _matrix(module: Module) -> Entry:
         found = words[place % step] >> (bits * (each - 1 - place // step)).to(dtype)[:, None]
         return (found & (1 << bits) - 1).to(torch.uint8).view(-1, inner)
 
-    return module.entry(
-        outs,
-        Integers(
-            bits,
-            Columns.even(inner, size),
-            codes,
-            lambda rows: scales.values[:].view(outs, groups)[rows],
-            lambda rows: zeros.values[:].view(outs, groups)[rows],
-        ),
+    def of(part: Entry, rows: slice) -> torch.Tensor:
+        return part.values[:].view(outs, groups)[rows]
+
+    columns = Columns.even(inner, size)
+    return matrix(
+        module, shape, Integers(bits, columns, codes, lambda rows: of(scales, rows), lambda rows: of(zeros, rows))
     )

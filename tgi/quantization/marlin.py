@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from tgi.quantization.grouped import FLOATS, INTEGERS, Columns, Integers, Module, fields, unpacked, whole
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.integers import Marlin, groups_of
+from tgi.quantization.grouped import Columns, Integers, fields, whole
+from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Marlin
 
 _TILE = 64
 """Outputs of a tile, of 16 inputs."""
@@ -14,14 +16,13 @@ _TILE = 64
 
 def unpack(entries: Mapping[str, Entry], scheme: Marlin) -> dict[str, Entry]:
     """Modules' packed tensors as the one matrix ``weight`` that each makes; all others as they are."""
-    return unpacked(entries, scheme, lambda module: _matrix(module, scheme))
+    return unpacked(entries, scheme, lambda module, shape: _matrix(module, shape, scheme.group))
 
 
-def _matrix(module: Module, scheme: Marlin) -> Entry:
-    packed, tiles, words = module.matrix("B", INTEGERS, 1, 2 * _TILE)
-    inner, outs = tiles * 16, words // 2
-    groups = -(-inner // (scheme.group or inner))
-    scales = module.part("s", FLOATS, (groups, outs), f"group_size {scheme.group or -1}")
+def _matrix(module: Module[Entry], shape: tuple[int, ...], group: int | None) -> Entry:
+    outs, inner = shape
+    tiles, groups = inner // 16, groups_of(inner, group)
+    packed, scales = module.parts["B"], module.parts["s"]
 
     def codes(rows: slice) -> torch.Tensor:
         run, place = whole(rows, outs, _TILE)
@@ -40,4 +41,4 @@ def _matrix(module: Module, scheme: Marlin) -> Entry:
         held = own.reshape(groups, -1, 8, 8).mT if groups > 1 else own.reshape(1, -1, 4, 4, 2).transpose(2, 3)
         return held.reshape(groups, -1)[:, place].T
 
-    return module.entry(outs, Integers(4, Columns.even(inner, scheme.group), codes, scale, 8))
+    return matrix(module, shape, Integers(4, Columns.even(inner, group), codes, scale, 8))

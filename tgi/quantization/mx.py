@@ -3,50 +3,37 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tgi.core.errors import StartupError
-from tgi.quantization import fp8
+import torch
+
+from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.floats import Fp4
 from tgi.quantization.forms import Codes
-from tgi.quantization.parts import E2M1, floating, halves, matrix, part, weights_alone
+from tgi.quantization.parts import E2M1, floating, halves, matrix, unpacked
 from tgi.quantization.quantized import Entry
-from tgi.quantization.scheme import Fp8, Scheme
 
 
-def unpack(entries: Mapping[str, Entry], scheme: Scheme) -> dict[str, Entry]:
-    """What ModelOpt writes: bytes ``X.weight`` with ``X.weight_scale`` and ``X.weight_scale_2`` (NVFP4), or float8.
-    What gpt-oss has: ``X_blocks`` and ``X_scales`` (MXFP4), a stack of [out, in] matrices."""
-    if isinstance(scheme, Fp8):
-        return fp8.unpack(entries, scheme)
-    found = weights_alone(entries)
-    for name, entry in list(found.items()):
-        module = name.removesuffix("_blocks")
-        if module != name:
-            *stack, groups, width = entry.shape
-            packed = part(found, name, entry, scheme.method, ("U8",), (*stack, groups, 16))
-            scale = part(found, f"{module}_scales", entry, scheme.method, ("U8",), (*stack, groups))
-            found[module] = coded(packed, scale, (*stack, groups * width * 2), scheme.method)
-            del found[name], found[f"{module}_scales"]
-        elif name.endswith(".weight") and entry.kind == "U8":
-            outs, width = entry.shape
-            scale = part(found, f"{name}_scale", entry, scheme.method, ("F8_E4M3",), (outs, width // 8))
-            factor = part(found, f"{name}_scale_2", entry, scheme.method, ("F32",), (), (1,))
-            found[name] = coded(entry, scale, (outs, width * 2), scheme.method, factor)
-            del found[f"{name}_scale"], found[f"{name}_scale_2"]
-    return found
+def unpack(entries: Mapping[str, Entry], scheme: Fp4) -> dict[str, Entry]:
+    """Bytes and their scales as the one matrix, or stack of them, that they make; all others as they are."""
+    return unpacked(entries, scheme, _matrix)
+
+
+def _matrix(module: Module[Entry], shape: tuple[int, ...]) -> Entry:
+    if "_blocks" in module.parts:
+        return coded(module, shape, "_blocks", "_scales")
+    return coded(module, shape, "", "_scale", factor=module.parts.get("_scale_2"))
 
 
 def coded(
-    packed: Entry,
-    scale: Entry,
+    module: Module[Entry],
     shape: tuple[int, ...],
-    method: str,
+    packed: str,
+    scale: str,
+    *,
     factor: Entry | None = None,
     divisor: Entry | None = None,
 ) -> Entry:
     """The matrix, or stack of them, of ``shape``, two numbers to a byte. ``factor``, ``divisor``: of all scales."""
-    if shape[-1] % scale.shape[-1]:
-        raise StartupError(f"{packed.path}: {method}: {shape[-1]} columns don't divide into {scale.shape[-1]} groups")
-    parts = [entry for entry in (packed, scale, factor, divisor) if entry is not None]
-    return matrix(parts, shape, _Coded(packed, scale, factor, divisor))
+    return matrix(module, shape, _Coded(module.parts[packed], module.parts[scale], factor, divisor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +44,12 @@ class _Coded:
     divisor: Entry | None
 
     def __getitem__(self, rows: slice) -> Codes:
-        groups = self.scale.shape[-1]
-        scale = floating(self.scale.values[:].reshape(-1, groups)[rows])
-        packed = self.packed.values[:].reshape(self.scale.values[:].numel() // groups, -1)[rows]
-        if self.factor is not None:
-            scale = scale * self.factor.values[:].float()
+        stored = self.scale.values[:].reshape(-1, self.scale.shape[-1])
+        packed = halves(self.packed.values[:].reshape(len(stored), -1)[rows])
+        if self.factor is None and self.divisor is None:
+            return Codes(packed, E2M1, floating(stored[rows]))
+        # Half precision holds a float8 number, but hardly its product with another.
+        factor = torch.ones(1) if self.factor is None else self.factor.values[:].float().reshape(1)
         if self.divisor is not None:
-            scale = scale / self.divisor.values[:].float()
-        return Codes(halves(packed), E2M1, scale)
+            factor = factor / self.divisor.values[:].float().reshape(1)
+        return Codes(packed, E2M1, stored[rows].half(), factor.expand(len(packed), 1))

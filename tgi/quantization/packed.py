@@ -25,14 +25,14 @@ from tgi.kernels.panels import Panels
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Of the panels' layout and of how numbers are rounded: a new one makes all packs anew."""
 
 _UNUSED_DAYS = 30
 _WORTH = 8 << 20
 """Bytes; less is packed anew as fast as it is found."""
 _SIZES = ("outs", "inner", "group", "zero", "count")
-_PARTS = ("weight", "scale", "min", "order", "table")
+_PARTS = ("weight", "scale", "min", "order", "table", "factors")
 
 
 class Pack:

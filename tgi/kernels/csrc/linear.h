@@ -144,6 +144,12 @@ template <int FORM, int MR, int NP> static void tile_scaled(const Linear& op, in
             UNROLL for (int m = 0; m < MR; m++) acc[m][p] = fma(part[m][p], scale, acc[m][p]);
         }
     }
+    if (FORM == CODES && op.factors) {
+        UNROLL for (int p = 0; p < NP; p++) {
+            V16 factor = load(op.factors + (panel + p) * 16);
+            UNROLL for (int m = 0; m < MR; m++) acc[m][p] = acc[m][p] * factor;
+        }
+    }
     leave(acc, sums);
 }
 
@@ -295,6 +301,7 @@ static Linear behind(const Linear& op, int64_t row, int64_t panel) {
     const int64_t scales = op.scale ? panel * (op.in / op.group) * 16 * (op.half ? 2 : 4) : 0;
     rest.scale = (const char*)op.scale + scales;
     if (op.min) rest.min = (const char*)op.min + scales;
+    if (op.factors) rest.factors += panel * 16;
     if (op.bias) rest.bias += panel * 16;
     return rest;
 }

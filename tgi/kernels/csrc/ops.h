@@ -38,6 +38,7 @@ struct Linear : Op {
     const void* scale;       // [panels, groups, 16], float32 or half
     const void* min;         // the same, or null: what is added to each weight
     const float* table;      // [16]: what CODES stand for
+    const float* factors;    // [panels, 16]: what the scales of an output of CODES are multiplied by, or null
     const float* bias;       // [panels, 16] or null
     float* out;
     int64_t out_stride;
@@ -86,6 +87,7 @@ struct Embed : Op {
     const void* scale;
     const void* min;
     const float* table;
+    const float* factors;
     float* out;
     int64_t out_stride;
     int32_t form, size, group, half, zero;

@@ -150,8 +150,9 @@ static void embed(const Embed& op, int row) {
             }
         }
     }
-    if (op.factor != 1.f)
-        for (int k = 0; k < op.size; k++) out[k] *= op.factor;
+    const float factor = op.factors ? op.factor * op.factors[id] : op.factor;
+    if (factor != 1.f)
+        for (int k = 0; k < op.size; k++) out[k] *= factor;
     if (op.add)
         for (int k = 0; k < op.size; k++) into[k] += out[k];
 }
