@@ -184,10 +184,15 @@ def test_the_config_may_be_a_file_of_its_own(tmp_path: Path, name: str) -> None:
     same(folder)
 
 
-def test_tgi_s_own_tensors_overrule_the_config(tmp_path: Path) -> None:
-    folder = write(tmp_path, packer(4, 32), config(8, 128))
-    edit(folder, lambda t: t.update(gptq_bits=torch.tensor([4]), gptq_groupsize=torch.tensor([32])))
+@pytest.mark.parametrize("settings", [config(8, 128), None])
+def test_tgi_s_own_tensors_overrule_the_config_or_are_one(tmp_path: Path, settings: dict[str, Any] | None) -> None:
+    folder = write(tmp_path, packer(4, 32), settings or {})
+    told = {"gptq_bits": torch.tensor([4]), "gptq_groupsize": torch.tensor(32, dtype=torch.int32)}
+    edit(folder, lambda t: t.update(told | {"gptq_sym": torch.tensor([False])}))
     same(folder)
+    edit(folder, lambda t: t.update(gptq_bits=torch.tensor([4, 4])))
+    with pytest.raises(StartupError, match="gptq_bits: expected one integer"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

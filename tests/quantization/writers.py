@@ -124,11 +124,14 @@ def low_first(codes: torch.Tensor) -> torch.Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def mxfp4(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    exponent, scale = e8m0(tiles(weight, 1, 32) / 6)
-    scale = spread(scale, weight, 1, 32)
-    codes = nearest(weight / scale, E2M1)
-    return {"weight_packed": low_first(codes), "weight_scale": exponent}, E2M1[codes.int()] * scale
+def mxfp4(packed: str) -> Writer:
+    def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        exponent, scale = e8m0(tiles(weight, 1, 32) / 6)
+        scale = spread(scale, weight, 1, 32)
+        codes = nearest(weight / scale, E2M1)
+        return {packed: low_first(codes), "weight_scale": exponent}, E2M1[codes.int()] * scale
+
+    return write
 
 
 def nvfp4(names: tuple[str, str, str], *, divides: bool) -> Writer:
@@ -203,6 +206,19 @@ def llm_compressor(form: str, weights: Mapping[str, Any], **group: Any) -> dict[
     }
 
 
+def quark(dtype: str, qscheme: str, **weight: Any) -> dict[str, Any]:
+    weights = {"dtype": dtype, "qscheme": qscheme, "is_dynamic": False} | weight
+    cache = {"*k_proj": {"weight": weights, "output_tensors": {"dtype": "fp8_e4m3"}}}
+    return {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weights, "input_tensors": None},
+        "layer_quant_config": cache,
+        "layer_type_quant_config": {},
+        "exclude": ["lm_head"],
+        "export": {"weight_format": "real_quantized", "pack_method": "reorder"},
+    }
+
+
 def _int(bits: int, strategy: str, group: int | None = None, **more: Any) -> dict[str, Any]:
     return {"num_bits": bits, "type": "int", "strategy": strategy, "group_size": group} | more
 
@@ -239,6 +255,12 @@ FORMATS: dict[str, Format] = {
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
         {"input_scale_ub": torch.tensor([1200.0])},
     ),
+    "mxfp8": Format(fp8((1, 32), scales=torch.uint8), {"quant_method": "mxfp8", "modules_to_not_convert": ["lm_head"]}),
+    "mxfp4": Format(mxfp4("weight"), {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "quark fp8": Format(
+        fp8(suffix="_scale", shape=lambda scale: scale.reshape(())), quark("fp8_e4m3", "per_tensor"), _STATIC
+    ),
+    "quark mxfp4": Format(mxfp4("weight"), quark("fp4", "per_group", group_size=32, scale_format="e8m0")),
     "modelopt fp8": Format(
         fp8(suffix="_scale", shape=lambda scale: scale.reshape(())),
         {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
@@ -289,7 +311,7 @@ FORMATS: dict[str, Format] = {
         llm_compressor("nvfp4-pack-quantized", _float(4, "tensor_group", 16)),
         {"input_global_scale": torch.tensor([3.0])},
     ),
-    "compressed mxfp4": Format(mxfp4, llm_compressor("mxfp4-pack-quantized", _float(4, "group", 32))),
+    "compressed mxfp4": Format(mxfp4("weight_packed"), llm_compressor("mxfp4-pack-quantized", _float(4, "group", 32))),
     "compressed mxfp8": Format(
         fp8((1, 32), "_scale", scales=torch.uint8), llm_compressor("mxfp8-quantized", _float(8, "group", 32))
     ),

@@ -206,27 +206,28 @@ def read_quark(method: str, raw: Raw) -> Scheme:
         """global_quant_config layer_quant_config layer_type_quant_config exclude export algo_config quant_mode
         kv_cache_quant_config kv_cache_post_rope softmax_quant_spec version""",
     )
-    for key in ("layer_quant_config", "layer_type_quant_config"):
-        # Settings of layers alone are those of the cache, too: of its activations, that is.
-        for name, own in object_of(raw, key).items():
-            if isinstance(own, dict) and own.get("weight") == object_of(raw, "global_quant_config").get("weight"):
-                continue
-            raise wrong(key, f"settings of its own for {name!r} are not implemented")
-    export = object_of(raw, "export")
-    one_of(export, "weight_format", "real_quantized", None)
     names_of(raw, "exclude")
+    one_of(object_of(raw, "export"), "weight_format", "real_quantized", None)
     weight = object_of(object_of(raw, "global_quant_config"), "weight")
     kind, scheme = weight.get("dtype"), weight.get("qscheme")
+    made: Scheme
     if kind == "fp8_e4m3" and scheme in ("per_tensor", "per_channel"):
-        return Fp8(method="fp8")
-    if kind == "fp4" and scheme == "per_group" and weight.get("group_size") == 32:
+        made = Fp8(method="fp8")
+    elif kind == "fp4" and scheme == "per_group" and weight.get("group_size") == 32:
         one_of(weight, "scale_format", "e8m0")
-        return Fp4(method=method, group=32)
-    raise wrong(
-        "global_quant_config",
-        f"weights of dtype {kind!r} and qscheme {scheme!r} are not implemented; known: fp8_e4m3 per_tensor or "
-        "per_channel, fp4 per_group of 32. llm-compressor quantizes the original model to integers.",
-    )
+        made = Fp4(method=method, group=32)
+    else:
+        raise wrong(
+            "global_quant_config",
+            f"weights of dtype {kind!r} and qscheme {scheme!r} are not implemented; known: fp8_e4m3 per_tensor or "
+            "per_channel, fp4 per_group of 32. llm-compressor quantizes the original model to integers.",
+        )
+    for key in ("layer_quant_config", "layer_type_quant_config"):
+        # What layers have of their own is of the cache: activations, that is.
+        for name, own in object_of(raw, key).items():
+            if not isinstance(own, dict) or own.get("weight") != weight:
+                raise wrong(key, f"settings of its own for {name!r} are not implemented")
+    return made
 
 
 def read_bitsandbytes(method: str, raw: Raw) -> Scheme:
