@@ -29,7 +29,7 @@ def quantize(folder: Path, pack: Pack, settings: dict[str, Any], suffix: str = "
             del stored[name]
             module = name.removesuffix("weight")
             parts, plain[name] = pack(module[:-1], tensor.float())
-            stored |= {module + part: value.contiguous() for part, value in parts.items()}
+            stored |= {module + part: value.clone().contiguous() for part, value in parts.items()}
     config = json.loads((folder / "config.json").read_text())
     (folder / "plain").mkdir()
     (folder / "plain" / "config.json").write_text(json.dumps(config))

@@ -19,6 +19,9 @@ def unpack(entries: Mapping[str, Entry], scheme: CompressedTensors) -> dict[str,
 
 
 def _matrix(module: Module[Entry], shape: tuple[int, ...], group: WeightGroup) -> Entry:
+    zeros = module.parts.get("weight_zero_point")
+    if not group.format.startswith(("pack", "int")) and zeros is not None and bool(zeros.values[:].any()):
+        raise module.wrong("weight_zero_point", f"has other numbers than 0, which {group.format} forbids")
     match group.format:
         case "pack-quantized":
             return _packed(module, group)

@@ -87,6 +87,8 @@ def _guessed(raw: Raw, settings: Raw) -> str:
         return "bitsandbytes"
     if raw.get("quantization") == settings:
         return "metal"
+    if not {"bits", "w_bit"} & settings.keys():
+        raise StartupError(f"{WHERE}: quant_method is missing")
     return "awq" if str(settings.get("version")).lower() in ("gemm", "gemv") else "gptq"
 
 

@@ -45,6 +45,18 @@ class WeightGroup:
         return self.block if self.group is None else (1, self.group)
 
 
+_ANY = ("_scale", "_zero_point")
+_USES: Mapping[str, tuple[str, ...]] = {
+    "pack-quantized": (*_ANY, "_packed", "_shape", "_g_idx"),
+    "int-quantized": (*_ANY, "", "_g_idx"),
+    "float-quantized": (*_ANY, ""),
+    "nvfp4-pack-quantized": (*_ANY, "_packed", "_global_scale"),
+    "mxfp4-pack-quantized": (*_ANY, "_packed"),
+    "mxfp8-quantized": (*_ANY, ""),
+}
+"""Tensors, by what stands behind ``weight`` in their names. Zeros of floating point are zeros."""
+
+
 def _named(module: str, targets: tuple[str, ...]) -> bool:
     """Whether one of the targets is the module's name, or a pattern that it begins with."""
     return any(
@@ -88,6 +100,8 @@ class CompressedTensors(Scheme):
 
     def size(self, module: Module[T]) -> Size:
         group = self.of(module)
+        if other := sorted(module.parts.keys() - {f"weight{part}" for part in _USES[group.format]}):
+            raise module.wrong(other[0], f"is not used by {group.format}")
         match group.format:
             case "pack-quantized":
                 outs, words = module.matrix("weight_packed", INTEGERS, 1, 1)

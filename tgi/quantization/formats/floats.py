@@ -67,6 +67,8 @@ class Fp8(Scheme):
         return (name for name, tensor in tensors.items() if tensor.kind in FLOAT8 and len(tensor.shape) > 1)
 
     def size(self, module: Module[T]) -> Size:
+        if {"_scale_inv", "_scale"} <= module.parts.keys():
+            raise module.wrong("_scale", f"is there beside {module.name}_scale_inv")
         return float8(module, "", self.scale(module), self.block)
 
     def scale(self, module: Module[T]) -> str:

@@ -359,7 +359,7 @@ def read_awq(method: str, raw: Raw) -> Scheme:
         """bits w_bit group_size q_group_size zero_point version format backend modules_to_not_convert do_fuse
         modules_to_fuse fuse_max_seq_len exllama_config pack_dtype sym desc_act lm_head meta""",
     )
-    bits = bits_of(raw, "w_bit" if raw.get("bits") is None else "bits", 4)
+    bits = bits_of(raw, "w_bit" if "w_bit" in raw and raw.get("bits") is None else "bits", 4)
     one_of(raw, "zero_point", True, None)
     one_of(raw, "desc_act", False, None)
     one_of(raw, "pack_dtype", "int32", None)

@@ -30,10 +30,7 @@ def one_of(raw: Raw, key: str, *values: object) -> None:
 
 
 def bits_of(raw: Raw, key: str, *known: int) -> int:
-    try:
-        bits: int = integer(raw, key)
-    except StartupError as error:
-        raise StartupError(f"{WHERE}: {str(error).removeprefix('config.json: ')}") from None
+    bits: int = integer(raw, key)
     if bits not in known:
         raise wrong(key, f"{bits} is not implemented; known: {', '.join(map(str, known))}")
     return bits
