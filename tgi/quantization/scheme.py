@@ -65,8 +65,8 @@ REFUSED: Mapping[str, str] = {
     "nvfp4": f"is what transformers rounds to while it loads, and never writes: {_ORIGINAL} bitsandbytes-fp4",
     "fouroversix": f"needs its own library's layouts: {_ORIGINAL}",
     "gemma": f"rounds activations as it was trained to, which is not implemented: {_ORIGINAL} int4 or int8",
-    "gguf": "a GGUF file is served by its own name, without a config.json",
-    "exl3": f"is not implemented: {_ORIGINAL} int4, or take its EXL2 or GGUF files",
+    "gguf": "is a file, not a checkpoint with a config.json: name the file itself",
+    "exl3": f"keeps weights as trellises, which no kernel here decodes: {_ORIGINAL} int4, or take EXL2 or GGUF files",
 }
 """Method → why not, and what to do instead."""
 
