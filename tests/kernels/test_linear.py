@@ -27,7 +27,7 @@ ACTS: dict[Act, Activation] = {
 }
 KINDS = (
     *("fp32", "bf16", "int8", "int8 with minima", "int4", "int4 with minima", "int4 in float32 scales"),
-    *("e4m3", "e4m3 in groups", "e5m2 in groups", "codes", "codes in float16 scales"),
+    *("e4m3", "e4m3 in groups", "e5m2 in groups", "codes", "codes in float16 scales with factors"),
 )
 TABLE = torch.linspace(-0.8, 1, 16) ** 3
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -56,8 +56,9 @@ def panels_of(kind: str, outs: int, inner: int, chance: random.Random) -> tuple[
     if "codes" in kind:
         group = chance.choice([g for g in (8, 16, 32, inner) if inner % g == 0])
         scale = torch.randn(outs, inner // group).to(torch.float16 if "float16" in kind else torch.float32)
-        codes = Codes(torch.randint(0, 16, (outs, inner), dtype=torch.uint8), TABLE, scale.float())
-        return pack_codes(codes.codes, codes.table, scale), codes.dequantize()
+        factor = torch.rand(outs, 1) + 0.5 if "factors" in kind else None
+        codes = Codes(torch.randint(0, 16, (outs, inner), dtype=torch.uint8), TABLE, scale, factor)
+        return pack_codes(codes.codes, codes.table, scale, factor), codes.dequantize()
     q = random_quantized(outs, inner, kind, chance)
     return pack_quantized(q.stored, q.scale, q.min, bits=q.bits, zero=q.zero), q.dequantize()
 

@@ -23,7 +23,7 @@ def float8(outs: int, inner: int, group: int) -> Float8:
 
 def codes(outs: int, inner: int, group: int) -> Codes:
     numbers = torch.randint(16, (outs, inner), dtype=torch.uint8)
-    return Codes(numbers, torch.linspace(-1, 1.5, 16), torch.rand(outs, inner // group))
+    return Codes(numbers, torch.linspace(-1, 1.5, 16), torch.rand(outs, inner // group), torch.rand(outs, 1) + 0.5)
 
 
 FORMS: Mapping[Form, Callable[[int, int, int], Packed]] = {Form.E4M3: float8, Form.CODES: codes}

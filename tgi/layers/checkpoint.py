@@ -10,7 +10,7 @@ import torch
 from tgi.kernels.library import Library
 from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_codes, pack_float8, pack_quantized
 from tgi.parallel import Group
-from tgi.quantization.base import LinearMethod, NativeLinear, dense
+from tgi.quantization.base import JoinedLinear, LinearMethod, NativeLinear, dense
 from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.packed import Pack
 from tgi.quantization.quantized import Packed, Quantized, Rows, common, one_order, stack
@@ -97,6 +97,8 @@ class Checkpoint:
     """A name of ROUNDING: round matrices so; "stored": keep those as they are that the checkpoint holds quantized."""
     pack: Pack = field(default_factory=Pack)
     """Where packed matrices are kept."""
+    orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of the columns of matrices, by their names, that are stored in another than that of inputs (act-order)."""
 
     @property
     def compute(self) -> torch.dtype:
@@ -118,6 +120,10 @@ class Checkpoint:
         offset = self.bias(pieces) if bias else None
         if self.library is None:
             return dense(self.table(pieces), offset)
+        if self.quantize == "stored" and not one_order([self.orders.get(f"{piece.name}.weight") for piece in pieces]):
+            parts = [None] * len(pieces) if offset is None else torch.split(offset, [piece.height for piece in pieces])
+            each = zip(pieces, parts, strict=True)
+            return JoinedLinear([self.native(self.library, [piece], part) for piece, part in each])
         return self.native(self.library, pieces, offset, gated=gated)
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
@@ -262,7 +268,9 @@ def _width(pieces: Sequence[Piece]) -> int:
 def _form(matrices: Sequence[Sequence[torch.Tensor | Packed]]) -> Packed | None:
     """What holds all parts exactly; None if some are plain, or lie above others with columns in another order."""
     parts = [part for part in chain.from_iterable(matrices) if not isinstance(part, torch.Tensor)]
-    if len(parts) < sum(map(len, matrices)) or not all(map(one_order, matrices)):
+    if len(parts) < sum(map(len, matrices)) or not all(
+        one_order([part.order for part in matrix if isinstance(part, Quantized)]) for matrix in matrices
+    ):
         return None
     return common(parts)
 

@@ -33,6 +33,11 @@ class Weights:
         self._done = 0
         self._progress = progress
 
+    @property
+    def orders(self) -> dict[str, torch.Tensor]:
+        """Of the columns of quantized matrices that have their own."""
+        return {name: entry.order for name, entry in self._left.items() if entry.order is not None}
+
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor ``name``; StartupError if it isn't there or has another shape than the config implies."""
         return self._taken(name, shape).values[:]

@@ -3,6 +3,7 @@
 A format says how a checkpoint stores weights, a method is a kernel with its weight packed for it.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -123,6 +124,18 @@ class PlainLinear:
             return silu_mul(product)
         gate, up = product.chunk(2, dim=-1)
         return activate(gate, activation) * up
+
+
+class JoinedLinear(PlainLinear):
+    """The products of several methods side by side: of matrices that take their inputs in different orders."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[LinearMethod]) -> None:
+        self._parts = parts
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self._parts], dim=-1)
 
 
 class PackedLinear(PlainLinear):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tgi.quantization.formats.base import Module
+from tgi.quantization.formats.base import Module, widest
 from tgi.quantization.formats.floats import BitsAndBytes
 from tgi.quantization.forms import Codes
 from tgi.quantization.grouped import Columns, Integers
@@ -107,11 +107,13 @@ class _Coded:
 
 
 def quantize_rows(weight: torch.Tensor) -> Quantized:
-    """Round a floating-point matrix [outs, inner] to int8, each row's largest number to 127."""
+    """Round a floating-point matrix [outs, inner] to int8, each row's largest number to 127; in groups only because
+    activations are rounded in the same."""
     scale = weight.float().abs().amax(1, keepdim=True) / 127
     scale[scale == 0] = 1
     stored = (weight.float() / scale).round_().clamp_(-127, 127) + 128
-    return Quantized(8, 128, stored.to(torch.uint8), scale)
+    groups = weight.shape[1] // widest(weight.shape[1])
+    return Quantized(8, 128, stored.to(torch.uint8), scale.expand(-1, groups))
 
 
 def quantize(weight: torch.Tensor, kind: str) -> Codes | None:

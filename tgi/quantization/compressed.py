@@ -66,7 +66,7 @@ def _integers(module: Module[Entry], shape: tuple[int, ...], group: WeightGroup,
 
     columns = ordered(module, "weight_g_idx", inner, group.group)
     rows = Integers(group.bits, columns, codes, lambda rows: _each(scale, outs)[rows], half if zero is None else zeros)
-    return matrix(module, shape, rows)
+    return matrix(module, shape, rows, columns.order)
 
 
 def _each(entry: Entry, outs: int) -> torch.Tensor:

@@ -46,4 +46,4 @@ def _matrix(module: Module[Entry], shape: tuple[int, ...]) -> Entry:
         steps = fields(scales.values[:][:, tiles].T, 4).T[:, own].float() + 1
         return (steps.square() * (most.values[:].float() / 256)[:, None]).T
 
-    return matrix(module, shape, Integers(widest, columns, codes, scale, half, ordered=True))
+    return matrix(module, shape, Integers(widest, columns, codes, scale, half, ordered=True), columns.order)

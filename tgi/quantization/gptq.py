@@ -26,7 +26,8 @@ def _matrix(module: Module[Entry], shape: tuple[int, ...], scheme: Gptq) -> Entr
         return fields(qweight.values[:][:, rows], bits).T
 
     zeros = _zeros(module.parts["qzeros"], bits, outs, less_one=scheme.less_one)
-    return matrix(module, shape, Integers(bits, columns, codes, columns_of(module.parts["scales"]), zeros))
+    rows_of = Integers(bits, columns, codes, columns_of(module.parts["scales"]), zeros)
+    return matrix(module, shape, rows_of, columns.order)
 
 
 def _zeros(stored: Entry, bits: int, outs: int, *, less_one: bool) -> Part | int:

@@ -26,10 +26,12 @@ def unpacked(entries: Mapping[str, Entry], scheme: Scheme, make: Make) -> dict[s
     return found
 
 
-def matrix(module: Module[Entry], shape: tuple[int, ...], stored: Rows[Packed]) -> Entry:
-    """What all of the module's tensors stand for."""
+def matrix(
+    module: Module[Entry], shape: tuple[int, ...], stored: Rows[Packed], order: torch.Tensor | None = None
+) -> Entry:
+    """What all of the module's tensors stand for. ``order``: of columns, if they have one."""
     size = sum(entry.bytes for entry in module.parts.values())
-    return Entry(module.path, shape, size, "F32", Dequantized(stored), stored)
+    return Entry(module.path, shape, size, "F32", Dequantized(stored), stored, order=order)
 
 
 def halves(packed: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,8 @@ class Entry:
     """The same quantized, if it is stored so. Rows of a stack are then counted through all its matrices."""
     turned: bool = False
     """What ``stored`` has rows of is the transpose of ``values``."""
+    order: torch.Tensor | None = None
+    """int64 [inner]: the input that each of its columns is of, where they are not in the order of inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,8 @@ def stack(parts: Sequence[Any], form: Packed) -> Packed:
     return form.stack(parts)
 
 
-def one_order(parts: Sequence["torch.Tensor | Packed"]) -> bool:
-    """Whether the columns of all are in the same order."""
-    orders = [part.order for part in parts if isinstance(part, Quantized)]
+def one_order(orders: Sequence[torch.Tensor | None]) -> bool:
+    """Whether all are the same; None: that of inputs."""
     if any(order is None for order in orders):
         return all(order is None for order in orders)
     return all(
