@@ -6,7 +6,7 @@ from string import Template
 from records import Data
 from report import quality_table
 from tgi.launcher.flags import FLAGS
-from tgi.quantization.scheme import METHODS
+from tgi.quantization.scheme import METHODS, REFUSED
 
 _PAGE = Path(__file__).with_name("quantization.md")
 _RESULTS = Path(__file__).with_name("results") / "formats.jsonl"
@@ -20,6 +20,10 @@ def document() -> str:
     ]
     return Template(_PAGE.read_text()).substitute(
         methods="\n".join(methods),
+        refused="\n".join(
+            f"| {', '.join(f'`{name}`' for name in REFUSED if REFUSED[name] == why)} | {why} |"
+            for why in dict.fromkeys(REFUSED.values())
+        ),
         quantize=next(flag.help for flag in FLAGS if flag.key == "quantize"),
         quality="\n".join(quality_table(Data.read([_RESULTS]))),
     )

@@ -23,6 +23,7 @@ from tests.quantization import test_exl2 as exl2
 from tests.quantization import test_gptq as gptq
 from tests.quantization import test_hqq as hqq
 from tests.quantization import test_marlin as marlin
+from tests.quantization import test_marlin_24 as marlin_24
 from tests.quantization.packed_models import Pack, Tensors, edit, write
 from tests.quantization.writers import FORMATS
 from tgi.core.config import ModelFiles
@@ -76,6 +77,7 @@ CASES = {
     "marlin": Case(
         marlin.packer(128), marlin.config(128, quant_method="marlin"), "s", {"group_size": -1}, {"bits": 8}, WIDE
     ),
+    "marlin_24": Case(marlin_24.packer(4, 128), marlin_24.config(4, 128), "s", {"group_size": -1}, {"bits": 3}, WIDE),
     "eetq": Case(eetq.pack, eetq.CONFIG, "weight_scales", None, {"weights": "int4"}, WIDE),
     "exl2": Case(exl2.packer(6, 4), exl2.CONFIG, "q_scale", None, None),
     "hqq": Case(

@@ -253,7 +253,6 @@ _WEIGHTS = "config_groups/group_0/weights"
         ("nf4", "load_in_8bit", True, "load_in_8bit"),
         ("nf4", "bnb_4bit_quant_type", "int4", "bnb_4bit_quant_type: 'int4'"),
         ("w4a16", "quantization_status", "calibration", "quantization_status: 'calibration'"),
-        ("w4a16", "format", "marlin-24", "format: 'marlin-24'"),
         ("w4a16", "format", "mxfp6-pack-quantized", "format: 'mxfp6-pack-quantized'"),
         ("w4a16", "sparsity_config", {"format": "sparse-24-bitmask"}, "sparse-24-bitmask"),
         ("w4a16", "transform_config", {"config_groups": {"R1": {}}}, "transform_config"),

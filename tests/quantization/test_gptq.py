@@ -202,7 +202,6 @@ def test_tgi_s_own_tensors_overrule_the_config_or_are_one(tmp_path: Path, settin
         ({"bits": 5}, "bits: 5"),
         ({"group_size": 0}, "group_size"),
         ({"checkpoint_format": "bitblas"}, "checkpoint_format: 'bitblas'.*llm-compressor"),
-        ({"checkpoint_format": "marlin_24"}, "checkpoint_format: 'marlin_24'"),
         ({"rotation": "hadamard"}, "rotation: 'hadamard'"),
         ({"adapter": {"rank": 32}}, "adapter"),
         ({"pack_dtype": "int16"}, "pack_dtype"),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.quantization import test_affine as affine
 from tests.quantization import test_awq as awq
+from tests.quantization import test_bitnet as bitnet
 from tests.quantization import test_eetq as eetq
 from tests.quantization import test_exl2 as exl2
 from tests.quantization import test_gptq as gptq
 from tests.quantization import test_hqq as hqq
 from tests.quantization import test_marlin as marlin
+from tests.quantization import test_marlin_24 as marlin_24
 from tests.quantization.packed_models import Pack, write
 from tgi.core.config import ModelFiles
 from tgi.core.model_config import read_config
@@ -40,6 +43,10 @@ FORMATS: dict[str, tuple[Pack, dict[str, Any], tuple[Form, Form]]] = {
     "awq, gemv": (awq.gemv, awq.config(version="gemv"), (Form.INT4, Form.INT4)),
     "marlin": (marlin.packer(128), marlin.config(128, quant_method="marlin"), (Form.INT4, Form.INT4)),
     "marlin, one group": (marlin.packer(-1), marlin.config(-1, quant_method="marlin"), (Form.INT4, Form.INT4)),
+    "marlin_24": (marlin_24.packer(4, 128), marlin_24.config(4, 128), (Form.INT4, Form.INT4)),
+    "marlin_24, 8 bits": (marlin_24.packer(8, -1), marlin_24.config(8, -1), (Form.INT8, Form.INT8)),
+    "bitnet": (bitnet.packer(), bitnet.CONFIG, (Form.INT4, Form.INT4)),
+    "metal": (affine.packer(8, 64), affine.config(8, 64), (Form.INT8, Form.INT8)),
     "eetq": (eetq.pack, eetq.CONFIG, (Form.INT8, Form.INT8)),
     "exl2": (exl2.packer(6, 4), exl2.CONFIG, (Form.INT8, Form.FP32)),
     "hqq": (hqq.packer(4, 64), hqq.config(4, 64), (Form.INT4, Form.INT4)),

@@ -6,8 +6,9 @@ import torch
 
 from tgi.quantization import fp8
 from tgi.quantization.formats.base import Module
-from tgi.quantization.formats.compressed import CompressedTensors, WeightGroup
+from tgi.quantization.formats.compressed import MARLIN_24, CompressedTensors, WeightGroup
 from tgi.quantization.grouped import Integers, Part, fields, ordered
+from tgi.quantization.marlin import sparse
 from tgi.quantization.mx import coded
 from tgi.quantization.parts import matrix, unpacked
 from tgi.quantization.quantized import Entry
@@ -20,11 +21,13 @@ def unpack(entries: Mapping[str, Entry], scheme: CompressedTensors) -> dict[str,
 
 def _matrix(module: Module[Entry], shape: tuple[int, ...], group: WeightGroup) -> Entry:
     zeros = module.parts.get("weight_zero_point")
-    if not group.format.startswith(("pack", "int")) and zeros is not None and bool(zeros.values[:].any()):
+    if not group.format.startswith(("pack", "int", "marlin")) and zeros is not None and bool(zeros.values[:].any()):
         raise module.wrong("weight_zero_point", f"has other numbers than 0, which {group.format} forbids")
     match group.format:
         case "pack-quantized":
             return _packed(module, group)
+        case "marlin-24":
+            return sparse(module, shape, MARLIN_24, group.bits, group.group)
         case "int-quantized":
             weight = module.parts["weight"]
             return _integers(module, shape, group, lambda rows: weight.values[rows].view(torch.uint8) ^ 0x80)

@@ -1,5 +1,5 @@
 """Which methods of quantization there are (``quant_method``): one table of those that are read, one of those that
-aren't, with what to do instead. No torch."""
+aren't. No torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ METHODS: Mapping[str, Row] = {
     ),
     "awq": _row("awq", integers.read_awq, "AWQ in 4 bits, packed for the kernels gemm and gemv (AutoAWQ)"),
     "auto-round": _row("gptq", integers.read_auto_round, "AutoRound, packed as GPTQ or AWQ are"),
-    "marlin": _row("marlin", integers.read_marlin, "GPTQ's 4 bits packed for the GPU kernel Marlin; not its 2:4 form"),
+    "marlin": _row("marlin", integers.read_marlin, "GPTQ's 4 bits packed for the GPU kernel Marlin"),
+    "marlin_24": _row("marlin", integers.read_marlin_24, "GPTQ's 4 and 8 bits, two of four inputs, for Sparse-Marlin"),
     "eetq": _row("eetq", integers.read_eetq, "EETQ's int8, packed for GPUs from Turing on"),
     "exl2": _row("exl2", integers.read_exl2, "ExLlamaV2's mixture of 2 to 8 bits, held in the widest of each matrix"),
     "hqq": _row("hqq", integers.read_hqq, "HQQ in 1, 2, 3, 4 and 8 bits, groups along the inputs (transformers)"),
@@ -45,7 +46,7 @@ METHODS: Mapping[str, Row] = {
     "compressed-tensors": _row(
         "compressed",
         compressed.read_compressed_tensors,
-        "llm-compressor's formats: integers of 2, 4 and 8 bits, float8, MXFP8, MXFP4, NVFP4; not its 2:4 forms",
+        "llm-compressor's formats: integers of 2, 4 and 8 bits, float8, MXFP8, MXFP4, NVFP4, Sparse-Marlin",
     ),
     "bitsandbytes": _row("bitsandbytes", floats.read_bitsandbytes, "LLM.int8, NF4, FP4"),
     "mxfp4": _row("mx", floats.read_mxfp4, "MXFP4"),
@@ -53,22 +54,24 @@ METHODS: Mapping[str, Row] = {
     "quark": _row("mx", floats.read_quark, "AMD's Quark: float8, MXFP4"),
 }
 
-_ORIGINAL = "serve the model that it was made of, with `--quantize`"
-_CODEBOOKS = f"keeps weights as codes into tables of vectors, which no kernel here multiplies: {_ORIGINAL}"
+_CODEBOOKS = "has codes into tables of vectors, which no kernel here multiplies"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("aqlm", "vptq", "higgs", "quip", "quip_sharp"), _CODEBOOKS),
-    "spqr": f"keeps outliers in sparse matrices beside integers: {_ORIGINAL} int4",
-    "fp_quant": f"multiplies activations by a rotation first: {_ORIGINAL}",
-    "torchao": f"writes tensor classes of its own, which change with its version: {_ORIGINAL} int4, int8 or fp8",
-    "quanto": f"writes no files that transformers reads: {_ORIGINAL} int4, int8 or fp8",
-    "sinq": f"scales rows and columns at once, and rounds while it loads: {_ORIGINAL} int4",
-    "nvfp4": f"is what transformers rounds to while it loads, and never writes: {_ORIGINAL} bitsandbytes-fp4",
-    "fouroversix": f"needs its own library's layouts: {_ORIGINAL}",
-    "gemma": f"rounds activations as it was trained to, which is not implemented: {_ORIGINAL} int4 or int8",
-    "gguf": "is a file, not a checkpoint with a config.json: name the file itself",
-    "exl3": f"keeps weights as trellises, which no kernel here decodes: {_ORIGINAL} int4, or take EXL2 or GGUF files",
+    "exl3": "has trellises, which no kernel here decodes; EXL2 and GGUF files are read",
+    "spqr": "has outliers in sparse matrices beside integers",
+    "sinq": "scales columns, too, which no kernel here does",
+    "fp_quant": "rotates activations before they are multiplied, which is not implemented",
+    "gemma": "rounds activations as the model was trained to, which is not implemented",
+    "torchao": "has tensor classes of its own, which change with its version",
+    "fouroversix": "has layouts of its own library",
+    "quanto": "is never written by transformers",
+    "nvfp4": "is never written by transformers; llm-compressor's and ModelOpt's NVFP4 are read",
+    "gguf": "is no config's: name the GGUF file itself",
 }
-"""Method → why not, and what to do instead."""
+"""Method → why not."""
+_INSTEAD = (
+    "`--quantize` rounds the model that it was made of, and `text-generation-server quantize` writes GPTQ and AWQ"
+)
 
 _ALIASES = {
     "intel/auto-round": "auto-round",
@@ -102,7 +105,7 @@ def read_scheme(raw: Raw) -> Scheme | None:
     named = str(settings.get("quant_method") or settings.get("method") or _guessed(raw, settings))
     method = _ALIASES.get(named, named)
     if method in REFUSED:
-        raise StartupError(f"{WHERE}: quant_method: {named!r} is not implemented: it {REFUSED[method]}")
+        raise StartupError(f"{WHERE}: quant_method: {named!r} is not implemented: it {REFUSED[method]}. {_INSTEAD}")
     if method not in METHODS:
         raise StartupError(f"{WHERE}: quant_method: {named!r} is not implemented; known: {', '.join(METHODS)}")
     return METHODS[method].read(method, settings)

@@ -8,11 +8,12 @@ from tgi.core.errors import StartupError
 from tgi.core.model_config import Raw
 from tgi.quantization.formats.base import FLOATS, Module, Scheme, Size, Stored, T, integers
 from tgi.quantization.formats.floats import ACTIVATIONS, float4, float8
-from tgi.quantization.formats.integers import INDEX, INTEGERS, run_of
+from tgi.quantization.formats.integers import INDEX, INTEGERS, run_of, sparse
 from tgi.quantization.formats.settings import WHERE, names_of, object_of, one_of, only, pattern_of, wrong
 
 FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...], int | None]] = {
     "pack-quantized": ("int", (2, 4, 8), ("tensor", "channel", "group"), None),
+    "marlin-24": ("int", (4, 8), ("channel", "group"), None),
     "int-quantized": ("int", (8,), ("tensor", "channel", "group"), None),
     "float-quantized": ("float", (8,), ("tensor", "channel", "group", "block"), None),
     "nvfp4-pack-quantized": ("float", (4,), ("tensor_group",), 16),
@@ -45,16 +46,18 @@ class WeightGroup:
         return self.block if self.group is None else (1, self.group)
 
 
-_ANY = ("_scale", "_zero_point")
+MARLIN_24 = ("weight_packed", "meta", "scale_packed")
+_SCALED = ("weight_scale", "weight_zero_point")
 _USES: Mapping[str, tuple[str, ...]] = {
-    "pack-quantized": (*_ANY, "_packed", "_shape", "_g_idx"),
-    "int-quantized": (*_ANY, "", "_g_idx"),
-    "float-quantized": (*_ANY, ""),
-    "nvfp4-pack-quantized": (*_ANY, "_packed", "_global_scale"),
-    "mxfp4-pack-quantized": (*_ANY, "_packed"),
-    "mxfp8-quantized": (*_ANY, ""),
+    "pack-quantized": (*_SCALED, "weight_packed", "weight_shape", "weight_g_idx"),
+    "marlin-24": MARLIN_24,
+    "int-quantized": (*_SCALED, "weight", "weight_g_idx"),
+    "float-quantized": (*_SCALED, "weight"),
+    "nvfp4-pack-quantized": (*_SCALED, "weight_packed", "weight_global_scale"),
+    "mxfp4-pack-quantized": (*_SCALED, "weight_packed"),
+    "mxfp8-quantized": (*_SCALED, "weight"),
 }
-"""Tensors, by what stands behind ``weight`` in their names. Zeros of floating point are zeros."""
+"""Tensors of a module. Zeros of floating point are zeros."""
 
 
 def _named(module: str, targets: tuple[str, ...]) -> bool:
@@ -71,8 +74,9 @@ def _named(module: str, targets: tuple[str, ...]) -> bool:
 class CompressedTensors(Scheme):
     """Each module as its group of the config says."""
 
-    PARTS = tuple(
-        f"weight{part}" for part in ("_scale", "", "_packed", "_zero_point", "_shape", "_g_idx", "_global_scale")
+    PARTS = (
+        *(f"weight{part}" for part in ("_scale", "", "_packed", "_zero_point", "_shape", "_g_idx", "_global_scale")),
+        *("scale_packed", "meta"),
     )
     BESIDE = ACTIVATIONS
 
@@ -88,11 +92,14 @@ class CompressedTensors(Scheme):
     def of(self, module: Module[T]) -> WeightGroup:
         group = self.group(module.name.removesuffix("."))
         if group is None:
-            raise module.wrong("weight_scale", "quantizes a module that quantization_config leaves out")
+            raise module.wrong(next(iter(module.parts)), "quantizes a module that quantization_config leaves out")
         return group
 
     def beginnings(self, tensors: Mapping[str, Stored]) -> Iterator[str]:
-        return (name.removesuffix("weight_scale") for name in tensors if name.endswith(".weight_scale"))
+        for name in tensors:
+            module, _, part = name.rpartition(".")
+            if part in ("weight_scale", "scale_packed"):
+                yield f"{module}."
 
     def modules(self, tensors: Mapping[str, T]) -> Iterator[Module[T]]:
         for module in Scheme.modules(self, tensors):
@@ -100,7 +107,7 @@ class CompressedTensors(Scheme):
 
     def size(self, module: Module[T]) -> Size:
         group = self.of(module)
-        if other := sorted(module.parts.keys() - {f"weight{part}" for part in _USES[group.format]}):
+        if other := sorted(module.parts.keys() - set(_USES[group.format])):
             raise module.wrong(other[0], f"is not used by {group.format}")
         match group.format:
             case "pack-quantized":
@@ -110,6 +117,8 @@ class CompressedTensors(Scheme):
                 if group.group is not None:
                     inner -= inner % group.group
                 return _integers(module, group, (outs, inner))
+            case "marlin-24":
+                return sparse(module, MARLIN_24, group.bits, group.group)
             case "int-quantized":
                 return _integers(module, group, module.matrix("weight", ("I8",), 1, 1))
             case "nvfp4-pack-quantized":
@@ -159,7 +168,10 @@ def read_compressed_tensors(method: str, raw: Raw) -> Scheme:
             raise wrong(key, "is not implemented")
     sparsity = object_of(raw, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
-        raise wrong("sparsity_config", f"{sparsity!r} is not implemented")
+        raise wrong(
+            "sparsity_config",
+            f"format: {sparsity.get('format')!r} is not implemented. What llm-compressor saves today is dense.",
+        )
     plain = names_of(raw, "ignore")
     for name in plain:
         pattern_of("ignore", name.removeprefix("re:") if name.startswith("re:") else "")

@@ -138,6 +138,26 @@ class Marlin(Grouped):
         return integers((outs, inner), 4, run_of(inner, self.group), 2 if scales.kind == "F16" else 4)
 
 
+def sparse(module: Module[T], names: tuple[str, str, str], bits: int, group: int | None) -> Size:
+    """Of the integers, their places, and the scales, in the order of the GPU kernel Sparse-Marlin."""
+    each = 32 // bits
+    tiles, words = module.matrix(names[0], INTEGERS, 1, 64 * 16 // each)
+    outs, inner = words * each // 16, tiles * 32
+    module.part(names[1], ("I16",), (tiles, 2 * outs))
+    scales = module.part(names[2], FLOATS, (groups_of(inner, group), outs), rule=f"group_size {group or -1}")
+    return integers((outs, inner), bits, run_of(inner, group), 2 if scales.kind == "F16" else 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marlin24(Grouped):
+    """Of each four inputs two, in Marlin's order (Castro et al., arXiv 2408.11743, section 6)."""
+
+    PARTS = ("B_24", "B_meta", "s", "workspace")
+
+    def size(self, module: Module[T]) -> Size:
+        return sparse(module, ("B_24", "B_meta", "s"), self.bits, self.group)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eetq(Grouped):
     """int8, a scale for each output."""
@@ -262,11 +282,13 @@ def read_gptq(method: str, raw: Raw) -> Scheme:
     format = text_of(raw, key, "gptq")
     if flag(raw, "is_marlin_format", False) or format == "marlin":
         return read_marlin("marlin", raw)
+    if format == "marlin_24":
+        return read_marlin_24("marlin_24", raw)
     only(method, raw, f"{_GPTQ} {_MAKING}")
     if format not in ("gptq", "gptq_v2"):
         raise wrong(
             key,
-            f"{format!r} is not implemented for gptq; known: gptq, gptq_v2, marlin. "
+            f"{format!r} is not implemented for gptq; known: gptq, gptq_v2, marlin, marlin_24. "
             "GPTQModel or llm-compressor quantize the original model to one of these.",
         )
     bits, group = bits_of(raw, "bits", 2, 3, 4, 8), group_of(raw)
@@ -379,6 +401,14 @@ def read_marlin(method: str, raw: Raw) -> Scheme:
     one_of(raw, "dynamic", None)
     one_of(raw, "sym", True, None)
     return Marlin(method=method, bits=bits_of({"bits": 4, **raw}, "bits", 4), group=group_of(raw))
+
+
+def read_marlin_24(method: str, raw: Raw) -> Scheme:
+    only(method, raw, f"{_GPTQ} {_MAKING}")
+    one_of(raw, "checkpoint_format", "marlin_24", None)
+    one_of(raw, "dynamic", None)
+    one_of(raw, "sym", True, None)
+    return Marlin24(method=method, bits=bits_of(raw, "bits", 4, 8), group=group_of(raw))
 
 
 def read_eetq(method: str, raw: Raw) -> Scheme:
