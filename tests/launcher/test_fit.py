@@ -326,6 +326,9 @@ def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str 
         ({"quant_method": "gptq", "bits": 4}, "eetq", None),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin", "stored"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq", None),
+        ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "marlin_24"}, "marlin", "stored"),
+        ({"quant_method": "intel/auto-round", "bits": 4}, "gptq", "stored"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_awq"}, "awq", "stored"),
         ({"quant_method": "awq", "bits": 4}, "awq", "stored"),
         ({"quant_method": "awq", "bits": 4}, "gptq", "stored"),  # as TGI, which converts it
         ({"quant_method": "eetq"}, "eetq", "stored"),

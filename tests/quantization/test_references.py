@@ -15,7 +15,7 @@ def names(method: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in names("compressed-tensors") if "order" not in name])
 def test_compressed_tensors(name: str) -> None:
-    """It computes in the dtype of the scales."""
+    """It computes in the dtype of the scales. Orders of their own it doesn't know any more."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig

@@ -18,7 +18,9 @@ from tests.quantization import test_gptq as gptq
 from tests.quantization import test_hqq as hqq
 from tests.quantization import test_marlin as marlin
 from tests.quantization import test_marlin_24 as marlin_24
-from tests.quantization.packed_models import Pack, write
+from tests.quantization.packed_models import Pack, Tensors, write
+from tests.quantization.writers import FORMATS as WRITTEN
+from tests.quantization.writers import Writer, integers
 from tgi.core.config import ModelFiles
 from tgi.core.model_config import read_config
 from tgi.kernels.library import library
@@ -32,6 +34,21 @@ from tgi.parallel import Group
 from tgi.quantization.base import NativeLinear
 
 pytestmark = pytest.mark.skipif(library() is None, reason="only native kernels multiply packed forms")
+
+
+def written(name: str) -> Pack:
+    return lambda module, weight: WRITTEN[name].writer(weight)
+
+
+def one_order(writer: Writer) -> Pack:
+    """All matrices of one input in the same."""
+
+    def pack(module: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        torch.manual_seed(weight.shape[1])
+        return writer(weight)
+
+    return pack
+
 
 FORMATS: dict[str, tuple[Pack, dict[str, Any], tuple[Form, Form]]] = {
     "gptq, 3 bits": (gptq.packer(3, 64), gptq.config(3, 64), (Form.INT4, Form.INT4)),
@@ -48,6 +65,14 @@ FORMATS: dict[str, tuple[Pack, dict[str, Any], tuple[Form, Form]]] = {
     "bitnet": (bitnet.packer(), bitnet.CONFIG, (Form.INT4, Form.INT4)),
     "metal": (affine.packer(8, 64), affine.config(8, 64), (Form.INT8, Form.INT8)),
     "eetq": (eetq.pack, eetq.CONFIG, (Form.INT8, Form.INT8)),
+    "w8a8": (written("w8a8"), dict(WRITTEN["w8a8"].config), (Form.INT8, Form.INT8)),
+    "w4a16, act-order": (
+        one_order(integers(4, 32, ordered=True, symmetric=False)),
+        dict(WRITTEN["w4a16 asymmetric, ordered"].config),
+        (Form.INT4, Form.FP32),
+    ),
+    "int8": (written("int8"), dict(WRITTEN["int8"].config), (Form.INT8, Form.INT8)),
+    "nvfp4": (written("compressed nvfp4"), dict(WRITTEN["compressed nvfp4"].config), (Form.CODES, Form.CODES)),
     "exl2": (exl2.packer(6, 4), exl2.CONFIG, (Form.INT8, Form.FP32)),
     "hqq": (hqq.packer(4, 64), hqq.config(4, 64), (Form.INT4, Form.INT4)),
 }
@@ -109,3 +134,11 @@ def test_what_a_rank_has(tmp_path: Path, name: str, size: int) -> None:
 def test_columns_that_cut_groups_make_smaller_ones(tmp_path: Path) -> None:
     folder = write(tmp_path, gptq.packer(4, 128), gptq.config(4, 128), intermediate_size=384)
     assert [rank(folder, Ranks(1, size)).down.panels.group for size in (2, 3, 4)] == [64, 128, 32]
+
+
+@pytest.mark.parametrize("name", ["gptq, one group", "marlin, one group", "eetq", "w8a8", "int8"])
+def test_activations_are_rounded_in_groups_of_128_where_weights_have_one(tmp_path: Path, name: str) -> None:
+    pack, settings, _ = FORMATS[name]
+    folder = write(tmp_path, pack, settings, hidden_size=256, intermediate_size=384, num_key_value_heads=4)
+    whole = rank(folder, Ranks(0, 1))
+    assert whole.up.panels.group == whole.down.panels.group == 128

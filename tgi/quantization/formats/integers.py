@@ -154,6 +154,10 @@ class Marlin24(Grouped):
 
     PARTS = ("B_24", "B_meta", "s", "workspace")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("marlin",)
+
     def size(self, module: Module[T]) -> Size:
         return sparse(module, ("B_24", "B_meta", "s"), self.bits, self.group)
 
