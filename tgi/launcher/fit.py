@@ -9,7 +9,7 @@ import logging
 import math
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -233,8 +233,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         trust_remote_code=options.trust_remote_code,
     )
     headers = read_headers(files)
+    held = {} if config.scheme is None else config.scheme.held(headers)
     if isinstance(config, DecoderConfig) and not files.weights[0].endswith(".gguf"):
-        _check_kinds(headers, config)
+        _check_kinds(headers, held, config)
     shape = config.shape
     ranks = choose_ranks(options, len(machine.gpus) if machine.device == "cuda" else None)
     machine = machine.part(ranks)
@@ -260,7 +261,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     compute = WIDTH["float32" if native else dtype]
     whole = _Bill(shape, config.experts, config.scheme, WIDTH[dtype], compute, cached, native)
     bill = dataclasses.replace(whole, shape=share.shape, experts=share.experts)
-    weights = whole.weights(headers, rounded, copies=tail or (machine.device == "cpu" and not native))
+    weights = whole.weights(headers, held, rounded, copies=tail or (machine.device == "cpu" and not native))
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     ledger = {
         "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
@@ -340,15 +341,19 @@ class _Bill:
     native: bool
     """Our own kernels keep the values of latent keys once more, as they read them."""
 
-    def weights(self, headers: Mapping[str, Header], quantize: str | None, *, copies: bool) -> int:
-        """``copies``: a tied head is a packed copy of the embedding."""
+    def weights(
+        self, headers: Mapping[str, Header], held: Mapping[str, Held], quantize: str | None, *, copies: bool
+    ) -> int:
+        """``held``: what some tensors have of quantized matrices. ``copies``: a tied head is a packed copy of the
+        embedding."""
         vocab = self.shape.vocab * self.shape.hidden
         if quantize == "stored" and self.scheme is None:
             return int(sum(math.prod(each.shape) * _GGUF.get(each.kind, 4) for each in headers.values()))
-        plain, held = _numbers(headers, self.scheme)
+        plain = _plain(headers, held)
         if quantize == "stored":
-            return int(plain * self.width + sum(each.numbers * (each.width or self.width) for each in held))
-        numbers = plain + sum(each.numbers for each in held)
+            kept = sum(each.numbers * (each.width or self.width) for each in held.values())
+            return int(plain * self.width + kept)
+        numbers = plain + sum(each.numbers for each in held.values())
         if quantize is not None:
             heads = vocab if self.shape.tied else 2 * vocab
             return int((numbers - heads) * _QUANTIZED[quantize] + heads * _HEADS.get(quantize, self.width))
@@ -492,20 +497,19 @@ def _tokenizer_length(files: ModelFiles, options: Options) -> int:
 
 def elements(files: ModelFiles, scheme: Scheme | None = None) -> int:
     """Numbers in all weights. Tensors that are one and the same count once; masks, which are no weights, don't."""
-    plain, held = _numbers(read_headers(files), scheme)
-    return plain + sum(each.numbers for each in held)
-
-
-def _numbers(headers: Mapping[str, Header], scheme: Scheme | None) -> tuple[int, Collection[Held]]:
-    """Those in plain tensors, and what the others hold of quantized matrices."""
+    headers = read_headers(files)
     held = {} if scheme is None else scheme.held(headers)
+    return _plain(headers, held) + sum(each.numbers for each in held.values())
+
+
+def _plain(headers: Mapping[str, Header], held: Mapping[str, Held]) -> int:
+    """Numbers in tensors that aren't parts of quantized matrices."""
     plain = {header for name, header in headers.items() if name not in held and header.kind not in ("BOOL", "U8")}
-    return sum(math.prod(header.shape) for header in plain), held.values()
+    return sum(math.prod(header.shape) for header in plain)
 
 
-def _check_kinds(headers: Mapping[str, Header], config: DecoderConfig) -> None:
+def _check_kinds(headers: Mapping[str, Header], held: Mapping[str, Held], config: DecoderConfig) -> None:
     """StartupError for a tensor that is neither plain nor, by its quantization_config, a part of a quantized matrix."""
-    held = {} if config.scheme is None else config.scheme.held(headers)
     rule = "no quantization_config explains" if config.scheme is None else f"{config.scheme.method} forbids"
     for name, header in headers.items():
         if header.kind not in PLAIN and name not in held and not name.startswith(config.spare):

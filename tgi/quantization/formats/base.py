@@ -116,8 +116,6 @@ class Scheme(ABC):
     """Last parts of the names of tensors that change nothing."""
 
     method: str
-    plain: tuple[str, ...] = ()
-    """Modules that are not quantized."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """compressed-tensors, as llm-compressor writes it: which modules a config quantizes, and how. No torch."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +24,30 @@ FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...], int | None]] 
 """How weights are stored: type, bits and strategies that there are, and the group size if there is one only."""
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Modules by name, or by a pattern behind ``re:`` that their names begin with."""
+
+    exact: tuple[str, ...]
+    patterns: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def of(cls, key: str, names: Iterable[str]) -> "Names":
+        """StartupError names the ``key`` of what is no pattern."""
+        names = tuple(names)
+        patterns = (pattern_of(key, name.removeprefix("re:")) for name in names if name.startswith("re:"))
+        return cls(tuple(name for name in names if not name.startswith("re:")), tuple(patterns))
+
+    def have(self, module: str) -> bool:
+        return module in self.exact or any(pattern.match(module) for pattern in self.patterns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGroup:
     """Modules whose weights are stored alike."""
 
-    targets: tuple[str, ...]
-    """Names, patterns behind ``re:``, or the class ``Linear``."""
+    targets: Names
+    """Or the class ``Linear``."""
     format: str
     """A name of FORMATS."""
     bits: int
@@ -60,16 +79,6 @@ _USES: Mapping[str, tuple[str, ...]] = {
 """Tensors of a module. Zeros of floating point are zeros."""
 
 
-def _named(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether one of the targets is the module's name, or a pattern that it begins with."""
-    return any(
-        pattern_of("targets", target.removeprefix("re:")).match(module) is not None
-        if target.startswith("re:")
-        else target == module
-        for target in targets
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedTensors(Scheme):
     """Each module as its group of the config says."""
@@ -80,14 +89,16 @@ class CompressedTensors(Scheme):
     )
     BESIDE = ACTIVATIONS
 
+    plain: Names
+    """Modules that are not quantized."""
     groups: tuple[WeightGroup, ...]
 
     def group(self, module: str) -> WeightGroup | None:
         """How the weight of a linear layer is stored: as its name says or, if nothing does, its class."""
-        if _named(module, self.plain):
+        if self.plain.have(module):
             return None
-        each = (group for group in self.groups if _named(module, group.targets))
-        return next(each, next((group for group in self.groups if "Linear" in group.targets), None))
+        each = (group for group in self.groups if group.targets.have(module))
+        return next(each, next((group for group in self.groups if "Linear" in group.targets.exact), None))
 
     def of(self, module: Module[T]) -> WeightGroup:
         group = self.group(module.name.removesuffix("."))
@@ -172,24 +183,19 @@ def read_compressed_tensors(method: str, raw: Raw) -> Scheme:
             "sparsity_config",
             f"format: {sparsity.get('format')!r} is not implemented. What llm-compressor saves today is dense.",
         )
-    plain = names_of(raw, "ignore")
-    for name in plain:
-        pattern_of("ignore", name.removeprefix("re:") if name.startswith("re:") else "")
-    return CompressedTensors(method=method, plain=plain, groups=read_groups(raw))
+    plain = Names.of("ignore", names_of(raw, "ignore"))
+    return CompressedTensors(method=method, plain=plain, groups=tuple(_groups(raw)))
 
 
-def read_groups(raw: Mapping[str, Any]) -> tuple[WeightGroup, ...]:
-    """Of a config. StartupError names the key that is not implemented."""
+def _groups(raw: Raw) -> Iterator[WeightGroup]:
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise StartupError(f"{WHERE}: config_groups: expected an object of groups, got {groups!r}")
-    found = []
+        raise wrong("config_groups", f"expected an object of groups, got {groups!r}")
     for name, group in groups.items():
         if not isinstance(group, dict):
-            raise StartupError(f"{WHERE}: config_groups: {name}: expected an object, got {group!r}")
+            raise wrong("config_groups", f"{name}: expected an object, got {group!r}")
         if group.get("weights") is not None:
-            found.append(_group(f"{WHERE}: config_groups: {name}", group, raw.get("format")))
-    return tuple(found)
+            yield _group(f"{WHERE}: config_groups: {name}", group, raw.get("format"))
 
 
 def _group(where: str, raw: Mapping[str, Any], form: object) -> WeightGroup:
@@ -199,9 +205,7 @@ def _group(where: str, raw: Mapping[str, Any], form: object) -> WeightGroup:
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise StartupError(f"{where}: targets: expected a list of names, got {targets!r}")
     for target in targets:
-        if target.startswith("re:"):
-            pattern_of("targets", target.removeprefix("re:"))
-        elif target[:1].isupper() and target != "Linear":
+        if target[:1].isupper() and target != "Linear":
             raise StartupError(f"{where}: targets: the class {target!r} is not implemented")
     kind, bits, symmetric = str(weights.get("type", "int")), weights.get("num_bits", 8), weights.get("symmetric", True)
     form = raw.get("format") or form
@@ -228,7 +232,7 @@ def _group(where: str, raw: Mapping[str, Any], form: object) -> WeightGroup:
     else:
         group = None
     return WeightGroup(
-        targets=tuple(targets),
+        targets=Names.of("targets", targets),
         format=form,
         bits=bits,
         strategy=strategy,
