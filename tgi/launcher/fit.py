@@ -233,9 +233,11 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         trust_remote_code=options.trust_remote_code,
     )
     headers = read_headers(files)
+    if isinstance(config, DecoderConfig):
+        headers = config.used(headers)
     held = {} if config.scheme is None else config.scheme.held(headers)
     if isinstance(config, DecoderConfig) and not files.weights[0].endswith(".gguf"):
-        _check_kinds(headers, held, config)
+        _check_kinds(headers, held, config.scheme)
     shape = config.shape
     ranks = choose_ranks(options, len(machine.gpus) if machine.device == "cuda" else None)
     machine = machine.part(ranks)
@@ -508,9 +510,9 @@ def _plain(headers: Mapping[str, Header], held: Mapping[str, Held]) -> int:
     return sum(math.prod(header.shape) for header in plain)
 
 
-def _check_kinds(headers: Mapping[str, Header], held: Mapping[str, Held], config: DecoderConfig) -> None:
+def _check_kinds(headers: Mapping[str, Header], held: Mapping[str, Held], scheme: Scheme | None) -> None:
     """StartupError for a tensor that is neither plain nor, by its quantization_config, a part of a quantized matrix."""
-    rule = "no quantization_config explains" if config.scheme is None else f"{config.scheme.method} forbids"
+    rule = "no quantization_config explains" if scheme is None else f"{scheme.method} forbids"
     for name, header in headers.items():
-        if header.kind not in PLAIN and name not in held and not name.startswith(config.spare):
+        if header.kind not in PLAIN and name not in held:
             raise StartupError(f"{header.path}: tensor {name} has type {header.kind}, which {rule}")

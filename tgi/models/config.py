@@ -8,6 +8,7 @@ name. A key in none of them is unknown to us: it gets one warning.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tgi.core.errors import StartupError
 from tgi.core.model_config import (
@@ -27,6 +28,8 @@ from tgi.quantization.formats.base import Scheme
 from tgi.quantization.scheme import read_scheme
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,13 @@ class DecoderConfig:
     def prefix(self) -> str:
         """Of all tensors but the head's. Some checkpoints leave it away."""
         return "model."
+
+    def used(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Those of a checkpoint's tensors that are used, by names with the prefix."""
+        if not any(name.startswith(self.prefix) for name in tensors):
+            head = f"{self.head_name}.weight"
+            tensors = {name if name == head else self.prefix + name: tensor for name, tensor in tensors.items()}
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(self.spare)}
 
     @property
     def embed_name(self) -> str:

@@ -87,11 +87,8 @@ class Weights:
 def open_weights(files: ModelFiles, config: DecoderConfig, progress: Callable[[int, int], None]) -> Iterator[Weights]:
     """The weights of a model. Where the head is the embedding, a stored one is a copy of it."""
     with ExitStack() as stack:
-        entries = read_files([Path(path) for path in files.weights], Path(files.folder), stack)
+        entries = config.used(read_files([Path(path) for path in files.weights], Path(files.folder), stack))
         embedding, head = f"{config.embed_name}.weight", f"{config.head_name}.weight"
-        if not any(name.startswith(config.prefix) for name in entries):
-            entries = {name if name == head else config.prefix + name: entry for name, entry in entries.items()}
-        entries = {name: entry for name, entry in entries.items() if not name.startswith(config.spare)}
         if config.scheme is not None:
             unpack = importlib.import_module(METHODS[config.scheme.method].module).unpack
             plain, entries = entries, unpack(entries, config.scheme)

@@ -28,20 +28,21 @@ INDEX = ("I32", "I64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grouped(Scheme):
+class Integers(Scheme):
     """A module is what has a tensor called as the first of PARTS."""
-
-    bits: int
-    group: int | None
-    """Inputs that share a scale; None: all."""
-
-    def of(self, module: str) -> tuple[int, int | None]:
-        """Bits and group of a module."""
-        return self.bits, self.group
 
     def beginnings(self, tensors: Mapping[str, Stored]) -> Iterator[str]:
         first = self.PARTS[0]
         return (name.removesuffix(first) for name in tensors if name.endswith(f".{first}"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped(Integers):
+    """All modules have the same bits and groups, unless a rule says otherwise."""
+
+    bits: int
+    group: int | None
+    """Inputs that share a scale; None: all."""
 
 
 def groups_of(inner: int, group: int | None) -> int:
@@ -77,6 +78,7 @@ class Gptq(Grouped):
     """The first that fits a module holds."""
 
     def of(self, module: str) -> tuple[int, int | None]:
+        """Bits and group of a module."""
         rule = next((rule for rule in self.rules if rule.pattern.match(module.removesuffix("."))), None)
         return (self.bits, self.group) if rule is None else (rule.bits, rule.group)
 
@@ -163,7 +165,7 @@ class Marlin24(Grouped):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Eetq(Grouped):
+class Eetq(Integers):
     """int8, a scale for each output."""
 
     PARTS = ("weight_scales", "weight")
@@ -175,7 +177,7 @@ class Eetq(Grouped):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exl2(Grouped):
+class Exl2(Integers):
     """ExLlamaV2's mixture of 2 to 8 bits. Our kernels have one width for a matrix: that of its widest group."""
 
     PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm", "q_perm", "q_group_map")
@@ -195,7 +197,7 @@ HQQ_PACKED = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hqq(Grouped):
+class Hqq(Integers):
     """Half-quadratic quantization (Badri & Shaji, 2023)."""
 
     PARTS = (
@@ -209,6 +211,7 @@ class Hqq(Grouped):
     without a name, of all."""
 
     def of(self, module: str) -> tuple[int, int | None]:
+        """Bits and group of a module; 0 bits: nothing is said of it."""
         parts = module.removesuffix(".").split(".")
         tag = ".".join(part for part in parts if part not in ("model", "layers") and not part.isdecimal())
         return next(((bits, group) for name, bits, group in self.tags if name in ("", tag)), (0, None))
@@ -256,7 +259,7 @@ class Affine(Grouped):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BitNet(Grouped):
+class BitNet(Integers):
     """-1, 0 or 1 times one number (Ma et al., arXiv 2402.17764)."""
 
     PARTS = ("weight_scale", "weight")
@@ -418,12 +421,12 @@ def read_marlin_24(method: str, raw: Raw) -> Scheme:
 def read_eetq(method: str, raw: Raw) -> Scheme:
     only(method, raw, "weights modules_to_not_convert")
     one_of(raw, "weights", "int8")
-    return Eetq(method=method, bits=8, group=None)
+    return Eetq(method=method)
 
 
 def read_exl2(method: str, raw: Raw) -> Scheme:
     only(method, raw, "version bits head_bits calibration")
-    return Exl2(method=method, bits=8, group=32)
+    return Exl2(method=method)
 
 
 def read_hqq(method: str, raw: Raw) -> Scheme:
@@ -432,7 +435,7 @@ def read_hqq(method: str, raw: Raw) -> Scheme:
     if not settings:
         raise wrong("quant_config", "expected settings of all layers, or of layers by their names")
     own = {"": settings} if "weight_quant_params" in settings else settings
-    return Hqq(method=method, bits=8, group=None, tags=tuple((tag, *_hqq_of(tag, each)) for tag, each in own.items()))
+    return Hqq(method=method, tags=tuple((tag, *_hqq_of(tag, each)) for tag, each in own.items()))
 
 
 def _hqq_of(tag: str, settings: Any) -> tuple[int, int | None]:
@@ -467,4 +470,4 @@ def read_bitnet(method: str, raw: Raw) -> Scheme:
     one_of(raw, "linear_class", "bitlinear", "autobitlinear")
     one_of(raw, "quantization_mode", "offline")
     one_of(raw, "use_rms_norm", False, None)
-    return BitNet(method=method, bits=2, group=None, divides=raw.get("linear_class") != "autobitlinear")
+    return BitNet(method=method, divides=raw.get("linear_class") != "autobitlinear")
