@@ -3,15 +3,27 @@ what the rounding did to the product."""
 
 import torch
 
+from tgi.quantization.base import dense
 from tgi.quantizer.ints import Grid, Ints
 
 _BLOCK = 128
 """Columns whose errors reach the columns behind them in one product."""
+_STRIP = 256
+"""Columns of the Hessian that are computed at once, down to the diagonal: below, it is the same."""
+_TOKENS = 4096
+"""Whose share of the Hessian is computed at once."""
 
 
 def hessian(x: torch.Tensor) -> torch.Tensor:
     """Of the squared error of a product with ``x`` [tokens, inner]: [inner, inner], up to a factor."""
-    return x.T @ x / len(x)
+    inner = x.shape[1]
+    upper = x.new_zeros(inner, inner)
+    for part in x.split(_TOKENS):
+        rows = part.T.contiguous()
+        for start in range(0, inner, _STRIP):
+            own = slice(start, start + _STRIP)
+            upper[: own.stop, own] += dense(rows[own], None)(rows[: own.stop])
+    return (upper.triu() + upper.triu(1).T).div_(len(x))
 
 
 def quantize(
@@ -34,34 +46,35 @@ def quantize(
     if curvature is None:
         grid = Grid.fit(weight.view(outs, -1, group), bits, sym=sym)
         return grid.ints(grid.round(weight.view(outs, -1, group)))
-    weight, curvature = weight.clone(), curvature.clone()
+    columns, curvature = weight.T.clone(memory_format=torch.contiguous_format), curvature.clone()
     unused = curvature.diagonal() == 0
     curvature.diagonal()[unused] = 1
-    weight[:, unused] = 0
-    order = curvature.diagonal().argsort(descending=True) if act_order else torch.arange(inner, device=weight.device)
+    columns[unused] = 0
+    order = torch.arange(inner, device=weight.device)
     grids = list[Grid]()
     if act_order:
-        grids = [Grid.fit(block, bits, sym=sym) for block in weight.view(outs, -1, group).unbind(1)]
-        weight, curvature = weight[:, order], curvature[order][:, order]
+        order = curvature.diagonal().argsort(descending=True)
+        grids = [Grid.fit(block.T, bits, sym=sym) for block in columns.split(group)]
+        columns, curvature = columns[order], curvature[order][:, order]
     upper = _root(curvature, damp)
-    stored = torch.empty_like(weight)
+    numbers, divisors = order.tolist(), upper.diagonal().tolist()
+    stored = torch.empty_like(columns)
     block = max(_BLOCK // group, 1) * group if group <= _BLOCK else _BLOCK
     for start in range(0, inner, block):
         stop = min(start + block, inner)
-        errors = torch.empty_like(weight[:, start:stop])
-        for column in range(start, stop):
-            if not act_order and column % group == 0:
-                grids.append(Grid.fit(weight[:, column : column + group], bits, sym=sym))
-            grid = grids[int(order[column]) // group]
-            own = weight[:, column : column + 1]
-            stored[:, column : column + 1] = steps = grid.round(own)
-            error = (own - grid.values(steps)) / upper[column, column]
-            weight[:, column:stop] -= error * upper[column, column:stop]
-            errors[:, column - start] = error[:, 0]
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        errors = torch.empty_like(columns[start:stop])
+        for at in range(start, stop):
+            if not act_order and at % group == 0:
+                grids.append(Grid.fit(columns[at : at + group].T, bits, sym=sym))
+            grid = grids[numbers[at] // group]
+            own = columns[at, :, None]
+            steps = grid.round(own)
+            stored[at] = steps[:, 0]
+            errors[at - start] = error = (own - grid.values(steps))[:, 0] / divisors[at]
+            columns[at + 1 : stop].addr_(upper[at, at + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     scale, zero = torch.stack([grid.scale for grid in grids], 1), torch.stack([grid.zero for grid in grids], 1)
-    stored = stored[:, order.argsort()]
-    return Grid(bits, scale, zero).ints(stored.view(outs, -1, group))
+    return Grid(bits, scale, zero).ints(stored[order.argsort()].T.reshape(outs, -1, group))
 
 
 def _root(curvature: torch.Tensor, damp: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 what the checkpoint then says of itself."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,7 +78,8 @@ class Gptq:
             "damp_percent": self.damp,
             "true_sequential": True,
             "checkpoint_format": "gptq",
-            "modules_to_not_convert": list(plain),
+            "modules_to_not_convert": list(plain),  # transformers and TGI read this, GPTQModel and vLLM the next
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in plain},
         }
 
 

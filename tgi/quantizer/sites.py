@@ -10,7 +10,7 @@ import torch
 from tgi.core.model_config import Activation
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.models.weights import Weights
-from tgi.quantization.base import LinearMethod, PlainLinear
+from tgi.quantization.base import LinearMethod, dense
 from tgi.quantization.quantized import Rows
 
 _CHUNK = 4096
@@ -87,7 +87,7 @@ class Site:
     def method(self, weights: Sequence[torch.Tensor]) -> LinearMethod:
         """Of what has become of the matrices: the rows that the layer wants, in its order."""
         rows = [w[run] for piece, w in zip(self.pieces, weights, strict=True) for run in piece.rows]
-        return PlainLinear(rows[0] if len(rows) == 1 else torch.cat(rows), self.bias)
+        return dense(rows[0] if len(rows) == 1 else torch.cat(rows), self.bias)
 
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each output: the number of its matrix, and its row there."""
@@ -107,8 +107,7 @@ Ready = Callable[[Site, torch.Tensor], LinearMethod]
 class Sites(Checkpoint):
     """A checkpoint whose products are noted."""
 
-    source: Source
-    """The same as ``tensors``."""
+    tensors: Source
     ready: Ready
     found: list[Site] = field(default_factory=list)
     """In the order in which the model took them."""
@@ -119,7 +118,7 @@ class Sites(Checkpoint):
         matrices = []
         for piece in pieces:
             shape = piece.shape[::-1] if piece.transposed else piece.shape
-            matrices.append(self.source.rows(f"{piece.name}.weight", shape, stored=False))
+            matrices.append(self.tensors.rows(f"{piece.name}.weight", shape, stored=False))
         site = Site(pieces, matrices, offset, gated, self.quantize is None, self.device)
         self.found.append(site)
         return _Watched(site, self.ready)

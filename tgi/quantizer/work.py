@@ -47,7 +47,12 @@ class Work:
         model_class = getattr(importlib.import_module(row.module), row.name)
         self._device = torch.device(job.device)
         sites = Sites(
-            source, torch.float32, self._device, Group(), quantize=job.method, source=source, ready=self._ready
+            tensors=source,
+            dtype=torch.float32,
+            device=self._device,
+            group=Group(),
+            quantize=job.method,
+            ready=self._ready,
         )
         # The head is never asked: as one by itself it is not even read.
         alone = replace(config, shape=replace(config.shape, tied=False))
