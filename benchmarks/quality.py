@@ -1,11 +1,11 @@
-"""What each precision loses: next-token distributions and perplexity against float32, on the text beside this file.
+"""What each precision loses: next-token distributions and perplexity against float32, on the texts beside this file.
 
     python benchmarks/quality.py --model FOLDER [--out FOLDER]
     python benchmarks/quality.py --model FOLDER --also Q4_0=FILE.gguf --transformers
     python benchmarks/quality.py --model FOLDER --formats --out benchmarks/results    # for docs/quantization.md
     python benchmarks/quality.py --document > docs/quantization.md
 
-The text is cut into windows. Each runs through the engine token by token, all windows in one batch: the logits are
+The texts are cut into windows. Each runs through the engine token by token, all windows in one batch: the logits are
 those of real decoding steps. The prefill's own perplexity, from prompts' log-probabilities, is told beside it.
 ``--transformers`` compares our float32 with transformers'. ``--formats`` makes a checkpoint in each format, and serves
 it. With ``--out`` the figures go to ``compare.py``'s journal or, of formats, to ``formats.jsonl``.
@@ -39,13 +39,16 @@ from tgi.core.plan import Work
 from tgi.runtime.runner import Runner
 
 TEXT = Path(__file__).with_name("text.txt")
-
+_TEXTS = TEXT, Path(__file__).with_name("opticks.txt")
+"""A story of our own, and Isaac Newton's Queries (Opticks, 4th edition, 1730)."""
 
 FORMATS: dict[str, tuple[str, str]] = {
     "bfloat16": ("", "--dtype bfloat16"),
     "int8, groups of 32": ("", "--quantize int8"),
+    "int8, a scale for each output, at load": ("", "--quantize bitsandbytes"),
     "int8, a scale for each output": ("--method int8", ""),
     "GPTQ, 8 bits, groups of 64": ("--bits 8 --groupsize 64", ""),
+    "float8, a scale for each output, at load": ("", "--quantize fp8"),
     "float8, a scale for each output": ("--method fp8", ""),
     "int4, groups of 32": ("", "--quantize int4"),
     "GPTQ, groups of 64": ("--groupsize 64", ""),
@@ -56,6 +59,9 @@ FORMATS: dict[str, tuple[str, str]] = {
     "AWQ, groups of 32": ("--method awq --groupsize 32", ""),
     "NF4, blocks of 64": ("", "--quantize bitsandbytes-nf4"),
     "FP4, blocks of 64": ("", "--quantize bitsandbytes-fp4"),
+    "keys and values in int8": ("", "--dtype float32 --kv-cache-dtype int8"),
+    "keys and values in float8, e4m3": ("", "--dtype float32 --kv-cache-dtype fp8_e4m3fn"),
+    "keys and values in float8, e5m2": ("", "--dtype float32 --kv-cache-dtype fp8_e5m2"),
 }
 """How `text-generation-server quantize` makes a checkpoint in each, if it does, and the options to serve it."""
 
@@ -63,9 +69,10 @@ _QUANTIZE = [sys.executable, "-c", "import sys; from tgi.cli import server; sys.
 
 
 def windows(tokenizer: Path, length: int) -> list[list[int]]:
-    """The text's ids in pieces of equal length; a shorter rest is left out."""
-    ids = Tokenizer.from_file(str(tokenizer)).encode(TEXT.read_text(), add_special_tokens=False).ids
-    return [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    """The texts' ids in pieces of equal length; shorter rests are left out."""
+    encoder = Tokenizer.from_file(str(tokenizer))
+    texts = [encoder.encode(path.read_text("utf-8"), add_special_tokens=False).ids for path in _TEXTS]
+    return [ids[at : at + length] for ids in texts for at in range(0, len(ids) - length + 1, length)]
 
 
 class Reader:
