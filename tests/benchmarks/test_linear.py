@@ -19,8 +19,10 @@ def test_one_row_is_bound_by_reading_and_many_by_arithmetic() -> None:
     assert allowed(cell("bf16", 100, 1), CEILING) == pytest.approx(1e-3)
 
 
-def test_the_table_has_the_last_of_each_product() -> None:
-    told = table([cell("bf16", 1, 9.0), cell("bf16", 1, 4e-4), cell("int8", 2, 1e-4)], CEILING)
+def test_the_table_has_the_medians_of_rounds() -> None:
+    rounds = [cell("bf16", 1, 9.0), cell("bf16", 1, 4e-4), cell("bf16", 1, 1e-5), cell("int8", 2, 1e-4)]
+    told = table(rounds, [CEILING, CEILING | {"read_gb_s": 1.0}, CEILING])
+    assert "medians of 3 rounds" in told
     assert "| bf16 | 16 | 400 (25%) | - |" in told
     assert "| int8 | 16 | - | 100 (100%) |" in told
 

@@ -77,11 +77,13 @@ def meet(group: Group, lines: Sequence[socket.socket]) -> None:
             assert line.recv(1) == b"!", "a rank has ended"
 
 
-def rank_logits(folder: Path, count: int, *sequences: torch.Tensor, port: int | None = None) -> torch.Tensor:
-    """As ``logits``, by so many ranks."""
+def rank_logits(
+    folder: Path, count: int, *sequences: torch.Tensor, port: int | None = None, **options: object
+) -> torch.Tensor:
+    """As ``logits``, by so many ranks. ``options``: as of load."""
 
     def work(group: Group, lines: Sequence[socket.socket]) -> torch.Tensor:
-        model = load(folder, max_total_tokens=64, group=group)
+        model = load(folder, max_total_tokens=64, group=group, **options)
         meet(group, lines)
         group.begin()
         return logits(model, *sequences)

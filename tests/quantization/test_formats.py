@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.parity.conftest import load, logits, reference, reference_logits, tokens, write_reference
+from tests.parity.ranks import rank_logits
 from tests.quantization.writers import FORMATS, Format, requantize, write
 from tests.tiny import write_model
 from tgi.core.config import ModelFiles
@@ -78,15 +79,16 @@ def test_memory_is_billed_for_what_tensors_hold(tmp_path: Path, name: str) -> No
 
 
 def same_logits(folder: Path, plain: Path, *, rounded: bool = False) -> None:
-    """By torch and by our kernels. ``rounded``: these round activations to 8 bits; a token may go to other experts."""
+    """By torch and by our kernels, in one rank and in two. ``rounded``: these round activations to 8 bits; a token may
+    go to other experts."""
     ids = tokens(20)
     theirs = reference_logits(reference(plain), ids)
     assert theirs.std() > 0.3, "logits this flat would hide a mistake"
     assert (logits(load(folder), ids) - theirs).abs().max() < 1e-4
     if library() is not None:
-        ours = logits(load(folder, quantize="stored"), ids)
-        errors = (ours - theirs).std(-1) / theirs.std()
-        assert errors.median() < 0.04 if rounded else errors.max() < 1e-4
+        for ours in logits(load(folder, quantize="stored"), ids), rank_logits(folder, 2, ids, quantize="stored"):
+            errors = (ours - theirs).std(-1) / theirs.std()
+            assert errors.median() < 0.04 if rounded else errors.max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
     """Of the squared error of a product with ``x`` [tokens, inner]: [inner, inner], up to a factor."""
     inner = x.shape[1]
     upper = x.new_zeros(inner, inner)
-    for part in x.split(_TOKENS):
+    for part in torch.split(x, _TOKENS):
         rows = part.T.contiguous()
         for start in range(0, inner, _STRIP):
             own = slice(start, start + _STRIP)
@@ -54,7 +54,7 @@ def quantize(
     grids = list[Grid]()
     if act_order:
         order = curvature.diagonal().argsort(descending=True)
-        grids = [Grid.fit(block.T, bits, sym=sym) for block in columns.split(group)]
+        grids = [Grid.fit(block.T, bits, sym=sym) for block in torch.split(columns, group)]
         columns, curvature = columns[order], curvature[order][:, order]
     upper = _root(curvature, damp)
     numbers, divisors = order.tolist(), upper.diagonal().tolist()
