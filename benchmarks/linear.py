@@ -2,11 +2,13 @@
 
     python benchmarks/linear.py --out FOLDER
     OMP_NUM_THREADS=1 python benchmarks/linear.py --forms bf16 int4/128 --rows 1 --shapes 576x1536 --out FOLDER
+    python benchmarks/linear.py --device cuda --shapes 4096x4096 14336x4096 --out FOLDER
 
-Weights are rotated, so that they come from memory and not from a cache. Medians. What the machine allows is a roofline
-(Williams, Waterman & Patterson, CACM 2009): a product can't be faster than its weights are read, or than its arithmetic
-is done in float32, at the ceilings that machine.py measures. Integers have faster instructions, and may be beyond.
-Writes FOLDER/linear.jsonl, to which each run adds a round, and .md, with the medians of all rounds.
+Each is first compared with the product by float32 weights. Weights are rotated, so that they come from memory and not
+from a cache. Medians; on a GPU those of a captured graph. What the machine allows is a roofline (Williams, Waterman &
+Patterson, CACM 2009): a product can't be faster than its weights are read, or than its arithmetic is done (in float32,
+on a GPU in bfloat16), at ceilings that are measured first. Integers have faster instructions, and may be beyond. Writes
+FOLDER/linear.jsonl, to which each run adds a round, and .md, with the medians of all rounds.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +25,25 @@ import torch
 from machine import Watch, ceilings
 from records import Journal, Record
 from tgi.kernels.library import library
-from tgi.kernels.panels import Panels, pack, pack_codes, pack_float8, pack_quantized
+from tgi.layers.checkpoint import Checkpoint, Piece
+from tgi.parallel import Group
 from tgi.quantization.base import LinearMethod, NativeLinear, PackedLinear, PlainLinear
+from tgi.quantization.forms import Codes, Float8
+from tgi.quantization.parts import E2M1
+from tgi.quantization.quantized import Packed, Quantized
 
 WORKING_SET = 240_000_000
 """Bytes of all weights of one measurement."""
+CLOSE = 0.03
+"""Of the largest difference to float32 that counts as right, relative to the product."""
 
 TORCH: dict[str, Callable[[torch.Tensor, None], LinearMethod]] = {"F.linear": PlainLinear, "oneDNN": PackedLinear}
-NATIVE = ("fp32", "bf16", "int8/32", "int4/32", "int4/128", "e4m3", "e4m3/128", "codes/16", "codes/32", "codes/64")
-"""Number formats, and columns that share a scale."""
+QUANTIZED = (
+    *("int8/32", "int8", "int4/32", "int4/128", "int4/128+min", "e4m3", "e4m3/128", "codes/16", "codes/32", "codes/64"),
+    *("e2m1/16", "e2m1/32"),
+)
+"""Numbers, columns that share a scale, and perhaps a minimum."""
+FORMS = {"cpu": (*TORCH, *(("fp32", "bf16", *QUANTIZED) if library() else ())), "cuda": ("F.linear", *QUANTIZED)}
 
 
 def seconds(work: Callable[[], object], runs: int = 9) -> float:
@@ -43,43 +56,96 @@ def seconds(work: Callable[[], object], runs: int = 9) -> float:
     return statistics.median(times)
 
 
-def panels(form: str, out: int, inner: int) -> Panels:
-    """A random matrix."""
-    kind, _, columns = form.partition("/")
-    scale = torch.rand(out, inner // int(columns or inner))
+def device_seconds(work: Callable[[], object], runs: int = 21) -> float:
+    """The same on a GPU, of a graph, so that the time to launch kernels doesn't count."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(runs):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def device_ceilings() -> Record:
+    """Copying 1 GB, and a bfloat16 matrix product of 8192³."""
+    source = torch.ones(1 << 28, device="cuda")
+    copy, x = torch.empty_like(source), torch.randn(8192, 8192, device="cuda").bfloat16()
+    reading, product = device_seconds(lambda: copy.copy_(source)), device_seconds(lambda: x @ x)
+    return {"read_gb_s": 2e-9 * source.nbytes / reading, "gemm_gflop_s": 2 * 8.192**3 / product}
+
+
+def random(form: str, out: int, inner: int) -> torch.Tensor | Packed:
+    """A matrix."""
+    kind, _, columns = form.removesuffix("+min").partition("/")
+    scale = torch.rand(out, inner // int(columns or inner)) / inner**0.5
     match kind:
-        case "fp32":
-            return pack(torch.randn(out, inner))
-        case "bf16":
-            return pack(torch.randn(out, inner).bfloat16())
         case "e4m3":
-            return pack_float8(torch.randn(out, inner).mul_(64).to(torch.float8_e4m3fn), scale)
-        case "codes":
-            return pack_codes(torch.randint(16, (out, inner), dtype=torch.uint8), torch.linspace(-1, 1, 16), scale)
-    bits = int(kind.removeprefix("int"))
-    stored = torch.randint(2**bits, (out, inner), dtype=torch.uint8)
-    return pack_quantized(stored, scale.half(), None, bits=bits, zero=2 ** (bits - 1))
+            return Float8(torch.randn(out, inner).to(torch.float8_e4m3fn), scale)
+        case "codes" | "e2m1":
+            table = E2M1 if kind == "e2m1" else torch.linspace(-1, 1, 16)
+            return Codes(torch.randint(16, (out, inner), dtype=torch.uint8), table, scale)
+        case "int8" | "int4":
+            bits = int(kind.removeprefix("int"))
+            stored = torch.randint(2**bits, (out, inner), dtype=torch.uint8)
+            if form.endswith("+min"):
+                return Quantized(bits, 0, stored, scale, -scale * 2 ** (bits - 1))
+            return Quantized(bits, 2 ** (bits - 1), stored, scale.half())
+    return torch.randn(out, inner)
 
 
-def made(form: str, out: int, inner: int) -> tuple[LinearMethod, int]:
-    """A layer, and the bytes of its weights."""
-    if form in TORCH:
-        return TORCH[form](torch.randn(out, inner), None), 4 * out * inner
-    native = library()
-    assert native is not None
-    whole = panels(form, out, inner)
-    size = sum(part.nbytes for part in (whole.weight, whole.scale, whole.table) if part is not None)
-    return NativeLinear(native, whole, None), size
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A checkpoint of one matrix."""
+
+    matrix: torch.Tensor | Packed
+
+    def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> "Given":
+        return self
+
+    def __getitem__(self, rows: slice) -> torch.Tensor | Packed:
+        return self.matrix[rows] if isinstance(self.matrix, torch.Tensor) else self.matrix.rows(lambda part: part[rows])
 
 
-def measure(form: str, out: int, inner: int, rows: Sequence[int], write: Callable[..., None]) -> None:
-    first, size = made(form, out, inner)
-    copies = [first, *(made(form, out, inner)[0] for _ in range(WORKING_SET // size))]
+def made(form: str, matrix: torch.Tensor | Packed, device: str) -> tuple[LinearMethod, int]:
+    """The layer that a server would have of the matrix, and the bytes of its weights."""
+    if device == "cpu" and form in TORCH:
+        assert isinstance(matrix, torch.Tensor)
+        return TORCH[form](matrix.clone(), None), matrix.nbytes
+    dtype = torch.float32 if form == "fp32" else torch.bfloat16
+    native, stored = library() if device == "cpu" else None, None if isinstance(matrix, torch.Tensor) else "stored"
+    checkpoint = Checkpoint(Given(matrix), dtype, torch.device(device), Group(), native, stored)  # type: ignore[arg-type]  # all that is asked of it
+    out, inner = matrix.shape
+    method = checkpoint.linear([Piece("it", (out, inner), [slice(0, out)], slice(0, inner))], bias=False)
+    if isinstance(method, NativeLinear):
+        parts = (method.panels.weight, method.panels.scale, method.panels.min, method.panels.table)
+        return method, sum(part.nbytes for part in parts if part is not None)
+    return method, 2 * out * inner if isinstance(method, PlainLinear) else method.weight.bytes  # type: ignore[attr-defined]  # a CodedLinear
+
+
+def measure(form: str, out: int, inner: int, rows: Sequence[int], device: str, write: Callable[..., None]) -> None:
+    matrix = random(form, out, inner)
+    first, size = made(form, matrix, device)
+    copies = [first, *(made(form, matrix, device)[0] for _ in range(WORKING_SET // size))]
+    exact = (matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()).to(device)
     for count in rows:
+        x = torch.randn(count, inner, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        expected = x.float() @ exact.T
+        error = float((first(x) - expected).norm() / expected.norm())
+        if not error < CLOSE:
+            raise SystemExit(f"{form}, {out} x {inner}, {count} rows: wrong by {error:.1%}")
         watch = Watch(os.getsid(0))
-        each = seconds(partial(all_of, copies, torch.randn(count, inner))) / len(copies)
+        timed = seconds if device == "cpu" else device_seconds
+        each = timed(partial(all_of, copies, x)) / len(copies)
         cell = {"form": form, "out": out, "inner": inner, "rows": count, "seconds": each, "bytes": size}
-        write("linear", **cell, **watch.foreign())
+        write("linear", **cell, error=error, **watch.foreign())
 
 
 def all_of(methods: Sequence[LinearMethod], x: torch.Tensor) -> None:
@@ -94,6 +160,10 @@ def allowed(cell: Record, ceiling: Record) -> float:
     return 1e-9 * max(reading, arithmetic)
 
 
+def _where(ceiling: Record) -> str:
+    return f"bfloat16 on {ceiling['gpu']}" if "gpu" in ceiling else f"float32, with {ceiling['threads']} threads"
+
+
 def table(cells: Sequence[Record], allowances: Sequence[Record]) -> str:
     """Of each product the median of all rounds."""
     ceiling = {key: statistics.median(each[key] for each in allowances) for key in ("read_gb_s", "gemm_gflop_s")}
@@ -106,8 +176,8 @@ def table(cells: Sequence[Record], allowances: Sequence[Record]) -> str:
     )
     cells = [each[0] | {"seconds": statistics.median(cell["seconds"] for cell in each)} for each in rounds.values()]
     lines = [
-        f"Read {ceiling['read_gb_s']:.0f} GB/s, multiply {ceiling['gemm_gflop_s']:.0f} GFLOP/s in float32, with "
-        f"{allowances[0]['threads']} threads. Microseconds, and the share of what the machine allows: medians of "
+        f"Read {ceiling['read_gb_s']:.0f} GB/s, multiply {ceiling['gemm_gflop_s']:.0f} GFLOP/s in "
+        f"{_where(allowances[0])}. Microseconds, and the share of what the machine allows: medians of "
         f"{len(allowances)} rounds, in which half of the products spread over less than {spread:.0%}.",
         "",
     ]
@@ -137,18 +207,21 @@ def shape(text: str) -> tuple[int, int]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    forms = [*TORCH, *(NATIVE if library() is not None else ())]
-    parser.add_argument("--forms", nargs="+", choices=forms, default=forms)
+    parser.add_argument("--device", choices=list(FORMS), default="cpu")
+    parser.add_argument("--forms", nargs="+", choices=list(dict.fromkeys((*FORMS["cpu"], *FORMS["cuda"]))))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
     parser.add_argument("--shapes", type=shape, nargs="+", default=[(3072, 576), (4096, 4096)], metavar="OUTxINNER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
     journal = Journal(arguments.out / "linear.jsonl")
-    threads = torch.get_num_threads()
-    journal.write("ceiling", threads=threads, **ceilings(threads))
+    device, threads = arguments.device, torch.get_num_threads()
+    if device == "cpu":
+        journal.write("ceiling", threads=threads, **ceilings(threads))
+    else:
+        journal.write("ceiling", gpu=torch.cuda.get_device_name(), **device_ceilings())
     for out, inner in arguments.shapes:
-        for form in arguments.forms:
-            measure(form, out, inner, arguments.rows, journal.write)
+        for form in arguments.forms or FORMS[device]:
+            measure(form, out, inner, arguments.rows, device, journal.write)
     told = table(journal.data.of("linear"), journal.data.of("ceiling"))
     (arguments.out / "linear.md").write_text(told)
     print(told)

@@ -1,9 +1,8 @@
 """What the machine allows a linear layer, and a matrix of every form."""
 
 import pytest
-import torch
 
-from linear import NATIVE, allowed, made, table
+from linear import FORMS, allowed, measure, table
 from tests.kernels.conftest import native
 
 
@@ -20,16 +19,19 @@ def test_one_row_is_bound_by_reading_and_many_by_arithmetic() -> None:
 
 
 def test_the_table_has_the_medians_of_rounds() -> None:
-    rounds = [cell("bf16", 1, 9.0), cell("bf16", 1, 4e-4), cell("bf16", 1, 1e-5), cell("int8", 2, 1e-4)]
+    rounds = [*(cell("bf16", 1, seconds) for seconds in (9.0, 4e-4, 1e-4)), cell("int8", 2, 1e-4)]
     told = table(rounds, [CEILING, CEILING | {"read_gb_s": 1.0}, CEILING])
-    assert "medians of 3 rounds" in told
+    assert "float32, with 2 threads" in told and "medians of 3 rounds" in told
+    assert "bfloat16 on H100" in table(rounds, [{"read_gb_s": 3e3, "gemm_gflop_s": 8e5, "gpu": "H100"}])
     assert "| bf16 | 16 | 400 (25%) | - |" in told
     assert "| int8 | 16 | - | 100 (100%) |" in told
 
 
 @native
-@pytest.mark.parametrize("form", NATIVE)
-def test_every_form_is_made(form: str) -> None:
-    method, size = made(form, 64, 128)
-    assert method(torch.randn(2, 128)).isfinite().all()
-    assert 4 <= 8 * size / (64 * 128) <= 32
+@pytest.mark.parametrize("form", FORMS["cpu"])
+def test_every_form_is_made_and_is_right(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linear.WORKING_SET", 10_000)
+    cells: list[dict[str, float]] = []
+    measure(form, 64, 128, [1, 2], "cpu", lambda kind, **cell: cells.append(cell))
+    assert [cell["rows"] for cell in cells] == [1, 2]
+    assert all(4 <= 8 * cell["bytes"] / (64 * 128) <= 36 for cell in cells)

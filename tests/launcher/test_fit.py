@@ -34,6 +34,7 @@ TOKEN = 3 * 2 * 2 * 16 * 4
 CPU = Machine("cpu", "cpu", 16 * GB, 8 * GB)
 NATIVE = Machine("cpu", "cpu", 16 * GB, 8 * GB, native=True)
 GPU = Machine("cuda", "NVIDIA H100 80GB HBM3", 80 * GB, 70 * GB, gpus=((80 * GB, 70 * GB),))
+TRITON = dataclasses.replace(GPU, triton=True)
 
 
 def model(folder: Path, tokenizer: dict[str, object] | None = None, **config: object) -> ModelFiles:
@@ -303,11 +304,18 @@ def test_dtype(dtype: str, device: str, stored: str, chosen: str) -> None:
         ({"quantize": "int4"}, "m.safetensors", "native", "int4"),
         ({"quantize": "fp8"}, "m.safetensors", "native", "fp8"),
         ({"quantize": "bitsandbytes-nf4"}, "m.safetensors", "native", "bitsandbytes-nf4"),
+        ({}, "m.safetensors", "triton", None),
+        ({}, "m.gguf", "triton", "stored"),
+        ({}, "m.gguf", "gpu", None),
+        ({"dtype": "bfloat16"}, "m.gguf", "triton", None),
+        ({"quantize": "int4", "dtype": "float16"}, "m.safetensors", "triton", "int4"),
+        ({"quantize": "eetq"}, "m.safetensors", "triton", "int8"),
     ],
 )
 def test_quantize(options: dict[str, str], name: str, machine: str, chosen: str | None) -> None:
     files = ModelFiles(model_id="m", folder="/x", weights=[f"/x/{name}"])
-    assert choose_quantize(Options(**options), files, None, {"cpu": CPU, "native": NATIVE}[machine]) == chosen
+    machines = {"cpu": CPU, "native": NATIVE, "gpu": GPU, "triton": TRITON}
+    assert choose_quantize(Options(**options), files, None, machines[machine]) == chosen
 
 
 @pytest.mark.parametrize(
@@ -384,6 +392,8 @@ def test_quantized_weights_are_billed_as_what_they_are(tmp_path: Path) -> None:
     )
     assert plain == 2 * 205
     assert four < eight < plain
+    # On a GPU the embedding stays as it is.
+    assert fit(Options(quantize="int8"), files, TRITON).ledger["weights"] == int(eight + 64 * (2 - 1.125))
 
 
 def test_what_transformers_reads_is_billed_before_it_is_rounded(tmp_path: Path) -> None:
@@ -459,7 +469,9 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "version", lambda _: "2.11.0+cu130")
-    (nvidia_smi / "says").write_text("NVIDIA H100 80GB HBM3, 81559, 80000\nNVIDIA T4, 15360, 15000\n")
+    monkeypatch.setattr(fitting, "_lacking", lambda capability: None if capability == 9.0 else "another")
+    h100, t4 = "NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n", "NVIDIA T4, 15360, 15000, 7.5\n"
+    (nvidia_smi / "says").write_text(h100 + t4)
     found = probe("auto", None)
     assert found == Machine(
         "cuda",
@@ -468,6 +480,8 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.Monk
         80000 << 20,
         gpus=((81559 << 20, 80000 << 20), (15360 << 20, 15000 << 20)),
     )
+    (nvidia_smi / "says").write_text(h100)
+    assert probe("auto", None).triton
     assert found.compute_type(2) == "2-nvidia-h100-80gb-hbm3"
     assert found.part(1) == found and found.part(2).available == 15000 << 20
     probe("cuda", "2,3")
@@ -476,9 +490,23 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.Monk
         assert probe(device, visible).device == "cpu"
 
 
+def test_what_triton_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "find_spec", lambda _: "there")
+    monkeypatch.setattr(fitting.shutil, "which", lambda name: name == "clang")
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
+    assert fitting._lacking(8.0) is None
+    assert "7.5" not in str(fitting._lacking(7.5)) and "8.0" in str(fitting._lacking(7.5))
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert fitting._lacking(9.0) == "Python's headers"
+    monkeypatch.setattr(fitting.shutil, "which", lambda name: None)
+    assert fitting._lacking(9.0) == "a C compiler"
+    monkeypatch.setattr(fitting, "find_spec", lambda _: None)
+    assert fitting._lacking(9.0) == "to be installed"
+
+
 def test_a_gpu_is_of_no_use_to_a_torch_for_cpus(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "version", lambda _: "2.13.0+cpu")
-    (nvidia_smi / "says").write_text("NVIDIA T4, 15360, 15000\n")
+    (nvidia_smi / "says").write_text("NVIDIA T4, 15360, 15000, 7.5\n")
     assert probe("auto", None).device == "cpu"
     with pytest.raises(ArgumentValidation, match=r"torch 2\.13\.0\+cpu is built for CPUs only"):
         probe("cuda", None)

@@ -56,7 +56,7 @@ class FullAttention:
         q, k, v = turn(qkv)
         outs = []
         for q_, k_, v_ in zip(*(t.split(self._lengths) for t in (q, k, v)), strict=True):
-            place = torch.arange(len(q_))
+            place = torch.arange(len(q_), device=q_.device)
             seen = place[None] <= place[:, None]
             if spec.window is not None:
                 seen &= place[None] > place[:, None] - spec.window
@@ -70,7 +70,7 @@ class FullAttention:
                     scores = (scores / spec.softcap).tanh() * spec.softcap
                 if spec.slopes is not None:
                     behind = place[:, None] - place[None]
-                    scores = scores - torch.tensor(spec.slopes)[:, None, None] * behind
+                    scores = scores - torch.tensor(spec.slopes, device=q_.device)[:, None, None] * behind
                 out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v_
             outs.append(out[0].transpose(0, 1).reshape(len(q_), -1))
         return torch.cat(outs)
@@ -89,7 +89,7 @@ def load(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, 
 def logits(model: Model, *sequences: torch.Tensor) -> torch.Tensor:
     """Logits of every token of fresh sequences, computed in one flat batch."""
     lengths = [len(sequence) for sequence in sequences]
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions = torch.cat([torch.arange(length, device=sequences[0].device) for length in lengths])
     return model.logits(model.forward(torch.cat(sequences), positions, FullAttention(model.specs, lengths))).clone()
 
 

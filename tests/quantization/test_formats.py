@@ -120,7 +120,7 @@ def test_a_tied_head_and_a_quantized_one(tmp_path: Path) -> None:
         same_logits(folder, plain)
 
 
-_MIXTRAL: dict[str, Any] = {
+MIXTRAL: dict[str, Any] = {
     "vocab_size": 431,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -133,7 +133,7 @@ _MIXTRAL: dict[str, Any] = {
     "sliding_window": None,
     "pad_token_id": 0,
 }
-_DEEPSEEK = _MIXTRAL | {
+_DEEPSEEK = MIXTRAL | {
     "num_local_experts": None,
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
@@ -153,7 +153,7 @@ _PLAIN = ("embed_tokens.weight", "lm_head.weight", "gate.weight", "norm.weight")
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "compressed nvfp4", "nf4", "w4a16"])
 def test_experts(tmp_path: Path, name: str) -> None:
-    write_reference(tmp_path, "mixtral", **_MIXTRAL)
+    write_reference(tmp_path, "mixtral", **MIXTRAL)
     plain, meant = requantize(tmp_path, FORMATS[name], lambda key: key.endswith(".weight") and not key.endswith(_PLAIN))
     assert sum("experts.3" in key for key in meant) == 2 * 3
     same_logits(tmp_path, plain, rounded=name == "w4a16")
@@ -161,7 +161,7 @@ def test_experts(tmp_path: Path, name: str) -> None:
 
 def test_stacks_of_experts(tmp_path: Path) -> None:
     """All experts' matrices are one tensor, whose scales are another."""
-    config = {key: value for key, value in _MIXTRAL.items() if key != "sliding_window"}
+    config = {key: value for key, value in MIXTRAL.items() if key != "sliding_window"}
     write_reference(tmp_path, "granitemoe", **config)
     one = FORMATS["fp8 blocks"].writer
 

@@ -7,11 +7,14 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import subprocess
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,9 @@ _GGUF = {
 PREFILL = {"cuda": 4096, "cpu": 512}
 """Default tokens of a step: a GPU needs many to be busy; a CPU is busy with few, and longer steps delay decodes."""
 
+_TRITON = 8.0
+"""The least compute capability that Triton compiles for."""
+
 _PROGRAMS = 512 << 20
 """Bytes of engine, router and launcher beside everything that is counted."""
 _SLACK = {"cuda": 0.05, "cpu": 0.02}
@@ -80,7 +86,9 @@ class Machine:
     available: int
     """Bytes of it that are free now."""
     native: bool = False
-    """Whether our own kernels run there."""
+    """Whether our own kernels run there, …"""
+    triton: bool = False
+    """… or, on a GPU, Triton's, which multiply quantized weights."""
     gpus: tuple[tuple[int, int], ...] = ()
     """Of all visible GPUs ``total`` and ``available``, which are the first one's."""
 
@@ -113,19 +121,34 @@ def _gpu(visible: str | None) -> Machine | None:
     """The visible GPUs, by nvidia-smi."""
     if visible in ("", "-1"):
         return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    fields = "--query-gpu=name,memory.total,memory.free,compute_cap"
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits"]
     if visible:
         command += ["-i", visible]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-        rows = [line.rsplit(",", 2) for line in lines]
-        gpus = tuple((int(total) << 20, int(free) << 20) for _, total, free in rows)
-        return Machine("cuda", rows[0][0].strip(), *gpus[0], gpus=gpus)
+        rows = [line.rsplit(",", 3) for line in lines]
+        gpus = tuple((int(total) << 20, int(free) << 20) for _, total, free, _ in rows)
+        lacking = _lacking(min(float(capability) for *_, capability in rows))
+        if lacking is not None:
+            log.info("Quantized weights would be dequantized: Triton wants %s", lacking)
+        return Machine("cuda", rows[0][0].strip(), *gpus[0], triton=lacking is None, gpus=gpus)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("nvidia-smi is there but says nothing useful (%s)", error)
         return None
+
+
+def _lacking(capability: float) -> str | None:
+    """What Triton doesn't find here. It builds a small library, with Python's headers, when it is first used."""
+    if capability < _TRITON:
+        return f"a GPU of compute capability {_TRITON}"
+    if find_spec("triton") is None:
+        return "to be installed"
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler"
+    return None if Path(sysconfig.get_path("include"), "Python.h").exists() else "Python's headers"
 
 
 def _cpu(root: Path) -> Machine:
@@ -188,14 +211,18 @@ def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, 
     if options.quantize not in (None, *_QUANTIZED, *names):
         found = "not quantized" if scheme is None else f"quantized by {scheme.method}"
         raise ArgumentValidation(f"`--quantize {options.quantize}`: the weights of {files.model_id} are {found}")
+    multiplied = machine.triton or (machine.native and options.dtype != "float16")
     if scheme is not None and options.quantize in (None, *names):
-        return "stored" if machine.native and options.dtype != "float16" else None
+        return "stored" if multiplied else None
     if options.quantize is None:
         gguf = files.weights[0].endswith(".gguf")
-        return "stored" if gguf and machine.native and options.dtype == "auto" else None
-    if not machine.native:
-        raise ArgumentValidation(f"`--quantize {options.quantize}` needs the native kernels, which run on CPU")
-    if options.dtype == "float16":
+        return "stored" if gguf and multiplied and options.dtype == "auto" else None
+    if not machine.native and not machine.triton:
+        raise ArgumentValidation(
+            f"`--quantize {options.quantize}` needs the native kernels, which run on CPU, or Triton with a C compiler "
+            f"and a GPU of compute capability {_TRITON}"
+        )
+    if not multiplied:
         raise ArgumentValidation(f"`--quantize {options.quantize}` goes with `--dtype` bfloat16 or float32")
     return options.quantize
 
@@ -349,16 +376,19 @@ class _Bill:
         """``held``: what some tensors have of quantized matrices. ``copies``: a tied head is a packed copy of the
         embedding."""
         vocab = self.shape.vocab * self.shape.hidden
+        # Without our own kernels an embedding is plain whatever becomes of the rest.
         if quantize == "stored" and self.scheme is None:
-            return int(sum(math.prod(each.shape) * _GGUF.get(each.kind, 4) for each in headers.values()))
+            stored = int(sum(math.prod(each.shape) * _GGUF.get(each.kind, 4) for each in headers.values()))
+            return stored + (0 if self.native else vocab * self.width)
         plain = _plain(headers, held)
         if quantize == "stored":
             kept = sum(each.numbers * (each.width or self.width) for each in held.values())
             return int(plain * self.width + kept)
         numbers = plain + sum(each.numbers for each in held.values())
         if quantize is not None:
-            heads = vocab if self.shape.tied else 2 * vocab
-            return int((numbers - heads) * _QUANTIZED[quantize] + heads * _HEADS.get(quantize, self.width))
+            head = _HEADS.get(quantize, self.width)
+            heads = [head if self.native else self.width] + ([] if self.shape.tied else [head])
+            return int((numbers - len(heads) * vocab) * _QUANTIZED[quantize] + sum(heads) * vocab)
         return (numbers + (vocab if copies and self.shape.tied else 0)) * self.width
 
     def activations(self, tokens: int) -> int:

@@ -151,10 +151,10 @@ class Options:
             *_STORED,
         ),
         None,
-        "Quantize the weights while loading: `int8`, `int4` and `eetq`, which is `int8`, on CPU, with activations in "
-        "int8 groups; `fp8`, a scale for each row; `bitsandbytes`, int8 with a scale for each row; `bitsandbytes-nf4` "
-        "and `-fp4`, blocks of 64. The last four leave embedding and head alone. Weights that are quantized stay so "
-        "without this flag; it may name their format.",
+        "Quantize the weights while loading: `int8`, `int4` and `eetq`, which is `int8`, in groups of 32, on CPU with "
+        "activations in int8, too; `fp8`, a scale for each row; `bitsandbytes`, int8 with a scale for each row; "
+        "`bitsandbytes-nf4` and `-fp4`, blocks of 64. The last four leave embedding and head alone. Weights that are "
+        "quantized stay so without this flag; it may name their format.",
     )
     speculate: int | None = _flag(
         kinds.integer(), None, "Tokens to guess ahead in each step.", "refused", neutral=(None, 0)

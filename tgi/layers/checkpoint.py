@@ -118,24 +118,42 @@ class Checkpoint:
         """A method for the pieces' rows, one below the other. ``gated``: the first half of the rows gates the second,
         and the method will be asked for nothing else than that. ``bias``: added on every rank that has one."""
         offset = self.bias(pieces) if bias else None
-        if self.library is None:
-            return dense(self.table(pieces), offset)
         if self.quantize == "stored" and not one_order([self.orders.get(f"{piece.name}.weight") for piece in pieces]):
             parts = [None] * len(pieces) if offset is None else torch.split(offset, [piece.height for piece in pieces])
             each = zip(pieces, parts, strict=True)
-            return JoinedLinear([self.native(self.library, [piece], part) for piece, part in each])
-        return self.native(self.library, pieces, offset, gated=gated)
+            return JoinedLinear([self._method([piece], part) for piece, part in each])
+        return self._method(pieces, offset, gated=gated)
+
+    def _method(self, pieces: Sequence[Piece], offset: torch.Tensor | None, *, gated: bool = False) -> LinearMethod:
+        if self.library is not None:
+            return self.native(self.library, pieces, offset, gated=gated)
+        matrix = self._matrix(pieces)
+        return self._coded(matrix, offset) if self.quantize is not None else dense(self._table(matrix), offset)
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The pieces as one tensor on the device, copied once."""
-        matrix = self._matrix(pieces)
-        weight = torch.empty(matrix.height, _width(pieces), dtype=self.dtype, device=self.device)
-        for rows in _slabs(matrix.height, _width(pieces)):
+        return self._table(self._matrix(pieces))
+
+    def _table(self, matrix: "_Matrix") -> torch.Tensor:
+        weight = torch.empty(matrix.height, matrix.width, dtype=self.dtype, device=self.device)
+        for rows in _slabs(matrix.height, matrix.width):
             at = rows.start
             for part in matrix[rows]:
                 weight[at : at + part.shape[0]].copy_(_plain(part))
                 at += part.shape[0]
         return weight
+
+    def _coded(self, matrix: "_Matrix", bias: torch.Tensor | None) -> LinearMethod:
+        """The method of a device without our own kernels, which Triton's multiply quantized matrices on."""
+        # Triton is only there, and only wanted, beside a GPU.
+        from tgi.quantization.device import CodedLinear, multiplied
+
+        samples = matrix.samples()
+        form = _form([samples])
+        if not multiplied(self._joined(samples, form)):
+            return dense(self._table(matrix), bias)
+        slabs = (self._joined(matrix[rows], form) for rows in _slabs(matrix.height, matrix.width, _DEVICE_SLAB))
+        return CodedLinear.of(slabs, matrix.height, self.device, bias)
 
     def native(
         self,
@@ -172,7 +190,7 @@ class Checkpoint:
 
         def panels() -> Iterator[Panels]:
             for source in sources:
-                for rows in _slabs(height // 2 if gated else height, _width(matrices[0])):
+                for rows in _slabs(height // 2 if gated else height, source.width):
                     parts = source[rows]
                     if gated:
                         parts += source[slice(height // 2 + rows.start, height // 2 + rows.stop)]
@@ -185,7 +203,7 @@ class Checkpoint:
         """One below the other: quantized in the ``form`` they are stored in, or rounded, or plain."""
         if form is not None:
             return stack(parts, form)
-        plain = torch.cat([_plain(part).to(self.dtype) for part in parts])
+        plain = torch.cat([_plain(part).to(self.device, self.dtype) for part in parts])
         rounded = ROUNDING[self.quantize](plain) if self.quantize in ROUNDING else None
         return plain if rounded is None else rounded
 
@@ -199,7 +217,8 @@ class Checkpoint:
                 transposed=piece.transposed,
             )
             runs += [_Run(source, range(*rows.indices(piece.shape[0])), piece.columns) for rows in piece.rows]
-        return _Matrix(runs)
+        start, stop, _ = pieces[0].columns.indices(pieces[0].shape[1])
+        return _Matrix(runs, stop - start)
 
     def bias(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Of the pieces' rows."""
@@ -229,6 +248,7 @@ class _Matrix:
     """Runs of rows, one below the other, read when they are asked for."""
 
     runs: Sequence[_Run]
+    width: int
 
     @property
     def height(self) -> int:
@@ -251,18 +271,15 @@ class _Matrix:
 
 _SLAB = 1 << 16
 """Numbers of a matrix that are read and packed at once, so that little memory is needed beside what is kept."""
+_DEVICE_SLAB = 1 << 22
+"""The same for a GPU, which takes many at once."""
 
 
-def _slabs(height: int, width: int) -> Iterator[slice]:
+def _slabs(height: int, width: int, numbers: int = _SLAB) -> Iterator[slice]:
     """Rows of a matrix, in runs of whole panels."""
-    step = max(_SLAB // width // OUTPUTS, 1) * OUTPUTS
+    step = max(numbers // width // OUTPUTS, 1) * OUTPUTS
     for start in range(0, height, step):
         yield slice(start, min(start + step, height))
-
-
-def _width(pieces: Sequence[Piece]) -> int:
-    start, stop, _ = pieces[0].columns.indices(pieces[0].shape[1])
-    return stop - start
 
 
 def _form(matrices: Sequence[Sequence[torch.Tensor | Packed]]) -> Packed | None:

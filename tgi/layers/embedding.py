@@ -27,7 +27,7 @@ class VocabEmbedding:
         group, piece = checkpoint.group, _piece(checkpoint, name, vocab, hidden)
         begin = group.shard(vocab).start
         if checkpoint.library is not None:
-            return cls(_native(checkpoint, piece), group, factor, begin)
+            return cls(checkpoint.vocabulary.native(checkpoint.library, [piece]), group, factor, begin)
         return cls(checkpoint.table([piece]), group, factor, begin)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -88,8 +88,7 @@ class LmHead:
             method = table if isinstance(table, NativeLinear) else dense(table, None)
         else:
             piece = _piece(checkpoint, name, shape.vocab, shape.hidden)
-            native = checkpoint.library is not None
-            method = _native(checkpoint, piece, bias=bias) if native else checkpoint.linear([piece], bias=bias)
+            method = checkpoint.vocabulary.linear([piece], bias=bias)
         return cls(method, checkpoint.group, shape.vocab, factor, cap)
 
     @property
@@ -116,8 +115,3 @@ class LmHead:
 def _piece(checkpoint: Checkpoint, name: str, vocab: int, hidden: int) -> Piece:
     """This rank's rows of a [vocab, hidden] matrix."""
     return Piece(name, (vocab, hidden), [checkpoint.group.shard(vocab)], slice(0, hidden))
-
-
-def _native(checkpoint: Checkpoint, piece: Piece, *, bias: bool = False) -> NativeLinear:
-    assert checkpoint.library is not None
-    return checkpoint.vocabulary.native(checkpoint.library, [piece], checkpoint.bias([piece]) if bias else None)

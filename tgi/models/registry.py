@@ -171,8 +171,8 @@ def load_model(
 ) -> Model:
     """Read the weights into memory, ready to run.
 
-    ``dtype``: of weights, where they aren't quantized. ``quantize``: see Checkpoint; needs the native kernels.
-    ``packed``: folder where packed weights are kept, if they shall be.
+    ``dtype``: of weights, where they aren't quantized. ``quantize``: see Checkpoint; needs the native kernels or, on a
+    GPU, Triton. ``packed``: folder where packed weights are kept, if they shall be.
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
     choose by it (None: all that the config allows). ``trust_remote_code``: Python files of the model's folder may be
     run, if it has no row here. ``progress`` gets (bytes done, bytes in all).
@@ -197,8 +197,8 @@ def load_model(
     native = library() if device.type == "cpu" and dtype in (getattr(torch, name) for name in DTYPES) else None
     if device.type == "cpu" and (reason := why_not()) is not None:
         log.warning("No native kernels, plain torch instead: %s", reason)
-    if quantize is not None and native is None:
-        raise StartupError(f"`--quantize {quantize}`: only the native kernels on CPU multiply such weights")
+    if quantize is not None and native is None and device.type == "cpu":
+        raise StartupError(f"`--quantize {quantize}`: on CPU only the native kernels multiply such weights")
     name = parsed.shape.architecture
     if isinstance(parsed, TailConfig):
         from tgi.models import hf

@@ -97,17 +97,13 @@ class NativeLinear:
         embed(self._library, self.panels, ids, first=first, into=into)
 
 
-class PlainLinear:
-    """torch's own ``linear``: any device, any dtype; the reference for the others."""
+class ByProduct:
+    """A method that computes a product, and all else from it by torch."""
 
-    __slots__ = ("_bias", "_weight")
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+    __slots__ = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self._weight, self._bias)
+        raise NotImplementedError
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         into.add_(self(x), alpha=factor)
@@ -126,7 +122,20 @@ class PlainLinear:
         return activate(gate, activation) * up
 
 
-class JoinedLinear(PlainLinear):
+class PlainLinear(ByProduct):
+    """torch's own ``linear``: any device, any dtype; the reference for the others."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self._weight, self._bias)
+
+
+class JoinedLinear(ByProduct):
     """The products of several methods side by side: of matrices that take their inputs in different orders."""
 
     __slots__ = ("_parts",)

@@ -125,6 +125,7 @@ def quantize(weight: torch.Tensor, kind: str) -> Codes | None:
         return None
     blocks = weight.float().view(-1, block)
     scale = blocks.abs().amax(1, keepdim=True)
-    levels, order = TABLES[kind].sort(stable=True)
+    table = TABLES[kind].to(weight.device)
+    levels, order = table.sort(stable=True)
     nearest = torch.bucketize(blocks * (1 / scale.clamp(min=1e-38)), (levels[1:] + levels[:-1]) / 2)
-    return Codes(order.to(torch.uint8)[nearest].view(outs, inner), TABLES[kind], scale.view(outs, -1))
+    return Codes(order.to(torch.uint8)[nearest].view(outs, inner), table, scale.view(outs, -1))

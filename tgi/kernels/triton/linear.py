@@ -1,0 +1,329 @@
+"""Products with coded matrices, which are read as they are.
+
+One row: each program makes a few outputs, and adds up their columns from end to end. A few rows: the tensor cores
+multiply tiles, whose numbers are made in registers; columns are split among programs until the device is full, and what
+these make is added in a fixed order. More: the matrix is made floating point, a part of it at a time, and torch
+multiplies it.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from tgi.kernels.triton.coded import Coded
+
+
+class Tile(NamedTuple):
+    """What a program takes at once."""
+
+    outs: int
+    words: int
+    """Of a row."""
+    warps: int
+    stages: int
+    """Loads that are under way while one is computed."""
+
+
+ROW = Tile(16, 128, 8, 1)
+"""Fewer words than threads, so that each thread loads what of x and of scales goes with its words."""
+TILES = {16: Tile(64, 32, 4, 4), 32: Tile(64, 32, 4, 3), 64: Tile(64, 32, 4, 3)}
+"""By rows, which are filled up to so many."""
+FLOATING = Tile(16, 128, 4, 1)
+
+_PROGRAMS = 2
+"""For each multiprocessor, at least: columns are split until there are so many …"""
+_LEAST = 4
+"""… or each has so few tiles left."""
+_ADDED = 1024
+_SLAB = 1 << 24
+"""Numbers that are made floating point at once: 32 MB, which are in the cache when they are multiplied."""
+
+
+def linear(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[tokens, inner] → [tokens, outs] in x's own numbers; sums are in float32. ``bias``: [outs].
+
+    A row's result doesn't depend on what the other rows are, but on whether there are more than none, 16, 32, 64.
+    """
+    x = (x if weight.order is None else x[:, weight.order]).contiguous()
+    if len(x) == 1:
+        return _linear_row(x, weight, bias)
+    if len(x) > max(TILES) or x.dtype == torch.float32:  # which tensor cores don't multiply
+        return _linear_floating(x, weight, bias)
+    rows = max(triton.next_power_of_2(len(x)), min(TILES))
+    return _linear_tiles(x, weight, bias, rows, TILES[rows])
+
+
+def _linear_row(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.new_empty(1, weight.outs)
+    grid = (triton.cdiv(weight.outs, ROW.outs),)
+    _row[grid](x, _matrix(weight), bias, out, **_constants(weight, ROW))
+    return out
+
+
+def _linear_tiles(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, rows: int, tile: Tile) -> torch.Tensor:
+    tokens, outs = len(x), weight.outs
+    across, along = triton.cdiv(outs, tile.outs), triton.cdiv(weight.width, tile.words)
+    programs = triton.cdiv(_PROGRAMS * _multiprocessors(x.device), across)
+    each = triton.cdiv(along, max(min(programs, along // _LEAST), 1))
+    splits = triton.cdiv(along, each)
+    out = x.new_empty(tokens, outs)
+    parts = out if splits == 1 else x.new_empty(splits, tokens, outs, dtype=torch.float32)
+    _tile[across, splits](
+        x,
+        _matrix(weight),
+        bias if splits == 1 else None,
+        parts,
+        tokens,
+        each * tile.words,
+        ROWS=rows,
+        **_constants(weight, tile),
+    )
+    if splits > 1:
+        _add[(triton.cdiv(out.numel(), _ADDED),)](parts, bias, out, splits, out.numel(), outs, BLOCK=_ADDED)
+    return out
+
+
+def _linear_floating(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.new_empty(len(x), weight.outs)
+    slab = max(_SLAB // weight.inner // FLOATING.outs, 1) * FLOATING.outs
+    for first in range(0, weight.outs, slab):
+        torch.mm(x, floating(weight, first, slab, x.dtype).T, out=out[:, first : first + slab])
+    return out if bias is None else out.add_(bias)
+
+
+def floating(weight: Coded, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """``count`` rows of the matrix from ``first`` on, or what there is of them: [rows, inner], in its own order of
+    columns."""
+    count = min(count, weight.outs - first)
+    out = torch.empty(count, weight.inner, dtype=dtype, device=weight.words.device)
+    grid = triton.cdiv(count, FLOATING.outs), triton.cdiv(weight.width, FLOATING.words)
+    _float[grid](_matrix(weight), out, first, first + count, **_constants(weight, FLOATING))
+    return out
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":  # the interpreter
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Matrix(NamedTuple):
+    """What kernels are told of a matrix as they are called; see Coded."""
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    min: torch.Tensor | None
+    factor: torch.Tensor | None
+    table: torch.Tensor | None
+    outs: int
+    inner: int
+    width: int
+
+
+def _matrix(weight: Coded) -> _Matrix:
+    parts = weight.words, weight.scale, weight.min, weight.factor, weight.table
+    return _Matrix(*parts, weight.outs, weight.inner, weight.width)
+
+
+def _constants(weight: Coded, tile: Tile) -> dict[str, int]:
+    """What they are compiled for."""
+    return {
+        "BITS": weight.bits,
+        "ZERO": weight.zero,
+        "EXPONENT": weight.exponent,
+        "GROUP": weight.group if weight.group < weight.inner else 0,
+        "SPAN": min(weight.span, tile.words),
+        "OUTS": tile.outs,
+        "WORDS": tile.words,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@triton.jit
+def _row(
+    x,
+    matrix,
+    bias,
+    out,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    OUTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    rows = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    total = tl.zeros((OUTS, WORDS // SPAN, SPAN // 4), tl.float32)
+    for start in range(0, matrix.width, WORDS):
+        words = _words(matrix, rows, start, WORDS)
+        for part in tl.static_range(32 // BITS):
+            columns, known = _columns(matrix, start, part, WORDS)
+            inputs = tl.load(x + columns, mask=known, other=0).to(tl.float32)
+            # Four at a time, which are one thread's, so that one product with a scale does for them.
+            numbers = _numbers(matrix, words, part, BITS, ZERO, EXPONENT) * inputs[None, :]
+            numbers = tl.sum(numbers.reshape(OUTS, WORDS // SPAN, SPAN // 4, 4), 3)
+            total += numbers * _scales(matrix, rows, start, part, GROUP, SPAN, WORDS)[:, :, None]
+            if matrix.min is not None:
+                least = _of_spans(matrix.min, matrix, rows, start, part, GROUP, SPAN, WORDS)
+                total += tl.sum(inputs.reshape(1, WORDS // SPAN, SPAN // 4, 4), 3) * least[:, :, None]
+    result = tl.sum(tl.sum(total, 2), 1)
+    if bias is not None:
+        result += tl.load(bias + rows, mask=rows < matrix.outs, other=0).to(tl.float32)
+    tl.store(out + rows, result, mask=rows < matrix.outs)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _tile(
+    x,
+    matrix,
+    bias,
+    out,
+    tokens,
+    share,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    OUTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    # Transposed: tensor cores take many outputs at once from registers, where they are made, and any few rows of x.
+    rows = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    token = tl.arange(0, ROWS)
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    begin = tl.program_id(1) * share
+    for start in range(begin, tl.minimum(begin + share, matrix.width), WORDS):
+        words = _words(matrix, rows, start, WORDS)
+        for part in tl.static_range(32 // BITS):
+            columns, known = _columns(matrix, start, part, WORDS)
+            at = token[None, :] * matrix.inner + columns[:, None]
+            inputs = tl.load(x + at, mask=known[:, None] & (token < tokens)[None, :], other=0)
+            weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
+            total = tl.dot(weight.to(inputs.dtype), inputs, total)
+    if bias is not None:
+        total += tl.load(bias + rows, mask=rows < matrix.outs, other=0).to(tl.float32)[:, None]
+    at = (tl.program_id(1) * tokens + token)[None, :] * matrix.outs + rows[:, None]
+    tl.store(out + at, total, mask=(rows < matrix.outs)[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def _add(parts, bias, out, count, size, outs, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0)
+    if bias is not None:
+        total += tl.load(bias + at % outs, mask=at < size, other=0).to(tl.float32)
+    tl.store(out + at, total, mask=at < size)
+
+
+@triton.jit
+def _float(
+    matrix,
+    out,
+    begin,
+    end,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    OUTS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    rows = begin + tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    start = tl.program_id(1) * WORDS
+    words = _words(matrix, rows, start, WORDS)
+    for part in tl.static_range(32 // BITS):
+        columns, known = _columns(matrix, start, part, WORDS)
+        weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
+        at = (rows - begin)[:, None] * matrix.inner + columns[None, :]
+        tl.store(out + at, weight, mask=(rows < end)[:, None] & known[None, :])
+
+
+@triton.jit
+def _words(matrix, rows, start, WORDS: tl.constexpr):
+    """Of rows, from ``start`` on."""
+    place = start + tl.arange(0, WORDS)
+    at = rows.to(tl.int64)[:, None] * matrix.width + place[None, :]
+    return tl.load(matrix.words + at, mask=(rows < matrix.outs)[:, None] & (place < matrix.width)[None, :], other=0)
+
+
+@triton.jit
+def _columns(matrix, start, part, WORDS: tl.constexpr):
+    """Those that the words from ``start`` on have of a part, and which of them there are."""
+    place = start + tl.arange(0, WORDS)
+    columns = part * matrix.width + place
+    return columns, (place < matrix.width) & (columns < matrix.inner)
+
+
+@triton.jit
+def _numbers(matrix, words, part: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, EXPONENT: tl.constexpr):
+    """What the codes of a part mean, without scale: float32."""
+    if matrix.table is not None:
+        code = ((words >> (BITS * part)) & (2**BITS - 1)).reshape(words.shape[0] * words.shape[1])
+        return tl.gather(tl.load(matrix.table + tl.arange(0, 16)), code, 0).reshape(words.shape[0], words.shape[1])
+    if EXPONENT > 0:
+        # To the upper end, and from there as far as float16's exponent is longer. That leaves copies of the sign.
+        moved = (words << (32 - BITS - BITS * part)) >> (5 - EXPONENT)
+        moved &= ((2 ** (BITS - 1) - 1) << (32 - BITS - (5 - EXPONENT))) - 2**31
+        return (moved >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    # A code stays where it is, as bits of a mantissa: of the power of two to which it adds just itself there. That is
+    # cheaper than to move and convert it.
+    lowest: tl.constexpr = BITS * part % 16
+    if BITS * part >= 16:
+        words = words >> 16
+    power: tl.constexpr = 23 - lowest
+    number = (words & ((2**BITS - 1) << lowest)) | ((127 + power) << 23)
+    return number.to(tl.float32, bitcast=True) - (2**power + ZERO)
+
+
+@triton.jit
+def _of_spans(
+    values, matrix, rows, start, part: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr
+):
+    """What ``values`` [groups, outs] have for each span of a part: float32 [rows, spans]."""
+    first = part * matrix.width + start + SPAN * tl.arange(0, WORDS // SPAN)
+    group = first // GROUP if GROUP > 0 else first * 0
+    known = (rows < matrix.outs)[:, None] & (first < matrix.inner)[None, :]
+    return tl.load(values + group[None, :] * matrix.outs + rows[:, None], mask=known, other=0).to(tl.float32)
+
+
+@triton.jit
+def _scales(matrix, rows, start, part: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr):
+    """Of the spans of a part: float32 [rows, spans]."""
+    scales = _of_spans(matrix.scale, matrix, rows, start, part, GROUP, SPAN, WORDS)
+    if matrix.factor is not None:
+        scales *= tl.load(matrix.factor + rows, mask=rows < matrix.outs, other=0)[:, None]
+    return scales
+
+
+@triton.jit
+def _scaled(
+    matrix,
+    words,
+    rows,
+    start,
+    part: tl.constexpr,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """The numbers of a part, whose words from ``start`` on are given: float32."""
+    OUTS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    numbers = _numbers(matrix, words, part, BITS, ZERO, EXPONENT).reshape(OUTS, WORDS // SPAN, SPAN)
+    numbers *= _scales(matrix, rows, start, part, GROUP, SPAN, WORDS)[:, :, None]
+    if matrix.min is not None:
+        numbers += _of_spans(matrix.min, matrix, rows, start, part, GROUP, SPAN, WORDS)[:, :, None]
+    return numbers.reshape(OUTS, WORDS)
