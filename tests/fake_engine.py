@@ -95,6 +95,7 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-engine", daemon=True)
         self._server: asyncio.Server | None = None
         self._peers: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self._running: dict[asyncio.StreamWriter, dict[int, _Running]] = {}
         self._going = asyncio.Event()
         self._going.set()
 
@@ -165,6 +166,7 @@ class FakeEngine:
             self._server = None
             self._socket.unlink(missing_ok=True)
         peers, self._peers = self._peers, {}
+        self._running.clear()
         for writer, task in peers.items():
             if task is not asyncio.current_task():
                 task.cancel()
@@ -174,7 +176,7 @@ class FakeEngine:
         """One router's connection: read in this task, step in another."""
         self.connections += 1
         arrived = asyncio.Event()
-        running: dict[int, _Running] = {}
+        running = self._running[writer] = dict[int, _Running]()
         pings: list[int] = []
         self._peers[writer] = asyncio.create_task(self._step(writer, running, pings, arrived))
         writer.write(frame(Hello(self._epoch)))
@@ -198,6 +200,7 @@ class FakeEngine:
                         pings.append(message.nonce)
                 arrived.set()
         except (asyncio.IncompleteReadError, ConnectionError):
+            self._running.pop(writer, None)
             if task := self._peers.pop(writer, None):
                 task.cancel()
             writer.close()
@@ -218,7 +221,7 @@ class FakeEngine:
             if not running:
                 continue
             if any(self._poison in request.submit.token_ids for request in running.values()):
-                self.victims.append(list(running))
+                self.victims.append([id for each in self._running.values() for id in each])
                 await self._drop()
                 await self._listen()
                 return

@@ -1,7 +1,7 @@
-"""Runs the real supervisor over small scripts: ``python -m tests.launcher.supervise_fakes GRACE ROUTER SHARD…``.
+"""Runs the real supervisor over scripts: ``python -m tests.launcher.supervise_fakes GRACE WORKERS ROUTER SHARD…``.
 
 The scripts speak the status pipe with ``say`` and are told by SIGTERM (``told``) to end. Shards know how often they
-were started before, ``turn``, from a pipe that is made for each start.
+were started before, ``turn``, from a pipe that is made for each start; routers have a folder to note it in.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ def told(*_):
     tell("router ends" if "--listen-fd" in arguments else "engine ends")
     raise SystemExit(0)
 signal.signal(signal.SIGTERM, told)
+folder = os.path.dirname(arguments["--settings"])
 turn = int(os.read(int(arguments["--turn-fd"]), 9)) if "--turn-fd" in arguments else 0
 """
 LIMITS = Limits(
@@ -58,7 +59,7 @@ class Engine:
             yield commands
 
 
-def main(grace: str, router: str, *shards: str) -> int:
+def main(grace: str, workers: str, router: str, *shards: str) -> int:
     telemetry.setup("text_generation_launcher", stream=sys.stdout)
     with tempfile.TemporaryDirectory(prefix="tgi-") as run_dir, bind("127.0.0.1", 0) as listener:
         settings = Settings(
@@ -67,6 +68,7 @@ def main(grace: str, router: str, *shards: str) -> int:
             pools=[],
             run_dir=run_dir,
             api_key="the-secret",
+            router_workers=int(workers),
             graceful_termination_timeout=float(grace),
         )
         print(f"RUN_DIR {run_dir}", flush=True)

@@ -78,6 +78,7 @@ VALUES: dict[str, tuple[str, object, str]] = {
     "model_id": ("org/name", "org/name", ""),
     "revision": ("v1", "v1", ""),
     "validation_workers": ("3", 3, "-1"),
+    "router_workers": ("3", 3, "0"),
     "sharded": ("true", True, "True"),
     "num_shard": ("2", 2, "two"),
     "quantize": ("bitsandbytes-nf4", "bitsandbytes-nf4", "int3"),
@@ -197,7 +198,7 @@ def failure(
 
 def test_every_flag_of_tgi_is_in_the_table_with_its_default() -> None:
     ours = {flag.name: flag.default for flag in FLAGS if flag.name and "launcher" in flag.commands}
-    added = {"--device": "auto", "--tool-call-parser": "auto", "--reasoning-parser": "auto"}
+    added = {"--device": "auto", "--tool-call-parser": "auto", "--reasoning-parser": "auto", "--router-workers": 1}
     assert ours == {**TGI, **added, "--max-image-fetch-size": 1 << 30}
     assert {flag.key for flag in VALUED} == VALUES.keys()
 

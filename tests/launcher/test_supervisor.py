@@ -45,9 +45,9 @@ while True: time.sleep(60)
 class Launch:
     """A supervisor in a process of its own."""
 
-    def __init__(self, shards: Sequence[str], router: str, grace: float) -> None:
+    def __init__(self, shards: Sequence[str], router: str, grace: float, workers: int) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launcher.supervise_fakes", str(grace), router, *shards],
+            [sys.executable, "-m", "tests.launcher.supervise_fakes", str(grace), str(workers), router, *shards],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -80,8 +80,10 @@ class Launch:
 def launch() -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
-    def start(engine: str | Sequence[str] = ENGINE, router: str = ROUTER, grace: float = 20) -> Launch:
-        started.append(Launch([engine] if isinstance(engine, str) else engine, router, grace))
+    def start(
+        engine: str | Sequence[str] = ENGINE, router: str = ROUTER, grace: float = 20, workers: int = 1
+    ) -> Launch:
+        started.append(Launch([engine] if isinstance(engine, str) else engine, router, grace, workers))
         return started[-1]
 
     yield start
@@ -307,17 +309,71 @@ def test_an_engine_that_is_lost_while_the_router_drains_is_not_started_again(lau
     assert gone(int(run.value("RANK0")))
 
 
-@pytest.mark.parametrize("ready", [False, True])
-def test_the_end_of_the_router_is_told(launch: Callable[..., Launch], ready: bool) -> None:
-    run = launch(router=f"{WHEN_TOLD if ready else ''}\nsys.exit(4)")
-    if ready:
-        run.until("Connected")
-        os.kill(int(run.value("WAITING")), signal.SIGUSR1)
-    code, out, err = run.end()
+def test_a_router_that_can_not_start_ends_all(launch: Callable[..., Launch]) -> None:
+    code, out, err = launch(router="sys.exit(4)").end()
     assert code == 1
-    name = "WebserverFailed" if ready else "WebserverCannotStart"
-    assert last_line(err) == f"Error: {name}: exited with status 4"
-    assert ("engine ends" in out) or not ready
+    assert last_line(err) == "Error: WebserverCannotStart: exited with status 4"
+    assert "Restarting" not in out
+
+
+GREETER = """
+tell("ROUTER%s %d" % (arguments.get("--worker", ""), os.getpid()))
+say(type="ready")
+while True:
+    connection, _ = socket.socket(fileno=os.dup(int(arguments["--listen-fd"]))).accept()
+    if connection.recv(5) == b"crash":
+        sys.exit(4)
+    connection.sendall(b"hello")
+    connection.close()
+"""
+
+
+def test_a_router_that_has_served_is_started_again_and_serves_who_waits(launch: Callable[..., Launch]) -> None:
+    run = launch(router=GREETER)
+    run.until("Connected")
+    engine, router, address = run.value("ENGINE"), run.value("ROUTER"), ("127.0.0.1", int(run.value("PORT")))
+    with socket.create_connection(address, 10) as bad, socket.create_connection(address, 10) as waiting:
+        bad.sendall(b"crash")
+        waiting.sendall(b"x")
+        assert waiting.recv(5) == b"hello"
+    run.until("The webserver serves again")
+    assert "Webserver Crashed: exited with status 4" in run.seen
+    assert gone(int(router)) and not gone(int(run.value("ROUTER"))) and not gone(int(engine))
+    assert run.end(signal.SIGTERM)[0] == 0
+    assert "ENGINE" not in run.seen[run.seen.index("Restarting the webserver") :]
+
+
+def test_a_router_that_fails_to_start_again_and_again_ends_the_service(launch: Callable[..., Launch]) -> None:
+    script = "if os.path.exists(folder + '/begun'): sys.exit(5)\nopen(folder + '/begun', 'w').close()\n"
+    run = launch(router=script + WHEN_TOLD)
+    run.until("Connected")
+    os.kill(int(run.value("WAITING")), signal.SIGUSR1)
+    code, out, err = run.end()
+    assert (code, last_line(err)) == (1, "Error: WebserverCannotStart: exited with status 5")
+    assert out.count("Restarting the webserver") == 3
+    assert "engine ends" in out
+
+
+def test_the_loss_of_one_of_several_routers_is_its_own(launch: Callable[..., Launch]) -> None:
+    counts = """
+row = 1 << 16
+def cells(at): return [os.pread(int(arguments["--memory-fd"]), 1, at * row + 8 * cell) for cell in range(5)]
+tell("BEFORE %s" % (b"".join(cells(1)).hex() or "none"))
+if arguments["--worker"] == "1": os.pwrite(int(arguments["--memory-fd"]), bytes([1, 0, 0, 0, 0, 0, 0, 0] * 5), row)
+"""
+    run = launch(router=counts + GREETER, workers=3)
+    run.until("Connected")
+    first, second, third = (run.value(f"ROUTER{worker}") for worker in range(3))
+    os.kill(int(second), signal.SIGKILL)
+    run.until("The webserver worker=1 serves again")
+    assert "Webserver Crashed worker=1: killed by SIGKILL" in run.seen
+    assert run.value("BEFORE") == "0000000001"  # of what it counted only what isn't of the moment
+    assert (run.value("ROUTER0"), run.value("ROUTER2")) == (first, third)
+    assert not gone(int(first)) and not gone(int(third)) and run.value("ROUTER1") != second
+    pids = [int(run.value(f"ROUTER{worker}")) for worker in range(3)]
+    code, out, _ = run.end(signal.SIGTERM)
+    assert code == 0 and out.count("router ends") == 3 and all(map(gone, pids))
+    assert out.rindex("router ends") < out.index("engine ends")
 
 
 def test_a_stubborn_child_is_killed_when_its_time_is_up(launch: Callable[..., Launch]) -> None:

@@ -1,4 +1,5 @@
 import asyncio
+import os
 import re
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from tests.fake_engine import FakeEngine
+from tgi.core.board import Board
 from tgi.core.errors import CRASH, GENERATION, UNAVAILABLE, RequestError
 from tgi.core.messages import (
     FRAME,
@@ -49,10 +51,10 @@ class Observed:
     def waited(self, seconds: float, requests: int) -> None:
         self.gaps += [seconds] * requests
 
-    def broke(self, *, prefills: bool) -> None:
+    def broke(self, epoch: int, *, prefills: bool) -> None:
         self.breaks.append(prefills)
 
-    def restarted(self) -> None:
+    def restarted(self, epoch: int) -> None:
         self.restarts += 1
 
 
@@ -489,6 +491,37 @@ def test_new_requests_wait_while_suspects_run_alone(tmp_path: Path) -> None:
 
     engine, _ = play(tmp_path, scenario, poison=POISON, delay=0.05)
     assert [len(victims) for victims in engine.victims] == [1, 1, 1]
+
+
+def test_suspects_of_several_routers_run_one_at_a_time(tmp_path: Path) -> None:
+    """And who ends the engine in one router harms nobody in another."""
+
+    async def main() -> None:
+        clients = [EngineClient(tmp_path / "engine.sock", Observed(), 0, board) for board in boards]
+        running = [asyncio.create_task(client.run()) for client in clients]
+        assert all([await client.admits(10) for client in clients])
+        engine.pause()
+        tickets = [submit(client, [n], 30) for n in range(2) for client in clients]
+        bad = [submit(client, [POISON], 30) for client in clients[:2]]
+        await until(lambda: len(engine.submits) == 8)
+        engine.resume()
+        async with asyncio.timeout(20):
+            for ticket in bad:
+                assert (await error_from(ticket)).kind is CRASH
+            for ticket in tickets:
+                assert len(await collect(ticket)) == 30
+        assert all(client.open == 0 for client in clients)
+        assert [len(await collect(submit(client, [1]))) for client in clients] == [5] * 3
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+
+    with os.fdopen(os.memfd_create("board"), "wb") as memory:
+        boards = [Board(index, 3, memory.fileno()) for index in range(3)]
+        with FakeEngine(tmp_path / "engine.sock", poison=POISON, delay=0.02) as engine:
+            asyncio.run(main())
+        assert [len(victims) for victims in engine.victims] == [8, 8, 1, 1]
+        assert [board.suspects.own[0] for board in boards] == [0] * 3
 
 
 def test_a_suspect_that_is_cancelled_makes_room_for_the_next(tmp_path: Path) -> None:

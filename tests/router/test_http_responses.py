@@ -477,6 +477,14 @@ def test_what_is_stored_can_be_had_again_and_forgotten(router: Router, client: o
         client.responses.create(**fields, previous_response_id=answer.id)
 
 
+def test_what_another_router_could_not_find_is_not_stored(tmp_path: Path) -> None:
+    with Router(settings(tmp_path, router_workers=2)) as router:
+        response = router.http.post("/v1/responses", json={"model": "m", "input": "hello", "store": True})
+        assert response.status_code == 400
+        assert "`store: true`" in response.text and "--router-workers" in response.text
+        assert router.http.post("/v1/responses", json={"model": "m", "input": "hello"}).status_code == 200
+
+
 @pytest.mark.parametrize("fields", [{}, {"store": False}, {"store": None}])
 def test_only_what_is_asked_for_is_stored(router: Router, fields: dict[str, Any]) -> None:
     router.says("a</s>")

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.dashboard import PANELS, empty_panels
 from tests.router.serving import LIMITS, Router, settings, until
+from tgi.core.board import Board
 from tgi.core.messages import StepStats
 from tgi.router.metrics import TABLE, Metrics
 
@@ -70,7 +71,7 @@ def series(metrics: Metrics) -> dict[str, float]:
 
 
 def test_names_and_types() -> None:
-    text = Metrics(LIMITS).expose(0).decode()
+    text = Metrics(LIMITS, Board()).expose(0).decode()
     assert {name: family.type for name, family in families(text).items()} == TYPES
     assert "_created" not in text
     assert "_count_total" not in text
@@ -80,7 +81,7 @@ def test_names_and_types() -> None:
 
 
 def test_buckets() -> None:
-    found = families(Metrics(LIMITS).expose(0).decode())
+    found = families(Metrics(LIMITS, Board()).expose(0).decode())
     seconds = [0.0001 * 1.5**i for i in range(1, 36)]
     assert bounds(found["tgi_request_duration"]) == pytest.approx([*seconds, float("inf")])
     assert bounds(found["tgi_batch_inference_duration"]) == pytest.approx([*seconds, float("inf")] * 2)
@@ -154,7 +155,7 @@ def test_queue_size_is_that_of_the_moment(router: Router) -> None:
 
 
 def test_steps() -> None:
-    metrics = Metrics(LIMITS)
+    metrics = Metrics(LIMITS, Board())
     metrics.stepped(
         StepStats(
             prefill_rows=2,

@@ -61,7 +61,7 @@ class Server:
         raise AssertionError(f"the server is not ready after {seconds} s:\n{self.output}")
 
     def children(self, rank: int = 0) -> dict[str, int]:
-        """Pids of the launcher's children by the module they run; of an engine's processes the one of this ``rank``."""
+        """Pids of the launcher's children by the module they run; of several that run the same the ``rank``-th."""
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -108,7 +108,8 @@ class Server:
 
 
 def _rank(command: list[bytes]) -> int | None:
-    return int(command[command.index(b"--rank") + 1]) if b"--rank" in command else None
+    flag = next((flag for flag in (b"--rank", b"--worker") if flag in command), None)
+    return None if flag is None else int(command[command.index(flag) + 1])
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

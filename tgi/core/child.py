@@ -30,7 +30,9 @@ class Place:
     lines: Sequence[int] = ()
     """Sockets to the other ranks if this is the first, else the one to that."""
     memory: int | None = None
-    """A file in memory that ranks share."""
+    """A file in memory that ranks share, or routers."""
+    worker: int = 0
+    """Its number among the routers."""
 
 
 Serve = Callable[[Settings, Place, Report], None]
@@ -52,6 +54,7 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--line-fds", type=int, nargs="*", default=())
     parser.add_argument("--memory-fd", type=int)
+    parser.add_argument("--worker", type=int, default=0)
     arguments = parser.parse_args(argv)
     settings = Settings.read(arguments.settings)
     # What ranks tell of their loading is the same for all.
@@ -69,7 +72,7 @@ def run(target: str, serve: Serve, argv: Sequence[str] | None = None) -> int:
     # and later it would come between two tokens.
     gc.disable()
     try:
-        place = Place(arguments.listen_fd, arguments.rank, arguments.line_fds, arguments.memory_fd)
+        place = Place(arguments.listen_fd, arguments.rank, arguments.line_fds, arguments.memory_fd, arguments.worker)
         serve(settings, place, report)
     except StartupError as error:
         report(Failed(str(error)))

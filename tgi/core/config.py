@@ -105,6 +105,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ledger: dict[str, int] = {}
     """The memory ledger: name → bytes, in the order it is printed; shown at /info."""
     prefix_caching: bool = True
+    router_workers: int = 1
+    """Routers that share the port."""
     grammars: bool = True
     """Whether requests may say what their answers must spell."""
     tool_call_parser: str = "auto"

@@ -133,6 +133,15 @@ class Options:
     validation_workers: int = _flag(
         kinds.integer(), 2, "Threads of the router that validate and tokenize requests; at least 1.", commands=_HTTP
     )
+    router_workers: int = _flag(
+        kinds.integer(1, 64),
+        1,
+        "Router processes that share the port, for more HTTP than one processor can do. Each takes some 90 MB: 55 for "
+        "itself, more with a large vocabulary, and 16 for each of its own `--validation-workers`. "
+        "`--max-concurrent-requests` bounds all of them together, and `/metrics` of any counts for all. With more than "
+        "one, `/v1/responses` refuses to store.",
+        commands=_HTTP,
+    )
     sharded: bool | None = _flag(
         kinds.BOOLEAN,
         None,

@@ -102,6 +102,7 @@ def with_http(settings: Settings, options: Options) -> Settings:
     """What a router must know besides."""
     return msgspec.structs.replace(
         settings,
+        router_workers=options.router_workers,
         api_key=options.api_key,
         cors_allow_origin=list(options.cors_allow_origin),
         grammars=not options.disable_grammar_support,

@@ -1,5 +1,5 @@
-"""Starts engine and router, watches both, ends both; an engine that is lost is started again. Knows their command lines
-and status pipes, nothing of their work.
+"""Starts engine and routers, watches and ends them; what is lost after it has served is started again. Knows their
+command lines and status pipes, nothing of their work.
 
 One ``select`` waits for everything: signals (by the wakeup descriptor, SIGCHLD among them), status lines and standard
 error of the children. There is no polling and no thread.
@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from tgi.core import board
 from tgi.core.config import Settings
 from tgi.core.errors import StartupError
 from tgi.core.messages import Failed, Loading, Ready, Status
@@ -44,13 +46,13 @@ class Command(NamedTuple):
 
 
 Group = Callable[[], AbstractContextManager[Sequence[Command]]]
-"""The processes of an engine, shard by shard. It is entered for each start and left when they run: what they inherit is
-made anew each time, and closed here."""
+"""The processes of a unit: an engine's shards, or one router. It is entered for each start and left when they run, so
+that what they inherit can be made anew each time, and closed here."""
 
 
-def alone(*words: str) -> Group:
-    """An engine of one process."""
-    return lambda: contextlib.nullcontext([Command(words)])
+def alone(*words: str, inherited: Sequence[int] = ()) -> Group:
+    """A unit of one process."""
+    return lambda: contextlib.nullcontext([Command(words, inherited)])
 
 
 ROUTER = (sys.executable, "-m", "tgi.router.app")
@@ -59,11 +61,11 @@ FAREWELL = 5.0
 """Seconds that one process has to end cleanly after the other failed: the router's open requests get their errors."""
 
 _SOON = 10.0
-"""Seconds of service after which the next loss of an engine has nothing to do with the one before."""
+"""Seconds of service after which the next loss of a unit has nothing to do with the one before."""
 _LONGEST_DELAY = 30.0
-"""Seconds before an engine that is lost again and again is started again: at first 0, then 0.5, 1, 2, 4…"""
+"""Seconds before a unit that is lost again and again is started again: at first 0, then 0.5, 1, 2, 4…"""
 _ATTEMPTS = 3
-"""Starts in a row that may fail of an engine that has served."""
+"""Starts in a row that may fail of a unit that has served."""
 
 _SPINS = {"GOMP_SPINCOUNT": "2000"}
 """How long OpenMP's threads keep a processor while they wait for a step, if the operator doesn't say: some 20 µs. By
@@ -109,12 +111,16 @@ def supervise(
 ) -> None:
     """Serve until a signal comes, then return; raise the error of what can't go on.
 
-    Without ``engine`` the router finds one that runs already; without a listener there is no router. The listener is
-    closed here: while the router drains, new connections must be refused, not left waiting.
+    Without ``engine`` routers find one that runs already; without a listener there is no router. The listener is
+    closed here: while routers drain, new connections must be refused, not left waiting.
     """
     path = _write(settings)
     grace = settings.graceful_termination_timeout
-    with listener or contextlib.nullcontext(), _Wakeup() as wakeup:
+    with (
+        listener or contextlib.nullcontext(),
+        _Wakeup() as wakeup,
+        os.fdopen(os.memfd_create("tgi-routers"), "wb") as memory,
+    ):
         if listener is not None:
             _listen(listener)
         watch = _Watch(wakeup, path)
@@ -122,8 +128,7 @@ def supervise(
             if engine is not None:
                 watch.start_engine(engine)
             if listener is not None:
-                fd = listener.fileno()
-                watch.start_router(Command((*router, "--listen-fd", str(fd)), [fd]))
+                watch.start_routers(router, listener.fileno(), memory.fileno(), settings.router_workers)
             if watch.until_ready():
                 if listener is not None:
                     log.info("Connected: ready after %.1f s", time.monotonic() - started)
@@ -182,7 +187,10 @@ class _Role:
     """Behind what is said of it, where there may be several."""
 
 
-_WEBSERVER = _Role("webserver", "Starting Webserver", "Webserver Crashed", WebserverCannotStart, WebserverFailed)
+def _webserver(number: str) -> Callable[[int], _Role]:
+    crash = f"Webserver Crashed{number}"
+    role = _Role("webserver", "Starting Webserver", crash, WebserverCannotStart, WebserverFailed, number)
+    return lambda _: role
 
 
 def _shard(rank: int) -> _Role:
@@ -260,12 +268,16 @@ class _Child:
         return (self.role.failed if self.ready else self.role.unstarted)(cause)
 
 
-class _Engine:
-    """The shards, which are lost together, and when they are to be started again."""
+class _Unit:
+    """Processes that are lost together, an engine's shards or one router, and when they are to be started again."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, name: str, role: Callable[[int], _Role], group: Group, on_loss: Callable[[], None]) -> None:
+        """``role``: of each process, by its place in the group."""
+        self.name = name
+        self.role = role
         self.group = group
-        self.shards: list[_Child] = []
+        self.on_loss = on_loss
+        self.children: list[_Child] = []
         self.due = math.inf
         """When to start them."""
         self._ready = 0.0
@@ -283,11 +295,11 @@ class _Engine:
 
     def look(self) -> None:
         """Whether all are ready now."""
-        if not self.ready and self.shards and all(shard.ready for shard in self.shards):
+        if not self.ready and self.children and all(child.ready for child in self.children):
             self._ready = time.monotonic()
             self._failures = 0
             if self._lost:
-                log.info("The engine serves again after %.1f s", self._ready - self._lost)
+                log.info("The %s serves again after %.1f s", self.name, self._ready - self._lost)
 
     def lose(self) -> bool:
         """They are gone. Whether they are to be started again: not if they never served, or fail at every start."""
@@ -300,9 +312,9 @@ class _Engine:
         if not served or self._failures == _ATTEMPTS:
             return False
         if self._delay:
-            log.warning("Restarting the engine in %g s", self._delay)
+            log.warning("Restarting the %s in %g s", self.name, self._delay)
         else:
-            log.warning("Restarting the engine")
+            log.warning("Restarting the %s", self.name)
         self.due = now + self._delay
         self._delay = min(max(0.5, 2 * self._delay), _LONGEST_DELAY)
         if self.ready:
@@ -341,28 +353,39 @@ class _Watch:
         self.signals: list[signal.Signals] = []
         self._wakeup = wakeup
         self._settings = settings
-        self._engine: _Engine | None = None
-        self._routers: list[_Child] = []
+        self._engine: list[_Unit] = []
+        """None or one."""
+        self._routers: list[_Unit] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeup.reader, selectors.EVENT_READ)
 
     def start_engine(self, group: Group) -> None:
-        self._engine = _Engine(group)
-        self._start_shards(self._engine)
+        self._engine = [_Unit("engine", _shard, group, lambda: None)]
+        self._start(self._engine[0])
 
-    def start_router(self, command: Command) -> None:
-        self._routers.append(self._spawn(_WEBSERVER, command))
+    def start_routers(self, words: Sequence[str], listener: int, memory: int, count: int) -> None:
+        """``count`` processes that accept from ``listener`` and tell each other what they do in ``memory``."""
+        words = (*words, "--listen-fd", str(listener))
+        for worker in range(count):
+            number, group = "", alone(*words, inherited=[listener])
+            if count > 1:
+                number = f" worker={worker}"
+                its = ("--memory-fd", str(memory), "--worker", str(worker))
+                group = alone(*words, *its, inherited=[listener, memory])
+            forget = partial(board.clear, memory, worker)
+            self._routers.append(_Unit(f"webserver{number}", _webserver(number), group, forget))
+            self._start(self._routers[-1])
 
     def until_ready(self) -> bool:
         """False if a signal came first. Raises as ``until_signal``."""
         while not self.signals:
-            if all(router.ready for router in self._routers) and (self._engine is None or self._engine.ready):
+            if all(unit.ready for unit in self._units):
                 return True
             self._tend()
         return False
 
     def until_signal(self) -> None:
-        """The end of a router raises its error; so does an engine's that is not started again."""
+        """The loss of a unit that is not started again raises its error."""
         while not self.signals:
             self._tend()
 
@@ -372,47 +395,46 @@ class _Watch:
         One more signal ends the patience.
         """
         patience = len(self.signals)
-        self._stop(self._routers, grace, patience)
-        if self._engine is not None:
-            self._stop(self._engine.shards, grace, patience)
+        self._stop(self._routers, grace, patience, self._engine)
+        self._stop(self._engine, grace, patience)
         self._selector.close()
 
     def _tend(self) -> None:
         """Wait for something to happen and do what it asks for."""
-        engine = self._engine
-        self._wait(math.inf if engine is None else engine.due - time.monotonic())
-        for router in self._routers:
-            if self._is_lost(router):
-                raise router.error()
-        if engine is None:
-            return
-        if time.monotonic() >= engine.due:
-            self._start_shards(engine)
-        engine.look()
-        if (error := self._end_if_lost(engine)) is not None and not engine.lose():
-            raise error
+        self._wait(min(unit.due for unit in self._units) - time.monotonic())
+        for unit in self._units:
+            if time.monotonic() >= unit.due:
+                self._start(unit)
+            unit.look()
+            if (error := self._end_if_lost(unit)) is not None and not unit.lose():
+                raise error
 
-    def _start_shards(self, engine: _Engine) -> None:
-        engine.due = math.inf
-        with engine.group() as commands:
-            for rank, command in enumerate(commands):
-                engine.shards.append(self._spawn(_shard(rank), command))
+    @property
+    def _units(self) -> Sequence[_Unit]:
+        return (*self._routers, *self._engine)
 
-    def _end_if_lost(self, engine: _Engine) -> StartupError | None:
-        """One shard's end is that of all: what the others compute is nothing without it. The error of the first."""
-        lost = [shard for shard in engine.shards if self._is_lost(shard)]
+    def _start(self, unit: _Unit) -> None:
+        unit.due = math.inf
+        with unit.group() as commands:
+            for place, command in enumerate(commands):
+                unit.children.append(self._spawn(unit.role(place), command))
+
+    def _end_if_lost(self, unit: _Unit) -> StartupError | None:
+        """One process' end is that of all: what the others compute is nothing without it. The error of the first."""
+        lost = [child for child in unit.children if self._is_lost(child)]
         if not lost:
             return None
         error = lost[0].error()
-        for shard in engine.shards:
-            self._kill(shard)  # with the processes that it may have started
+        for child in unit.children:
+            self._kill(child)  # with the processes that it may have started
         # The next ones need their memory. Nobody outlives SIGKILL for long, unless a device hangs.
         heard = len(self.signals)
-        while any(shard.process.poll() is None for shard in engine.shards) and len(self.signals) == heard:
+        while any(child.process.poll() is None for child in unit.children) and len(self.signals) == heard:
             self._wait(math.inf)
-        for shard in engine.shards:
-            self._forget(shard)
-        engine.shards = [shard for shard in engine.shards if shard.process.poll() is None]
+        for child in unit.children:
+            self._forget(child)
+        unit.children = [child for child in unit.children if child.process.poll() is None]
+        unit.on_loss()
         return error
 
     def _is_lost(self, child: _Child) -> bool:
@@ -423,8 +445,9 @@ class _Watch:
         log.error("%s: %s", child.role.crash, child.error())
         return True
 
-    def _stop(self, children: Iterable[_Child], grace: float, patience: int) -> None:
-        """``patience``: signals that have come before."""
+    def _stop(self, units: Iterable[_Unit], grace: float, patience: int, needed: Iterable[_Unit] = ()) -> None:
+        """``patience``: signals that have come before. ``needed``: without these nothing is left to wait for."""
+        children = [child for unit in units for child in unit.children]
         for child in children:
             if child.loading is not None:
                 child.loading.close()
@@ -442,8 +465,8 @@ class _Watch:
                     child.process.wait()
                 else:
                     self._wait(left)
-                    if self._engine is not None and children is self._routers:
-                        self._end_if_lost(self._engine)  # then nothing is left to wait for
+                    for unit in needed:
+                        self._end_if_lost(unit)
             self._forget(child)
             log.info("%s terminated%s", child.role.name, child.role.number)
 

@@ -24,10 +24,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tgi.core import child
+from tgi.core.board import Board
 from tgi.core.config import Settings
 from tgi.core.errors import UNAUTHORIZED, RequestError, StartupError
 from tgi.core.messages import Ready
 from tgi.router import openapi, routes
+from tgi.router.acceptor import Acceptor
 from tgi.router.call import Call
 from tgi.router.client import EngineClient
 from tgi.router.connection import Connection, watch_readers
@@ -142,11 +144,12 @@ def create(service: Service) -> Starlette:
     return app
 
 
-def build(settings: Settings) -> Service:
+def build(settings: Settings, board: Board | None = None) -> Service:
     """The parts of a router. Raises StartupError for a model folder that it can't serve."""
+    board = board or Board()
     folder, path = Path(settings.model.folder), settings.tokenizer_config_path
     tokenizer = Tokenizer.load(folder, None if path is None else Path(path))
-    metrics = Metrics(settings.limits)
+    metrics = Metrics(settings.limits, board)
     grammars = Grammars(folder, path, tokenizer.eos_ids) if settings.grammars else None
     watermark = settings.watermark_gamma, settings.watermark_delta
     formats = {
@@ -166,9 +169,9 @@ def build(settings: Settings) -> Service:
         ),
         formats=formats,
         validator=Validator(settings.limits, tokenizer, watermark, grammars),
-        client=EngineClient(settings.socket, metrics, settings.longest_step),
+        client=EngineClient(settings.socket, metrics, settings.longest_step, board),
         metrics=metrics,
-        permits=Permits(settings.limits.max_concurrent_requests),
+        permits=Permits(settings.limits.max_concurrent_requests, board),
         tracer=None if settings.otlp_endpoint is None else Tracer(settings),
     )
 
@@ -185,8 +188,9 @@ def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     listener = socket.socket(fileno=place.listen)
     watch_readers(listener)
-    service = build(settings)
-    server = _Server(configure(create(service)), lambda: report(Ready()), service.client.drain)
+    board = Board(place.worker, settings.router_workers, place.memory)
+    service = build(settings, board)
+    server = _Server(configure(create(service)), lambda: report(Ready()), service.client.drain, board)
     server.run([listener])
 
 
@@ -218,8 +222,12 @@ register_url_convertor("path", _Path())
 class _Server(uvicorn.Server):
     """Tells when it accepts connections. Sleeps where uvicorn's own looks ten times a second for the end."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[], None], on_end: Callable[[], None], board: Board
+    ) -> None:
         super().__init__(config)
+        self._board = board
+        self._acceptors: list[Acceptor] = []
         self._on_ready = on_ready
         self._on_end = on_end
         self._told_to_end = asyncio.Event()
@@ -227,8 +235,23 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        if self._board.shared:
+            await super().startup([])
+            self._acceptors = [
+                Acceptor(listener, self._board, self._protocol, lambda: len(self.server_state.connections))
+                for listener in sockets or []
+            ]
+        else:
+            await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            await acceptor.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
     async def main_loop(self) -> None:
         await self._told_to_end.wait()

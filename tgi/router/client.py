@@ -19,6 +19,7 @@ from typing import Protocol
 
 import msgspec
 
+from tgi.core.board import Board
 from tgi.core.errors import CRASH, GENERATION, UNAVAILABLE, RequestError
 from tgi.core.messages import (
     FRAME,
@@ -193,10 +194,10 @@ class Observer(Protocol):
     def waited(self, seconds: float, requests: int) -> None:
         """So long after their last tokens so many requests got more."""
 
-    def broke(self, *, prefills: bool) -> None:
+    def broke(self, epoch: int, *, prefills: bool) -> None:
         """It was lost in the middle of its work, which was the prompt of a request, or only tokens."""
 
-    def restarted(self) -> None:
+    def restarted(self, epoch: int) -> None:
         """There is another than before."""
 
 
@@ -205,14 +206,15 @@ class EngineClient:
 
     A request that was under way at two losses in a row, and got nothing in between, is a suspect. While there are
     suspects they run one at a time, and nothing beside them. One that gets on is as good as any other; one with which
-    the engine is lost once more ends with an error.
+    the engine is lost once more ends with an error. Routers with suspects take turns, and the others wait.
     """
 
-    def __init__(self, socket: Path, observer: Observer, longest_step: float) -> None:
+    def __init__(self, socket: Path, observer: Observer, longest_step: float, board: Board | None = None) -> None:
         """``longest_step``: seconds that the engine may be silent."""
         self._socket = socket
         self._longest_step = longest_step
         self._observer = observer
+        self._board = board or Board()
         self._ids = itertools.count(1)
         self._nonces = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
@@ -221,6 +223,8 @@ class EngineClient:
         """The first is the one that runs, or that will when the engine has let go of the one before."""
         self._letting_go = 0
         """Nonce of the ping by which the engine says that it has; 0: nobody waits for that."""
+        self._turn: asyncio.TimerHandle | None = None
+        """When to look whether other routers still have suspects; None: nobody waits for that."""
         self._writer: asyncio.StreamWriter | None = None
         self._epoch: int | None = None
         """Of the last engine."""
@@ -279,6 +283,12 @@ class EngineClient:
         return sum(not (ticket.sent and ticket.started) for ticket in self._tickets.values())
 
     @property
+    def queued_anywhere(self) -> int:
+        """Those of all routers."""
+        self._board.queued.own[0] = self.queued
+        return self._board.queued.sums()[0]
+
+    @property
     def open(self) -> int:
         """Requests that have not ended."""
         return len(self._tickets)
@@ -312,8 +322,9 @@ class EngineClient:
             pooling=pooling,
         )
         ticket = self._tickets[submit.id] = Ticket(submit, self._cancel)
-        if self.connected and not self._suspects:
+        if self.connected and not self._suspects and self._turn is None:
             self._hand_over(ticket, submit)
+        self._note()
         return ticket
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -365,6 +376,7 @@ class EngineClient:
                         ticket.fail(RequestError(GENERATION, f"Server error: {fault.message}"))
                 if self._suspects:
                     self._review()
+                self._note()
                 if message.stats is not None:
                     self._observer.stepped(message.stats)
             case Pong():
@@ -376,7 +388,7 @@ class EngineClient:
     def _meet(self, hello: Hello) -> None:
         """Let the engine have what is open."""
         if self._epoch not in (None, hello.epoch):
-            self._observer.restarted()
+            self._observer.restarted(hello.epoch)
             log.info("another engine after %.1f s: %d requests go on", time.monotonic() - self._lost, self.open)
         self._epoch, self.implementation, self.connected = hello.epoch, hello.implementation, True
         self._admitting.set()
@@ -407,11 +419,33 @@ class EngineClient:
             self._observer.waited(now - moment, requests)
 
     def _hand_over_next(self) -> None:
-        """What waits: the first suspect, or without suspects everybody."""
+        """What waits: the first suspect, or without suspects everybody; or nobody, if it is another router's turn."""
         self._letting_go = 0
+        self._board.suspects.own[0] = len(self._suspects)
+        self._stop_waiting()
+        if self._others_first:
+            self._turn = asyncio.get_running_loop().call_later(RETRY, self._hand_over_next)
+            return
         for ticket in self._suspects[:1] or list(self._tickets.values()):
             if not ticket.sent:
                 self._hand_over(ticket, ticket.rest)
+
+    def _stop_waiting(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+
+    @property
+    def _others_first(self) -> bool:
+        """Whether suspects of another router are to run alone before anything of this one."""
+        rows, index = self._board.suspects.all, self._board.index
+        others = rows[:index] if self._suspects else (*rows[:index], *rows[index + 1 :])
+        return any(row[0] for row in others)
+
+    def _note(self) -> None:
+        """Tell the other routers how many requests wait."""
+        if self._board.shared:
+            self._board.queued.own[0] = self.queued
 
     def _hand_over(self, ticket: Ticket, submit: Submit) -> None:
         ticket.sent = True
@@ -420,6 +454,7 @@ class EngineClient:
     def _cancel(self, ticket: Ticket) -> None:
         if self._tickets.pop(ticket.submit.id, None) is not None:
             self._send(Cancel(ticket.submit.id))
+            self._note()
             if self._suspects:
                 self._review()
 
@@ -434,7 +469,7 @@ class EngineClient:
         self._suspects = [ticket for ticket in self._suspects if ticket.suspect and not ticket.finished]
         if not self.connected or self._suspects[:1] == [first]:
             return
-        if not self._suspects:
+        if not self._suspects and not self._others_first:
             self._hand_over_next()
             return
         if not first.finished:
@@ -454,21 +489,26 @@ class EngineClient:
         lost = [ticket for ticket in self._tickets.values() if ticket.sent]
         log.warning("lost the engine (%s) and %d requests under way", reason, len(lost))
         self._lost = time.monotonic()
+        self._stop_waiting()
         self._observer.stepped(StepStats())
         if lost:
-            self._observer.broke(prefills=any(not ticket.output_ids for ticket in lost))
+            assert self._epoch is not None
+            self._observer.broke(self._epoch, prefills=any(not ticket.output_ids for ticket in lost))
         for ticket in lost:
             ticket.lose()
             if ticket in self._suspects:
                 del self._tickets[ticket.submit.id]
                 ticket.fail(RequestError(CRASH))
         self._suspects = [ticket for ticket in self._tickets.values() if ticket.suspect]
+        self._board.suspects.own[0] = len(self._suspects)
+        self._note()
         if self._draining:
             self._give_up(_stopped(reason))
 
     def _give_up(self, error: RequestError) -> None:
         """End all that is open."""
         tickets, self._tickets, self._suspects = list(self._tickets.values()), {}, []
+        self._note()
         for ticket in tickets:
             ticket.fail(error)
 

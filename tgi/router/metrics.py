@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from tgi.core.board import Board, Cells
 from tgi.core.config import Limits
 from tgi.core.errors import Kind
 from tgi.core.messages import StepStats
@@ -97,25 +98,26 @@ class Times:
 class _Number:
     """A counter or a gauge."""
 
-    __slots__ = ("_name", "value")
+    __slots__ = ("_cells", "_name", "own")
 
-    def __init__(self, name: str, labels: str) -> None:
+    def __init__(self, name: str, labels: str, cells: Cells[int]) -> None:
         self._name = f"{name}{{{labels}}}" if labels else name
-        self.value = 0
+        self._cells = cells
+        self.own = cells.own
 
     def lines(self) -> Iterator[str]:
-        yield f"{self._name} {self.value}\n"
+        yield f"{self._name} {self._cells.sums()[0]}\n"
 
 
 class _Histogram:
     """Observations counted by bucket; each bucket's line has all that is not above its bound."""
 
-    __slots__ = ("_bounds", "_counts", "_heads", "_name", "_sum", "_tail")
+    __slots__ = ("_bounds", "_cells", "_counts", "_heads", "_name", "_sum", "_tail", "_total")
 
-    def __init__(self, name: str, labels: str, bounds: Iterable[float]) -> None:
+    def __init__(self, name: str, labels: str, bounds: Iterable[float], board: Board) -> None:
         self._bounds = list(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
+        self._cells, self._total = board.integers(len(self._bounds) + 1), board.floats(1)
+        self._counts, self._sum = self._cells.own, self._total.own
         self._name = name
         self._tail = f"{{{labels}}}" if labels else ""
         texts = [*(repr(bound).removesuffix(".0") for bound in self._bounds), "+Inf"]
@@ -123,20 +125,20 @@ class _Histogram:
 
     def observe(self, value: float, times: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+        self._sum[0] += value * times
 
     def lines(self) -> Iterator[str]:
         count = 0
-        for head, count in zip(self._heads, accumulate(self._counts), strict=True):
+        for head, count in zip(self._heads, accumulate(self._cells.sums()), strict=True):
             yield f"{head}{count}\n"
-        yield f"{self._name}_sum{self._tail} {self._sum}\n"
+        yield f"{self._name}_sum{self._tail} {self._total.sums()[0]}\n"
         yield f"{self._name}_count{self._tail} {count}\n"
 
 
 class Metrics:
-    """One router's numbers, filled by what happens to requests and in the engine's steps."""
+    """The numbers of all routers, filled by what happens to this one's requests and in the engine's steps."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, board: Board) -> None:
         buckets: dict[str, Iterable[float]] = {
             SECONDS: [0.0001 * 1.5**i for i in range(1, 36)],
             INPUT_TOKENS: [limits.max_input_tokens / 100 * i for i in range(1, 101)],
@@ -150,9 +152,14 @@ class Metrics:
             for value in row.values:
                 labels = f'{row.label}="{value}"' if row.label else ""
                 if row.kind in buckets:
-                    self._histograms[name, value] = _Histogram(name, labels, buckets[row.kind])
+                    self._histograms[name, value] = _Histogram(name, labels, buckets[row.kind], board)
                 else:
-                    self._numbers[name, value] = _Number(name, labels)
+                    cells = board.integers(1)
+                    # Who is told of a gauge tells it for all.
+                    self._numbers[name, value] = _Number(name, labels, cells if row.kind == COUNTER else cells.common)
+        self._board = board
+        self._lost, self._met = board.integers(1).common, board.integers(1).common
+        """Epochs of the last engines of which a router has told."""
         self._set("tgi_batch_max_total_tokens", limits.max_batch_total_tokens)
 
     def arrived(self, generations: int = 1) -> None:
@@ -212,15 +219,18 @@ class Metrics:
                 self._count("tgi_batch_concat", "chunking")
                 self._observe("tgi_batch_concat_duration", stats.planning, "decode")
 
-    def broke(self, *, prefills: bool) -> None:
-        """The engine was lost in the middle of its work."""
+    def broke(self, epoch: int, *, prefills: bool) -> None:
+        """The engine of this epoch was lost in the middle of its work."""
+        if not self._is_news(self._lost, epoch):
+            return
         method = _method(prefills=prefills)
         self._count("tgi_batch_inference_count", method)
         self._count("tgi_batch_inference_failure", method)
 
-    def restarted(self) -> None:
+    def restarted(self, epoch: int) -> None:
         """Another engine is there than before."""
-        self._count("tgi_engine_restarts")
+        if self._is_news(self._met, epoch):
+            self._count("tgi_engine_restarts")
 
     def expose(self, queued: int) -> bytes:
         """Prometheus' text format."""
@@ -234,11 +244,17 @@ class Metrics:
             for value in row.values:
                 yield from (self._numbers if number else self._histograms)[name, value].lines()
 
+    def _is_news(self, last: Cells[int], epoch: int) -> bool:
+        """Of what all routers are told, the first counts."""
+        with self._board.lock:
+            known, last.own[0] = last.own[0], epoch
+        return known != epoch
+
     def _count(self, name: str, label: str = "", by: int = 1) -> None:
-        self._numbers[name, label].value += by
+        self._numbers[name, label].own[0] += by
 
     def _set(self, name: str, value: int) -> None:
-        self._numbers[name, ""].value = value
+        self._numbers[name, ""].own[0] = value
 
     def _observe(self, name: str, value: float, label: str = "") -> None:
         self._histograms[name, label].observe(value)

@@ -12,6 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
+from tgi.core.board import Board
 from tgi.core.config import Settings
 from tgi.core.errors import INCOMPLETE, INTERNAL, OVERLOADED, UNAVAILABLE, RequestError
 from tgi.core.messages import Delta, Pooling, PromptToken
@@ -37,20 +38,23 @@ Result = TypeVar("Result")
 
 
 class Permits:
-    """``max_concurrent_requests`` generations at once. Nobody waits: who gets no permit is sent away."""
+    """``max_concurrent_requests`` generations of all routers at once. Nobody waits: who gets no permit is sent away."""
 
-    def __init__(self, count: int) -> None:
-        self._free = count
+    def __init__(self, most: int, board: Board) -> None:
+        self._most = most
+        self._board = board
 
     @contextmanager
     def take(self, count: int = 1) -> Iterator[None]:
-        if self._free < count:
-            raise RequestError(OVERLOADED)
-        self._free -= count
+        taken = self._board.generations
+        with self._board.lock:
+            if taken.sums()[0] + count > self._most:
+                raise RequestError(OVERLOADED)
+            taken.own[0] += count
         try:
             yield
         finally:
-            self._free += count
+            taken.own[0] -= count
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ async def info(call: Call, service: Service, _: None) -> None:
 
 
 async def metrics(call: Call, service: Service, _: None) -> None:
-    await call.answer(200, service.metrics.expose(service.client.queued), CONTENT_TYPE)
+    await call.answer(200, service.metrics.expose(service.client.queued_anywhere), CONTENT_TYPE)
 
 
 async def answers_to(call: Call, service: Service, request: GenerateRequest) -> list[Answer]:

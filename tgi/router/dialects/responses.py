@@ -91,6 +91,9 @@ _OURS = "tgi:"
 
 
 async def responses(call: Call, service: Service, request: ResponsesRequest) -> None:
+    if request.store and service.settings.router_workers > 1:
+        # Each router has a store of its own, and the next request may come to another.
+        raise invalid("`store: true` is not supported by a server with `--router-workers` above 1")
     context = _context(service, request)
     async with converse(service, _chat(request, context), call.arrived) as conversation:
         compute_type, (run,) = service.settings.compute_type, conversation.runs
