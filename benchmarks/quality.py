@@ -53,7 +53,7 @@ FORMATS: dict[str, tuple[str, str]] = {
     "int4, groups of 32": ("", "--quantize int4"),
     "GPTQ, groups of 64": ("--groupsize 64", ""),
     "GPTQ, groups of 32": ("--groupsize 32", ""),
-    "GPTQ, groups of 32, large inputs first": ("--groupsize 32 --act-order", ""),
+    "GPTQ, groups of 32, columns in order": ("--groupsize 32 --no-act-order", ""),
     "GPTQ, groups of 32, asymmetric": ("--groupsize 32 --no-sym", ""),
     "AWQ, groups of 64": ("--method awq --groupsize 64", ""),
     "AWQ, groups of 32": ("--method awq --groupsize 32", ""),

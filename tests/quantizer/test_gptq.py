@@ -44,6 +44,15 @@ def test_large_inputs_first_is_better_where_sizes_differ() -> None:
     assert error(x, weight, hessian(x), act_order=True) < 0.9 * error(x, weight, hessian(x))
 
 
+def test_first_tokens_of_sequences_count_as_many() -> None:
+    x, weight = inputs(), torch.randn(OUTS, INNER)
+    x[::100] = torch.randn(INNER)
+    first, others = x[::100], x[torch.arange(len(x)) % 100 > 0]
+    alike, weighed = hessian(x), hessian(x, 100)
+    assert error(first, weight, weighed) < 0.6 * error(first, weight, alike)
+    assert error(others, weight, weighed) < 1.1 * error(others, weight, alike)
+
+
 def test_inputs_that_are_never_there_or_too_few() -> None:
     """Their Hessian has no inverse."""
     x, weight = inputs(), torch.randn(OUTS, INNER)

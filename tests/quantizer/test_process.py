@@ -55,7 +55,7 @@ def distance(folder: Path, other: Path) -> float:
 
 def test_a_model_by_the_command(tmp_path: Path) -> None:
     folder, output = write_model(tmp_path / "model", "llama", intermediate_size=96), tmp_path / "deep" / "out"
-    asked = ["--bits", 8, "--group-size", 32, "--no-sym", "--act-order", "--percdamp", 0.02, "--sequence-length", 64]
+    asked = ["--bits", 8, "--group-size", 32, "--no-sym", "--no-act-order", "--percdamp", 0.02, "--sequence-length", 64]
     done = command(folder, output, *asked, "--samples", 20)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"The quantized model is in {output}" in done.stdout

@@ -17,7 +17,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Inputs that share a scale; -1: all; None: the largest usual number that divides all matrices."""
     sym: bool = True
     percdamp: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
     dataset: str | None = None
     samples: int | None = None
     sequence_length: int = 512

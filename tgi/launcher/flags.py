@@ -507,7 +507,7 @@ class Options:
     )
     act_order: bool = _flag(
         kinds.SWITCH,
-        False,
+        True,
         "`gptq`: weights of large inputs are rounded first. Groups stay runs of neighbours.",
         only="cli",
         commands=_QUANTIZE,

@@ -13,9 +13,16 @@ _STRIP = 256
 _TOKENS = 4096
 """Whose share of the Hessian is computed at once."""
 
+_FIRST = 1 / 8
+"""What the first token of a sequence counts, as a share of all."""
 
-def hessian(x: torch.Tensor) -> torch.Tensor:
-    """Of the squared error of a product with ``x`` [tokens, inner]: [inner, inner], up to a factor."""
+
+def hessian(x: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    """Of the squared error of a product with ``x`` [tokens, inner]: [inner, inner], up to a factor.
+
+    ``length``: of the sequences that ``x`` is made of. The first token of each then counts as many: all others attend
+    to it strongly (Xiao et al., arXiv 2309.17453), so that an error there is one everywhere.
+    """
     inner = x.shape[1]
     upper = x.new_zeros(inner, inner)
     for part in torch.split(x, _TOKENS):
@@ -23,7 +30,11 @@ def hessian(x: torch.Tensor) -> torch.Tensor:
         for start in range(0, inner, _STRIP):
             own = slice(start, start + _STRIP)
             upper[: own.stop, own] += dense(rows[own], None)(rows[: own.stop])
-    return (upper.triu() + upper.triu(1).T).div_(len(x))
+    found = upper.triu() + upper.triu(1).T
+    if length is not None:
+        first = x[::length]
+        found += length * _FIRST * (first.T @ first)
+    return found.div_(len(x))
 
 
 def quantize(

@@ -28,8 +28,9 @@ class Method(Protocol):
     def declines(self, outs: int, inner: int) -> str | None:
         """Why a matrix stays as it is; None if it need not."""
 
-    def observe(self, x: torch.Tensor) -> Any:
-        """What it wants to know of the inputs [tokens, inner] of a product, float32."""
+    def observe(self, x: torch.Tensor, length: int | None) -> Any:
+        """What it wants to know of the inputs [tokens, inner] of a product, float32. ``length``: of the sequences that
+        these are; None if they are some of their tokens."""
 
     def quantize(self, weight: torch.Tensor, seen: Any) -> Any:
         """Float32 [outs, inner] → what has ``values`` alike. ``seen``: what was observed; None if no token came."""
@@ -56,8 +57,8 @@ class Gptq:
     def declines(self, outs: int, inner: int) -> str | None:
         return _ragged(outs, 32 // self.bits) or _ragged(inner, 32 // self.bits)
 
-    def observe(self, x: torch.Tensor) -> torch.Tensor:
-        return gptq.hessian(x)
+    def observe(self, x: torch.Tensor, length: int | None) -> torch.Tensor:
+        return gptq.hessian(x, length)
 
     def quantize(self, weight: torch.Tensor, seen: torch.Tensor | None) -> Ints:
         group = weight.shape[1] if self.group == -1 else self.group
@@ -93,7 +94,7 @@ class Awq:
     def declines(self, outs: int, inner: int) -> str | None:
         return _ragged(outs, 8)
 
-    def observe(self, x: torch.Tensor) -> awq.Activity:
+    def observe(self, x: torch.Tensor, length: int | None) -> awq.Activity:
         return awq.Activity.of(x, self.group)
 
     def quantize(self, weight: torch.Tensor, seen: awq.Activity | None) -> Ints:
@@ -138,7 +139,7 @@ class Nearest:
     def declines(self, outs: int, inner: int) -> str | None:
         return None
 
-    def observe(self, x: torch.Tensor) -> None:
+    def observe(self, x: torch.Tensor, length: int | None) -> None:
         """Nothing."""
 
     def quantize(self, weight: torch.Tensor, seen: None) -> Rows:

@@ -79,13 +79,15 @@ class Work:
         self.done = sum(site.bytes for site, layer in self._layer_of.items() if layer < output.done)
         """Bytes of matrices, in float32."""
         self._progress: Callable[[int], None] = lambda done: None
+        self._sequences = 0, 0
+        """That are read: how many, and tokens of each."""
         self._begin()
 
     def run(self, sequences: torch.Tensor | None, progress: Callable[[int], None]) -> None:
         """Read int64 [samples, length], if the method reads, and write all shards. ``progress`` gets ``done``."""
         self._progress = progress
         if sequences is not None and self._layer < len(self._layers):
-            samples, length = sequences.shape
+            self._sequences = samples, length = sequences.shape[0], sequences.shape[1]
             ids = sequences.flatten().to(self._device)
             positions = torch.arange(length, device=self._device).repeat(samples)
             attend = Whole(self._model.specs, samples, length, self._device)
@@ -121,7 +123,7 @@ class Work:
         scale = self._scale(site, x)
         seen = None
         if x is not None and not site.plain:
-            seen = self._method.observe(x if scale is None else x / scale)
+            seen = self._observed(x if scale is None else x / scale)
         found = []
         for number, piece in enumerate(site.pieces):
             values = site.weight(number) if scale is None else site.weight(number) * scale
@@ -138,6 +140,10 @@ class Work:
         self.done += site.bytes
         self._progress(self.done)
         return found
+
+    def _observed(self, x: torch.Tensor) -> Any:
+        samples, length = self._sequences
+        return self._method.observe(x, length if len(x) == samples * length else None)  # experts have some tokens
 
     def _finish(self) -> None:
         """Write the layer, and go on to the next."""
@@ -182,7 +188,7 @@ class Work:
                 for number, piece in enumerate(taker.pieces)
                 if piece.name not in self._plain
             )
-            activity = self._method.observe(x)
+            activity = self._observed(x)
             if isinstance(fold, NormFold):
                 self._scales[fold] = self._into_norm(fold, awq.search(activity, weights))
             else:
