@@ -12,7 +12,6 @@ _STRIP = 256
 """Columns of the Hessian that are computed at once, down to the diagonal: below, it is the same."""
 _TOKENS = 4096
 """Whose share of the Hessian is computed at once."""
-
 _FIRST = 1 / 8
 """What the first token of a sequence counts, as a share of all."""
 
@@ -25,8 +24,8 @@ def hessian(x: torch.Tensor, length: int | None = None) -> torch.Tensor:
     """
     inner = x.shape[1]
     upper = x.new_zeros(inner, inner)
-    for part in torch.split(x, _TOKENS):
-        rows = part.T.contiguous()
+    for at in range(0, len(x), _TOKENS):
+        rows = x[at : at + _TOKENS].T.contiguous()
         for start in range(0, inner, _STRIP):
             own = slice(start, start + _STRIP)
             upper[: own.stop, own] += dense(rows[own], None)(rows[: own.stop])
@@ -65,7 +64,7 @@ def quantize(
     grids = list[Grid]()
     if act_order:
         order = curvature.diagonal().argsort(descending=True)
-        grids = [Grid.fit(block.T, bits, sym=sym) for block in torch.split(columns, group)]
+        grids = [Grid.fit(block.T, bits, sym=sym) for block in columns.view(-1, group, outs).unbind()]
         columns, curvature = columns[order], curvature[order][:, order]
     upper = _root(curvature, damp)
     numbers, divisors = order.tolist(), upper.diagonal().tolist()
