@@ -235,7 +235,7 @@ def tokens_of(router: Router, way: Way, fields: Body) -> int:
     return len(router.service.tokenizer.encode(text, add_special_tokens=way not in CHAT))
 
 
-@pytest.mark.parametrize("way", [*NATIVE, *COMPLETIONS], ids=str)
+@pytest.mark.parametrize("way", [*NATIVE, *COMPLETIONS], ids=lambda way: f"{way.path} {way.stream}")
 def test_best_of_where_it_is_turned_off(tmp_path: Path, way: Way) -> None:
     with Router(settings(tmp_path, replace(LIMITS, max_best_of=1))) as router:
         _, error = told(way, way.ask(router, {"best_of": 2, "temperature": 0.5}))

@@ -36,10 +36,12 @@ ENDS = ("", " France", " a small", " x(", " the king", " the first", " 😀")
 PROMPTS = [start + end for start in STARTS for end in ENDS][:50]
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=[1, 2])
+def gemma(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """In so many ranks, which have copies of its one kv head."""
     log = tmp_path_factory.mktemp("gemma") / "log"
-    running = Server("--model-id", MODEL, "--dtype", "float32", "--max-total-tokens", "512", log=log)
+    options = ("--dtype", "float32", "--max-total-tokens", "512", "--num-shard", str(request.param))
+    running = Server("--model-id", MODEL, *options, log=log)
     try:
         yield running.wait_ready(300)
     finally:
