@@ -3,8 +3,9 @@
     python benchmarks/tp.py --model FOLDER --out FOLDER
 
 Sums over ranks: our own in shared memory, and gloo's, microseconds by the rows of 576 numbers. Then decoding steps of
-1 and of more ranks in turns: tokens per second, and the share of a step in which the first rank exchanges rows or waits
-for others to come to that. Medians of rounds. Writes FOLDER/tp.jsonl and .md.
+1 and of more ranks in turns: tokens per second; the share of a step in which the first rank exchanges rows or waits for
+others to come to that; and the share that as many sums take where nobody waits. Medians of rounds. Writes
+FOLDER/tp.jsonl and .md.
 """
 
 import argparse
@@ -119,12 +120,19 @@ def steps(model: str, options: Sequence[str], ranks: int, crowds: Sequence[int],
     with loaded(model, options, ranks, max(crowds)) as (runner, settings):
         for requests in crowds:
             run(runner, settings, requests, PROMPT, 4)  # warms up
-            watch = Watch(os.getsid(0))
+            watch, before = Watch(os.getsid(0)), exchanges(runner)
             rate, found = run(runner, settings, requests, PROMPT, NEW)
             step = middle(found)
             share = step.kernels.get("exchange", 0.0) / step.whole
-            figures = {"tokens_s": rate, "step_ms": 1e3 * step.whole, "exchange": share}
+            each = (exchanges(runner) - before) / (NEW + requests * PROMPT / 512)  # the prompts' steps are few
+            figures = {"tokens_s": rate, "step_ms": 1e3 * step.whole, "exchange": share, "sums": each}
             write("steps", ranks=ranks, requests=requests, **figures, **watch.foreign())
+
+
+def exchanges(runner: Runner) -> int:
+    """That there have been so far."""
+    link = runner._group.exchange
+    return link._struct.turn[0].value if isinstance(link, Link) else 0
 
 
 def table(records: Sequence[Record]) -> str:
@@ -142,13 +150,16 @@ def table(records: Sequence[Record]) -> str:
     for way in ("own", "gloo"):
         times = [f"{cell('sums', 'us', way=way, rows=rows):.1f}" for rows in ROWS]
         lines.append(f"| {way} | {' | '.join(times)} |")
-    lines += ["", "| requests | ranks | tokens/s | step, ms | exchanging and waiting |", "|---|---|---|---|---|"]
+    lines += ["", "| requests | ranks | tokens/s | step, ms | exchanging and waiting | exchanging |"]
+    lines += ["|---|---|---|---|---|---|"]
     mine = [each for each in records if each["kind"] == "steps"]
     for requests in dict.fromkeys(each["requests"] for each in mine):
         for ranks in dict.fromkeys(each["ranks"] for each in mine):
             of = partial(cell, "steps", requests=requests, ranks=ranks)
+            alone = 1e-3 * of("sums") * cell("sums", "us", way="own", rows=requests) / of("step_ms")
             lines.append(
-                f"| {requests} | {ranks} | {of('tokens_s'):.1f} | {of('step_ms'):.2f} | {of('exchange'):.1%} |"
+                f"| {requests} | {ranks} | {of('tokens_s'):.1f} | {of('step_ms'):.2f} | {of('exchange'):.1%} "
+                f"| {alone:.1%} |"
             )
     return "\n".join([*lines, ""])
 
