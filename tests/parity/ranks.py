@@ -26,6 +26,9 @@ Work = Callable[[Group, Sequence[socket.socket]], T]
 def together(count: int, work: Work[T], *, port: int | None = None) -> T:
     """What ``work`` comes to in rank 0 of so many. ``port``: they talk through torch.distributed, having met there."""
     with ExitStack() as stack:
+        # A fork has none of the other threads, and would wait for them.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         memory = os.memfd_create("ranks")
         stack.callback(os.close, memory)
         pairs = [[stack.enter_context(end) for end in socket.socketpair()] for _ in range(1, count)]
