@@ -24,8 +24,8 @@ def hessian(x: torch.Tensor, length: int | None = None) -> torch.Tensor:
     """
     inner = x.shape[1]
     upper = x.new_zeros(inner, inner)
-    for at in range(0, len(x), _TOKENS):
-        rows = x[at : at + _TOKENS].T.contiguous()
+    for part in torch.split(x, _TOKENS):
+        rows = part.T.contiguous()
         for start in range(0, inner, _STRIP):
             own = slice(start, start + _STRIP)
             upper[: own.stop, own] += dense(rows[own], None)(rows[: own.stop])
@@ -64,7 +64,7 @@ def quantize(
     grids = list[Grid]()
     if act_order:
         order = curvature.diagonal().argsort(descending=True)
-        grids = [Grid.fit(block.T, bits, sym=sym) for block in columns.view(-1, group, outs).unbind()]
+        grids = [Grid.fit(block.T, bits, sym=sym) for block in torch.split(columns, group)]
         columns, curvature = columns[order], curvature[order][:, order]
     upper = _root(curvature, damp)
     numbers, divisors = order.tolist(), upper.diagonal().tolist()
