@@ -18,8 +18,9 @@ from tests.quantization.packed_models import write
 from tests.quantization.test_slices import FORMATS
 from tgi.core.config import ModelFiles
 from tgi.core.model_config import read_config
-from tgi.launcher.fit import Machine, fit
+from tgi.launcher.fit import fit
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import Machine
 from tgi.layers.checkpoint import Checkpoint
 from tgi.models.config import DecoderConfig
 from tgi.models.dense import DenseDecoder

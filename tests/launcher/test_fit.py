@@ -10,10 +10,11 @@ import torch
 
 from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
-from tgi.launcher import fit as fitting
+from tgi.launcher import machine as machines
 from tgi.launcher.errors import ArgumentValidation
-from tgi.launcher.fit import Machine, Plan, choose_dtype, choose_quantize, elements, fit, probe
+from tgi.launcher.fit import Plan, choose_dtype, choose_quantize, elements, fit
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import Machine, probe
 from tgi.quantization.scheme import read_scheme
 
 GB = 10**9
@@ -454,7 +455,7 @@ def test_memory_is_what_the_machine_and_its_groups_leave(
     tmp_path: Path, groups: dict[str, str], available: int
 ) -> None:
     root = machine_files(tmp_path, {"proc/meminfo": MEMINFO} | groups)
-    assert fitting._cpu(root).available == available
+    assert machines._cpu(root).available == available
 
 
 @pytest.fixture
@@ -468,8 +469,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "version", lambda _: "2.11.0+cu130")
-    monkeypatch.setattr(fitting, "_lacking", lambda capability: None if capability == 9.0 else "another")
+    monkeypatch.setattr(machines, "version", lambda _: "2.11.0+cu130")
+    monkeypatch.setattr(machines, "_lacking", lambda capability: None if capability == 9.0 else "another")
     h100, t4 = "NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n", "NVIDIA T4, 15360, 15000, 7.5\n"
     (nvidia_smi / "says").write_text(h100 + t4)
     found = probe("auto", None)
@@ -491,21 +492,21 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.Monk
 
 
 def test_what_triton_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "find_spec", lambda _: "there")
-    monkeypatch.setattr(fitting.shutil, "which", lambda name: name == "clang")
+    monkeypatch.setattr(machines, "find_spec", lambda _: "there")
+    monkeypatch.setattr(machines.shutil, "which", lambda name: name == "clang")
     monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
-    assert fitting._lacking(8.0) is None
-    assert "7.5" not in str(fitting._lacking(7.5)) and "8.0" in str(fitting._lacking(7.5))
+    assert machines._lacking(8.0) is None
+    assert "7.5" not in str(machines._lacking(7.5)) and "8.0" in str(machines._lacking(7.5))
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert fitting._lacking(9.0) == "Python's headers"
-    monkeypatch.setattr(fitting.shutil, "which", lambda name: None)
-    assert fitting._lacking(9.0) == "a C compiler"
-    monkeypatch.setattr(fitting, "find_spec", lambda _: None)
-    assert fitting._lacking(9.0) == "to be installed"
+    assert machines._lacking(9.0) == "Python's headers"
+    monkeypatch.setattr(machines.shutil, "which", lambda name: None)
+    assert machines._lacking(9.0) == "a C compiler"
+    monkeypatch.setattr(machines, "find_spec", lambda _: None)
+    assert machines._lacking(9.0) == "to be installed"
 
 
 def test_a_gpu_is_of_no_use_to_a_torch_for_cpus(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "version", lambda _: "2.13.0+cpu")
+    monkeypatch.setattr(machines, "version", lambda _: "2.13.0+cpu")
     (nvidia_smi / "says").write_text("NVIDIA T4, 15360, 15000, 7.5\n")
     assert probe("auto", None).device == "cpu"
     with pytest.raises(ArgumentValidation, match=r"torch 2\.13\.0\+cpu is built for CPUs only"):

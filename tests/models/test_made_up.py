@@ -13,8 +13,9 @@ from tests.parity.conftest import Engine, tokens
 from tests.tiny import write_model
 from tgi.core.config import ModelFiles
 from tgi.core.messages import Sampling, Submit
-from tgi.launcher.fit import Machine, fit
+from tgi.launcher.fit import fit
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import Machine
 from tgi.models.registry import ARCHITECTURES, Row, document
 
 NAME = "MadeUpForCausalLM"

@@ -28,8 +28,9 @@ from tests.quantization.packed_models import Pack, Tensors, edit, write
 from tests.quantization.writers import FORMATS
 from tgi.core.config import ModelFiles
 from tgi.core.errors import StartupError
-from tgi.launcher.fit import Machine, fit
+from tgi.launcher.fit import fit
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import Machine
 from tgi.quantization.scheme import METHODS, REFUSED, read_scheme
 
 GB = 10**9

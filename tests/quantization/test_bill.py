@@ -17,8 +17,9 @@ from tests.quantization.writers import Format
 from tgi.core.config import ModelFiles
 from tgi.kernels.library import library
 from tgi.kernels.panels import Panels
-from tgi.launcher.fit import Machine, elements, fit
+from tgi.launcher.fit import elements, fit
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import Machine
 from tgi.models.registry import load_model
 from tgi.quantization.packed import Pack
 from tgi.quantization.scheme import read_scheme

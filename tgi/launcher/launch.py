@@ -19,8 +19,9 @@ from tgi.core.config import Settings
 from tgi.core.errors import StartupError
 from tgi.launcher.claim import claim
 from tgi.launcher.download import Store, resolve_model
-from tgi.launcher.fit import fit, probe
+from tgi.launcher.fit import fit
 from tgi.launcher.flags import Options, check
+from tgi.launcher.machine import probe
 from tgi.launcher.shards import shards
 from tgi.launcher.supervisor import bind, supervise
 

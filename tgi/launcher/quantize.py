@@ -9,8 +9,8 @@ import msgspec
 from tgi.core.job import Job
 from tgi.launcher.download import Store, resolve_model
 from tgi.launcher.errors import ArgumentValidation
-from tgi.launcher.fit import probe
 from tgi.launcher.flags import Options
+from tgi.launcher.machine import probe
 
 _READING = ("dataset", "samples", "sequence_length", "groupsize")
 _METHODS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
