@@ -14,8 +14,16 @@ ROOT = Path(__file__).parents[1] / "tgi"
 ARROWS: dict[str, set[str]] = {
     "cli": {"core", "launcher"},
     "launcher": {"core"},
-    "launcher.machine": {"core", "launcher", "kernels.library"},
-    "launcher.fit": {"core", "launcher", "kernels.library", "models.config", "models.registry", "quantization.formats"},
+    "launcher.machine": {"core", "launcher", "kernels.library", "kernels.triton"},
+    "launcher.fit": {
+        "core",
+        "launcher",
+        "kernels.library",
+        "kernels.triton",
+        "models.config",
+        "models.registry",
+        "quantization.formats",
+    },
     "router": {"core"},
     "engine": {"core"},
     "engine.loop": {"core", "engine", "runtime"},

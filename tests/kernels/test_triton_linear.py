@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,11 @@ from tgi.models.registry import check
 from tgi.models.weights import open_weights
 from tgi.parallel import Group
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402  # behind the check that it is there
-
-from tgi.kernels.triton import linear as kernels  # noqa: E402
-from tgi.quantization.device import CodedLinear  # noqa: E402
-
-SHARED = {80: 163, 90: 227}
-"""Compute capability → KB of shared memory that a program may have."""
+from tests.kernels.compiled import CAPABILITIES, Compiler, Figures  # behind the check that it is there
+from tgi.kernels.triton import linear as kernels
+from tgi.quantization.device import CodedLinear
 
 
 def test_what_they_compute() -> None:
@@ -47,52 +42,22 @@ def test_what_they_compute() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-class Device:
-    """The driver of a GPU that isn't there."""
-
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
-
-    def get_current_device(self) -> int:
-        return self._capability  # each has what was compiled for it
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
-
-
-class Compiled:
-    """A kernel that is compiled where it would be launched."""
-
-    def __init__(self, kernel: Any, seen: Callable[[str, Any], None]) -> None:
-        self._kernel = kernel
-        self._seen = seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **how: self._seen(self._kernel.__name__, self._kernel.warmup(*args, grid=grid, **how))
-
-
 @pytest.mark.parametrize("form", ["4 bits, minima", "8 bits", "e4m3", "e2m1", "nf4"])
-@pytest.mark.parametrize("capability", SHARED)
-def test_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: int, form: str) -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_they_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Figures, capability: int, form: str
+) -> None:
     """They use tensor cores, fit into registers and shared memory, and spill nothing."""
-    made: dict[str, Any] = {}
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Device(capability))
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
+    compiles = Compiler(capability, tmp_path, monkeypatch)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
     for name in ("_row", "_tile", "_add", "_float"):
-        monkeypatch.setattr(kernels, name, Compiled(getattr(kernels, name), made.__setitem__))
+        compiles.instead_of(kernels, name)
     method = CodedLinear.of([FORMS[form](64, 4096, 64)], 64, torch.device("cpu"), torch.zeros(64).bfloat16())
     for rows in (1, 64, 65):
         method(torch.zeros(rows, 4096).bfloat16())
-    assert set(made) == {"_row", "_tile", "_add", "_float"}
-    assert re.search("wgmma|mma.sync", made["_tile"].asm["ptx"])
-    for name, kernel in made.items():
-        assert kernel.metadata.shared <= SHARED[capability] << 10
-        used = resources(kernel.asm["cubin"], tmp_path)
-        assert used["STACK"] == used["LOCAL"] == 0, f"{name} spills registers: {used}"
+    assert set(compiles.made) == {"_row", "_tile", "_add", "_float"}
+    assert re.search("wgmma|mma.sync", compiles.made["_tile"].asm["ptx"])
+    compiles.check(form, recorded)
 
 
 @pytest.mark.parametrize("name", ["gptq, 3 bits", "gptq, symmetric", "marlin, one group", "eetq", "hqq"])
@@ -113,12 +78,3 @@ def test_memory_is_billed_as_it_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     gpu = Machine("cuda", "H100", 80 << 30, 70 << 30, triton=True)
     billed = fit(Options(max_total_tokens=64), files, gpu).ledger["weights"]
     assert 0.93 < (sum(method.weight.bytes for method in made) + plain) / billed <= 1
-
-
-def resources(binary: bytes, folder: Path) -> dict[str, int]:
-    """What a compiled kernel takes, by the names that NVIDIA's tools have for it."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary)
-    told = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", told)}

@@ -10,6 +10,7 @@ import torch
 
 from tgi.core.config import BLOCK_SIZE, SCORED_ROWS, KVPool, Limits, ModelFiles
 from tgi.core.errors import StartupError
+from tgi.kernels import triton as kernels
 from tgi.launcher import machine as machines
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.fit import Plan, choose_dtype, choose_quantize, elements, fit
@@ -470,7 +471,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "version", lambda _: "2.11.0+cu130")
-    monkeypatch.setattr(machines, "_lacking", lambda capability: None if capability == 9.0 else "another")
+    monkeypatch.setattr(machines, "lacking", lambda capability: None if capability == 9.0 else "another")
     h100, t4 = "NVIDIA H100 80GB HBM3, 81559, 80000, 9.0\n", "NVIDIA T4, 15360, 15000, 7.5\n"
     (nvidia_smi / "says").write_text(h100 + t4)
     found = probe("auto", None)
@@ -492,17 +493,17 @@ def test_a_gpu_is_found_by_nvidia_smi(nvidia_smi: Path, monkeypatch: pytest.Monk
 
 
 def test_what_triton_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machines, "find_spec", lambda _: "there")
-    monkeypatch.setattr(machines.shutil, "which", lambda name: name == "clang")
+    monkeypatch.setattr(kernels, "find_spec", lambda _: "there")
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name == "clang")
     monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
-    assert machines._lacking(8.0) is None
-    assert "7.5" not in str(machines._lacking(7.5)) and "8.0" in str(machines._lacking(7.5))
+    assert kernels.lacking(8.0) is None
+    assert "7.5" not in str(kernels.lacking(7.5)) and "8.0" in str(kernels.lacking(7.5))
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    assert machines._lacking(9.0) == "Python's headers"
-    monkeypatch.setattr(machines.shutil, "which", lambda name: None)
-    assert machines._lacking(9.0) == "a C compiler"
-    monkeypatch.setattr(machines, "find_spec", lambda _: None)
-    assert machines._lacking(9.0) == "to be installed"
+    assert kernels.lacking(9.0) == "Python's headers"
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert kernels.lacking(9.0) == "a C compiler"
+    monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+    assert kernels.lacking(9.0) == "to be installed"
 
 
 def test_a_gpu_is_of_no_use_to_a_torch_for_cpus(nvidia_smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:

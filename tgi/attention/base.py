@@ -4,11 +4,14 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from tgi.core.errors import StartupError
+
+if TYPE_CHECKING:
+    from tgi.attention.placed import Placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Number formats, fixed at load."""
+    """How numbers are held and added up, fixed at load."""
 
     compute: torch.dtype
     """Of what goes in and comes out."""
     stored: torch.dtype
     """Of keys and values in the cache."""
+    fixed: bool = False
+    """A token's result doesn't depend on what else a step computes (`--deterministic`); the CPU's never does."""
 
 
 class AttentionBackend(Protocol):
@@ -111,8 +116,9 @@ class AttentionBackend(Protocol):
     def allocate(self, blocks: int) -> torch.Tensor:
         """One layer's zeroed pages, laid out as this backend reads them."""
 
-    def prepare(self, segments: Sequence[Segment]) -> "PreparedAttention":
-        """What a step's layers share: masks, indices, launch plans. The token axis holds the segments in order."""
+    def prepare(self, segments: Sequence[Segment], placed: "Placed | None" = None) -> "PreparedAttention":
+        """What a step's layers share: masks, indices, launch plans. The token axis holds the segments in order.
+        ``placed``: the same in device memory, if it is there already."""
 
 
 class PreparedAttention(Protocol):

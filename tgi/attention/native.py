@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tgi.attention.base import AttnSpec, Precision, PreparedAttention, Segment, Turn, zeros
+from tgi.attention.placed import Placed
 from tgi.core.config import BLOCK_SIZE
 from tgi.kernels import attention as kernel
 from tgi.kernels.library import library
@@ -54,7 +55,7 @@ class NativeAttention:
     def allocate(self, blocks: int) -> torch.Tensor:
         return zeros((blocks, self._layout.kv_heads, self._layout.page), torch.uint8, self._device)
 
-    def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
+    def prepare(self, segments: Sequence[Segment], placed: Placed | None = None) -> PreparedAttention:
         tokens = sum(segment.length for segment in segments)
         if tokens > self._step.tokens:
             self._step = kernel.Step(self._library, self._layout, max(tokens, 2 * self._step.tokens))

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tgi.attention.base import AttnSpec, Precision, PreparedAttention, Segment, Turn, zeros
+from tgi.attention.placed import Placed
 from tgi.core.config import BLOCK_SIZE, GATHERED_TOKENS
 
 
@@ -39,7 +40,7 @@ class SdpaAttention:
         kinds = 1 if spec.latent else 2
         return zeros((blocks, BLOCK_SIZE, kinds, spec.kv_heads, spec.head_dim), self._moved, self._device)
 
-    def prepare(self, segments: Sequence[Segment]) -> PreparedAttention:
+    def prepare(self, segments: Sequence[Segment], placed: Placed | None = None) -> PreparedAttention:
         slots: list[int] = []
         parts: list[_Part] = []
         at = 0

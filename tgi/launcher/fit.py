@@ -19,9 +19,10 @@ from tgi.core.headers import Header, read_headers, read_model
 from tgi.core.model_config import Experts, ModelShape
 from tgi.core.numbers import PLAIN
 from tgi.kernels.library import DTYPES
+from tgi.kernels.triton import CAPABILITY
 from tgi.launcher.errors import ArgumentValidation
 from tgi.launcher.flags import Options, check
-from tgi.launcher.machine import TRITON, Machine
+from tgi.launcher.machine import Machine
 from tgi.launcher.progress import size
 from tgi.launcher.sharding import check_master, choose_ranks, fullest
 from tgi.models.config import DecoderConfig, TailConfig
@@ -95,7 +96,7 @@ def choose_quantize(options: Options, files: ModelFiles, scheme: Scheme | None, 
     if not machine.native and not machine.triton:
         raise ArgumentValidation(
             f"`--quantize {options.quantize}` needs the native kernels, which run on CPU, or Triton with a C compiler "
-            f"and a GPU of compute capability {TRITON}"
+            f"and a GPU of compute capability {CAPABILITY}"
         )
     if not multiplied:
         raise ArgumentValidation(f"`--quantize {options.quantize}` goes with `--dtype` bfloat16 or float32")

@@ -2,22 +2,17 @@
 
 import dataclasses
 import logging
-import shutil
 import subprocess
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from tgi.kernels.library import library
+from tgi.kernels.triton import lacking
 from tgi.launcher.errors import ArgumentValidation
 
 log = logging.getLogger(__name__)
-
-TRITON = 8.0
-"""The least compute capability that Triton compiles for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +28,7 @@ class Machine:
     native: bool = False
     """Whether our own kernels run there, …"""
     triton: bool = False
-    """… or, on a GPU, Triton's, which multiply quantized weights."""
+    """… or, on a GPU, those in Triton."""
     gpus: tuple[tuple[int, int], ...] = ()
     """Of all visible GPUs ``total`` and ``available``, which are the first one's."""
 
@@ -74,26 +69,17 @@ def _gpu(visible: str | None) -> Machine | None:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
         rows = [line.rsplit(",", 3) for line in lines]
         gpus = tuple((int(total) << 20, int(free) << 20) for _, total, free, _ in rows)
-        lacking = _lacking(min(float(capability) for *_, capability in rows))
-        if lacking is not None:
-            log.info("Quantized weights would be dequantized: Triton wants %s", lacking)
-        return Machine("cuda", rows[0][0].strip(), *gpus[0], triton=lacking is None, gpus=gpus)
+        missing = lacking(min(float(capability) for *_, capability in rows))
+        if missing is not None:
+            log.warning(
+                "Models run on torch's operations alone, quantized weights dequantized: Triton wants %s", missing
+            )
+        return Machine("cuda", rows[0][0].strip(), *gpus[0], triton=missing is None, gpus=gpus)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("nvidia-smi is there but says nothing useful (%s)", error)
         return None
-
-
-def _lacking(capability: float) -> str | None:
-    """What Triton doesn't find here. It builds a small library, with Python's headers, when it is first used."""
-    if capability < TRITON:
-        return f"a GPU of compute capability {TRITON}"
-    if find_spec("triton") is None:
-        return "to be installed"
-    if not any(map(shutil.which, ("gcc", "clang"))):
-        return "a C compiler"
-    return None if Path(sysconfig.get_path("include"), "Python.h").exists() else "Python's headers"
 
 
 def _cpu(root: Path) -> Machine:

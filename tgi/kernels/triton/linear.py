@@ -6,7 +6,6 @@ these make is added in a fixed order. More: the matrix is made floating point, a
 multiplies it.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
+from tgi.kernels.triton.tiles import multiprocessors
 
 
 class Tile(NamedTuple):
@@ -66,7 +66,7 @@ def _linear_row(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None) -> to
 def _linear_tiles(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, rows: int, tile: Tile) -> torch.Tensor:
     tokens, outs = len(x), weight.outs
     across, along = triton.cdiv(outs, tile.outs), triton.cdiv(weight.width, tile.words)
-    programs = triton.cdiv(_PROGRAMS * _multiprocessors(x.device), across)
+    programs = triton.cdiv(_PROGRAMS * multiprocessors(x.device), across)
     each = triton.cdiv(along, max(min(programs, along // _LEAST), 1))
     splits = triton.cdiv(along, each)
     out = x.new_empty(tokens, outs)
@@ -102,13 +102,6 @@ def floating(weight: Coded, first: int, count: int, dtype: torch.dtype) -> torch
     grid = triton.cdiv(count, FLOATING.outs), triton.cdiv(weight.width, FLOATING.words)
     _float[grid](_matrix(weight), out, first, first + count, **_constants(weight, FLOATING))
     return out
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":  # the interpreter
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class _Matrix(NamedTuple):
