@@ -63,23 +63,32 @@ class FakeRunner:
                 cell = self._cell(work, at, position)
                 assert cell not in written, "two chunks write one cell"
                 written.add(cell)
-                cells[cell] = tuple(work.tokens[: position + 1])
+                cells[cell] = self._ids(work)[: position + 1]
         for work in works:
             first = 0 if window is None else max(work.start - window + 1, 0)
             for position in range(first, work.start + work.length):
-                assert cells[self._cell(work, at, position)] == tuple(work.tokens[: position + 1]), "wrong cache entry"
+                assert cells[self._cell(work, at, position)] == self._ids(work)[: position + 1], "wrong cache entry"
 
-    def sample(self, launched: Sequence[Work]) -> list[Sampled]:
-        return [self.sampled(work, next_token(work.tokens)) for work in launched]
+    @staticmethod
+    def _ids(work: Work) -> tuple[int, ...]:
+        """Those to compute, and all before. The last may be one that the step before has drawn, and only it knows."""
+        known = work.start + work.length <= len(work.tokens)
+        return tuple(work.tokens if known else [*work.tokens, work.scratch["drawn"]])
+
+    def sample(self, works: Sequence[Work]) -> list[Sampled]:
+        """works: as they are by then."""
+        return [self.sampled(work, next_token(work.tokens)) for work in works]
 
     def sampled(self, work: Work, drawn: int) -> Sampled:
         """All that a work yields, if that is what it draws."""
         assert work.told > work.start, "a token to tell has lost its logits"
+        assert not work.samples or work.start + work.length == len(work.tokens), "drawn behind an unknown token"
         self.scored += len(work.scored)
         ids = [work.tokens[position] for position in work.scored]
         known = [Token(id, logprob(work.tokens[: at + 1])) for at, id in zip(work.scored, ids, strict=True)]
         if not work.samples:
             return Sampled(known, self._pooled(work))
+        work.scratch["drawn"] = drawn
         return Sampled([*known, Token(drawn, logprob([*work.tokens, drawn]))], self._pooled(work))
 
     @staticmethod

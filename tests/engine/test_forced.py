@@ -11,6 +11,7 @@ import pytest
 from tests.engine.fake_runner import VOCABULARY, digest, next_token
 from tests.engine.test_scheduler import Engine, scores_of, submit
 from tgi.core.messages import FinishReason, Submit
+from tgi.core.plan import Sampled
 from tgi.engine.scheduler import Plan
 
 
@@ -99,13 +100,12 @@ class Shaken(Engine):
             if isinstance(matcher, Matcher) and chunk.work().samples and self.chance.random() < self.often:
                 matcher.error = self.error
 
-    def step(self) -> Plan:
-        plan = super().step()
+    def book(self, plan: Plan, results: list[Sampled]) -> None:
+        super().book(plan, results)
         self.forced += plan.forced
         for request in plan.stuck:
             request.follow(Matcher(self.grammars[request.submit.id]))  # type: ignore[arg-type]  # stands for llguidance's
             assert self.scheduler.add(request) is None
-        return plan
 
     forced = 0
 
@@ -270,13 +270,14 @@ def test_with_its_new_matcher_a_request_comes_back_to_its_old_place():
     engine.run()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_happens_every_request_gets_its_own_text(seed: int):
+def test_whatever_happens_every_request_gets_its_own_text(seed: int, ahead: bool):
     """Random grammars, budgets, arrivals, breaking matchers, cancellations, and a cache that is too small."""
     chance = random.Random(seed)
     blocks = chance.choice([8, 12, 20, 64])
     options = chance.choice([3, 5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8
-    engine = Shaken(blocks, *options, windows=(None, 24))
+    engine = Shaken(blocks, *options, windows=(None, 24), ahead=ahead)
     engine.chance, engine.often, engine.grammars = chance, chance.choice([0.0, 0.1]), {}
     submits: dict[int, Submit] = {}
     cancelled: set[int] = set()

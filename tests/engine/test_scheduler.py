@@ -49,7 +49,8 @@ def scores_of(prompt: Sequence[int]) -> list[float]:
 
 
 class Engine:
-    """Scheduler and fake runner stepping together; collects what each request got."""
+    """Scheduler and fake runner stepping together; collects what each request got. ``ahead``: a step is launched before
+    the last one is booked."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class Engine:
         prefix_caching: bool = True,
         beside: int | None = None,
         windows: Sequence[int | None] = (None,),
+        ahead: bool = False,
     ):
         pools = [KVPool(blocks, window) for window in windows]
         self.scheduler = Scheduler(
@@ -67,7 +69,10 @@ class Engine:
             max_running=max_running,
             beside=beside,
             prefix_caching=prefix_caching,
+            ahead=ahead,
         )
+        self.ahead = ahead
+        self.under_way: tuple[Plan, list[Sampled]] | None = None
         self.runner = FakeRunner(pools)
         self.step_tokens = step_tokens
         self.deltas: dict[int, list[Delta]] = {}
@@ -92,18 +97,28 @@ class Engine:
         plan = self.scheduler.schedule()
         assert sum(chunk.length for chunk in plan.chunks) <= self.step_tokens
         assert len({id(chunk.request) for chunk in plan.chunks}) == len(plan.chunks)
-        assert plan.chunks or self.scheduler.idle, "nothing runs though requests wait"
+        assert plan.chunks or self.scheduler.idle or self.under_way, "nothing runs though requests wait"
         self.preempted += plan.preempted
         self.mixed += len({chunk.prefills for chunk in plan.chunks}) == 2
-        results = self.runner.sample(self.runner.launch([chunk.work() for chunk in plan.chunks]))
+        self.runner.launch([chunk.work() for chunk in plan.chunks])
+        before, self.under_way = self.under_way, None
+        if before is not None:
+            self.book(*before)
+        results = self.runner.sample([chunk.work() for chunk in plan.chunks])
         self.disturb(plan)
+        if self.ahead and plan.chunks:
+            self.under_way = plan, results
+        else:
+            self.book(plan, results)
+        return plan
+
+    def book(self, plan: Plan, results: list[Sampled]) -> None:
         for _, message in self.scheduler.commit(plan, results):
             if isinstance(message, Fault):
                 self.faults.append(message)
             else:
                 self.take(message)
         self.scheduler.check_integrity()
-        return plan
 
     def disturb(self, plan: Plan) -> None:
         """For subclasses: something happens while the device works."""
@@ -447,14 +462,15 @@ def test_a_leak_is_told_and_mended_when_idle():
     assert engine.text(2) == engine.text(1)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_happens_every_request_gets_its_own_text(seed: int):
+def test_whatever_happens_every_request_gets_its_own_text(seed: int, ahead: bool):
     """Random prompts with shared beginnings, arrivals, cancellations and a cache that is too small."""
     chance = random.Random(seed)
     blocks = chance.choice([8, 12, 20, 64])
     options = chance.choice([5, 16, 33, 200]), chance.choice([1, 3, 16]), chance.random() < 0.8
     windows = chance.choice([(None,), (None, 20), (40, 17)])
-    engine = Engine(blocks, *options, beside=chance.choice([None, 1, 4]), windows=windows)
+    engine = Engine(blocks, *options, beside=chance.choice([None, 1, 4]), windows=windows, ahead=ahead)
     stems = [[chance.randrange(50) for _ in range(chance.randrange(50))] for _ in range(3)]
     wanted: dict[int, list[int]] = {}
     submits: dict[int, Submit] = {}

@@ -19,7 +19,7 @@ class BlockCache:
     def __init__(
         self, pools: Sequence[KVPool], step_tokens: int, *, prefix_caching: bool = True, secret: bytes | None = None
     ) -> None:
-        """``step_tokens``: the most that a request can compute in a step."""
+        """``step_tokens``: the most of a request that can be under way."""
         self.sizes = list(pools)
         self._step_tokens = step_tokens
         self._prefix_caching = prefix_caching
@@ -71,7 +71,7 @@ class BlockCache:
         ]
         request.firsts = firsts
         request.published = count
-        request.computed = computed
+        request.computed = request.planned = computed
         if not request.started:
             request.started = time.monotonic()
             request.cached = min(computed, request.submit.prompt_length)
@@ -106,7 +106,8 @@ class BlockCache:
             pool.release(blocks[first:])
         request.blocks, request.firsts = [], []
         request.scratch.clear()  # it may be as large as the blocks
-        request.published = request.computed = 0
+        request.published = request.computed = request.planned = 0
+        request.released += 1
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Raise AssertionError if blocks leak or are held twice."""

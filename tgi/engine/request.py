@@ -32,7 +32,11 @@ class Request:
     turn: tuple[int, float, int] = (0, 0.0, 0)
     """(priority, time of arrival, number): the scheduler serves lower ones first."""
     computed: int = 0
-    """Tokens whose keys and values are in the cache; the scheduler lets it catch up with ``goal``."""
+    """Tokens whose keys and values are in the cache."""
+    planned: int = 0
+    """The same once the steps under way are done; the scheduler lets it catch up with ``goal``."""
+    released: int = 0
+    """How often it has given its blocks back. What a step yields that was planned before means nothing then."""
     blocks: "list[array[int]]" = field(default_factory=list)
     """For each kind of layer its pages in order; none while it waits. Kernels read the memory as it is."""
     firsts: list[int] = field(default_factory=list)
@@ -67,8 +71,12 @@ class Request:
 
     @property
     def goal(self) -> int:
-        """Tokens to compute: all, but for a generated one that nothing follows."""
-        return len(self.tokens) - (self.finish is not None and self.generated > 0)
+        """Tokens to compute: all, but for a generated one that nothing follows. A token that a step under way draws is
+        one of them, though nobody knows it yet."""
+        drawn = self.finish is None and self.planned >= len(self.tokens)
+        generated = self.generated + drawn
+        last = generated > 0 and (self.finish is not None or generated >= self.submit.max_new_tokens)
+        return len(self.tokens) + drawn - last
 
     @property
     def broken(self) -> str | None:

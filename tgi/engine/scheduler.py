@@ -1,7 +1,8 @@
 """Decides which tokens of which requests run in the next step, and books what came of it.
 
 There are no phases: a request has ``computed`` tokens in the cache and catches up with ``len(tokens)``. Prefill, its
-chunks, prefix hits, decoding, preemption and resumption are that one rule. Runs without torch.
+chunks, prefix hits, decoding, preemption and resumption are that one rule. The next step may be planned before the last
+one is booked: it goes on from ``planned``, and a token that is being drawn is one to compute. Runs without torch.
 """
 
 import itertools
@@ -19,26 +20,39 @@ from tgi.engine.request import Request
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """``length`` tokens of a request from position ``start``; everything before ``start`` is in the cache."""
+    """``length`` tokens of a request from position ``start``; everything before ``start`` is in the cache, or will be
+    when the step begins."""
 
     request: Request
     start: int
     length: int
+    released: int
+    """The request's, when this was planned."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def counts(self) -> bool:
+        """Whether the request still holds what the chunk computes: it hasn't ended meanwhile, nor been preempted."""
+        return self.request.released == self.released
 
     @property
     def prefills(self) -> bool:
         return self.start < self.request.submit.prompt_length
 
     def work(self) -> Work:
-        """The chunk as the runner sees it."""
+        """The chunk as the runner sees it now: with the step before it, tokens may become known that it was to draw, and
+        what it draws may be of no use any more."""
         request = self.request
         return Work(
             request.submit,
             request.tokens,
             self.start,
             self.length,
-            request.told,
-            self.start + self.length == len(request.tokens) and request.finish is None,
+            request.told if self.counts else self.end + 1,
+            self.counts and request.finish is None and self.end >= len(request.tokens),
             request.blocks,
             request.scratch,
         )
@@ -73,15 +87,17 @@ class Scheduler:
         step_tokens: int,
         max_running: int,
         beside: int | None = None,
+        ahead: bool = False,
         prefix_caching: bool = True,
         secret: bytes | None = None,
     ) -> None:
         """``step_tokens``: tokens that one step may compute, all requests together. ``beside``: while requests decode,
-        prompts get so many of them, so that those don't wait long; None: all that is left."""
+        prompts get so many of them, so that those don't wait long; None: all that is left. ``ahead``: a step may be
+        planned while another is under way."""
         assert step_tokens > 0 and max_running > 0
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.cache = BlockCache(pools, step_tokens, prefix_caching=prefix_caching, secret=secret)
+        self.cache = BlockCache(pools, (1 + ahead) * step_tokens, prefix_caching=prefix_caching, secret=secret)
         self._step_tokens = step_tokens
         self._beside = beside
         self._max_running = max_running
@@ -128,17 +144,17 @@ class Scheduler:
         while at < len(self.running) and budget:
             request = self.running[at]
             behind = _catches_up(request)
-            if behind and not prompts:
+            length = min(request.goal - request.planned, prompts if behind else budget, budget)
+            if not length:  # or all that it needs is under way
                 at += 1
                 continue
-            length = min(request.goal - request.computed, budget, prompts if behind else budget)
-            if not self.cache.reserve(request, request.computed + length):
+            if not self.cache.reserve(request, request.planned + length):
                 self._preempt(self.running.pop())  # the last in turn, at worst this one: try again or leave the loop
                 plan.preempted += 1
                 continue
             if behind:
                 prompts -= length
-            plan.chunks.append(Chunk(request, request.computed, length))
+            plan.chunks.append(_chunk(request, length))
             budget -= length
             at += 1
         budget = min(budget, prompts)
@@ -147,8 +163,8 @@ class Scheduler:
                 break
             request = self.waiting.pop(0)
             insort(self.running, request, key=_turn)
-            length = min(request.goal - request.computed, budget)
-            plan.chunks.append(Chunk(request, request.computed, length))
+            length = min(request.goal - request.planned, budget)
+            plan.chunks.append(_chunk(request, length))
             plan.admitted += 1
             budget -= length
         return plan
@@ -158,8 +174,8 @@ class Scheduler:
         out: list[tuple[int, Delta | Fault]] = []
         for chunk, result in zip(plan.chunks, results, strict=True):
             request = chunk.request
-            if request.done or request.computed != chunk.start:
-                continue  # cancelled or preempted while the step was under way
+            if not chunk.counts:
+                continue
             known = len(request.tokens) - request.told
             broken = request.broken
             tokens = result.tokens if broken is None else result.tokens[:known]
@@ -172,7 +188,7 @@ class Scheduler:
                 self._end(request)
                 out.append((request.router, Fault(request.submit.id, error)))
                 continue
-            request.computed = chunk.start + chunk.length
+            request.computed = chunk.end
             self.cache.publish(request)
             ends = not stuck and request.finish is not None and request.computed == request.goal
             if (delta := self._delta(request, tokens, result.embedding, ends)) is not None:
@@ -233,9 +249,16 @@ class Scheduler:
         request.done = True
 
 
+def _chunk(request: Request, length: int) -> Chunk:
+    """The next tokens of a request, which are planned with it."""
+    chunk = Chunk(request, request.planned, length, request.released)
+    request.planned = chunk.end
+    return chunk
+
+
 def _catches_up(request: Request) -> bool:
     """Whether it has a prompt, or what it lost, to compute before it goes on."""
-    return request.goal - request.computed > BLOCK_SIZE or request.computed < request.submit.prompt_length
+    return request.goal - request.planned > BLOCK_SIZE or request.planned < request.submit.prompt_length
 
 
 def _turn(request: Request) -> tuple[int, float, int]:
