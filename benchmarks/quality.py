@@ -103,9 +103,9 @@ class Reader:
             for row, text in enumerate(self._texts)
         ]
         launched = self._runner.launch(works)
-        assert launched.rows is not None
-        rows = torch.empty_like(launched.rows.logits)
-        rows[list(launched.drawing)] = launched.rows.logits
+        assert launched.logits is not None
+        rows = torch.empty_like(launched.logits)
+        rows[list(launched.drawing)] = launched.logits
         return log_softmax(rows.double(), 1)
 
     def prefill(self) -> float:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 from tgi.core.config import BLOCK_SIZE, KVPool
 from tgi.core.messages import Token
-from tgi.core.plan import Sampled, Work
+from tgi.core.plan import Masks, Sampled, Work
 
 VOCABULARY = 50
 
@@ -40,8 +40,9 @@ def text_of(prompt: Sequence[int], new: int, stops: Sequence[int] = ()) -> list[
 class FakeRunner:
     vocab_size = VOCABULARY
 
-    def __init__(self, pools: Sequence[KVPool]) -> None:
+    def __init__(self, pools: Sequence[KVPool], *, ahead: bool = False) -> None:
         self.pools = pools
+        self.ahead = ahead
         self.cells: list[list[tuple[int, ...] | None]] = [[None] * (pool.blocks * BLOCK_SIZE) for pool in pools]
         self.computed = 0
         self.scored = 0
@@ -75,13 +76,22 @@ class FakeRunner:
         known = work.start + work.length <= len(work.tokens)
         return tuple(work.tokens if known else [*work.tokens, work.scratch["drawn"]])
 
-    def sample(self, works: Sequence[Work]) -> list[Sampled]:
+    def sample(self, works: Sequence[Work], masks: Masks | None = None) -> list[Sampled]:
         """works: as they are by then."""
         return [self.sampled(work, next_token(work.tokens)) for work in works]
 
+    def draw(self, launched: Sequence[Work], works: Sequence[Work], masks: Masks | None) -> list[Sampled]:
+        return self.sample(works, masks)
+
+    def collect(self, drawing: list[Sampled]) -> list[Sampled]:
+        return drawing
+
+    def capture(self) -> bool:
+        return False
+
     def sampled(self, work: Work, drawn: int) -> Sampled:
         """All that a work yields, if that is what it draws."""
-        assert work.told > work.start, "a token to tell has lost its logits"
+        assert work.start < work.told or work.told == len(work.tokens), "a token to tell has lost its logits"
         assert not work.samples or work.start + work.length == len(work.tokens), "drawn behind an unknown token"
         self.scored += len(work.scored)
         ids = [work.tokens[position] for position in work.scored]

@@ -89,14 +89,14 @@ class Post:
 class Engine:
     """The loop, stepped until all requests have ended."""
 
-    def __init__(self, folder: Path, blocks: int = 64, tokenizer: str | None = None) -> None:
+    def __init__(self, folder: Path, blocks: int = 64, tokenizer: str | None = None, *, ahead: bool = False) -> None:
         (folder / "tokenizer.json").write_text(tokenizer or TOKENIZER.to_str(), encoding="utf-8")
         self.post = Post()
-        self.scheduler = Scheduler(pools=[KVPool(blocks)], step_tokens=64, max_running=16)
+        self.scheduler = Scheduler(pools=[KVPool(blocks)], step_tokens=64, max_running=16, ahead=ahead)
         self.loop = Loop(
             cast(Mailbox, self.post),
             self.scheduler,
-            cast(Any, Runner(self.scheduler.cache.sizes)),
+            cast(Any, Runner(self.scheduler.cache.sizes, ahead=ahead)),
             lambda: Vocabulary.load(folder),
         )
         self.preempted = 0
@@ -129,9 +129,9 @@ class Engine:
         return {delta.id for delta in self.deltas if delta.finish} | self.faults.keys()
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    return Engine(tmp_path)
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Engine:
+    return Engine(tmp_path, ahead=request.param)
 
 
 def submit(

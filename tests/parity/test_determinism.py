@@ -51,8 +51,8 @@ def trace(engine: Engine, scheduler: Scheduler, submits: Sequence[Submit]) -> di
         works = [chunk.work() for chunk in plan.chunks]
         launched = engine.runner.launch(works)
         seen = {}
-        if launched.rows is not None:
-            seen = {at: logits.clone() for at, logits in zip(launched.drawing, launched.rows.logits, strict=True)}
+        if launched.logits is not None:
+            seen = {at: logits.clone() for at, logits in zip(launched.drawing, launched.logits, strict=True)}
         results = engine.runner.sample(launched)
         for at in launched.plain:
             (token,) = results[at].tokens

@@ -41,8 +41,8 @@ class Pair:
         """Logits behind each chunk (request, start, end), in the order of the chunks."""
         works = [self._work(*chunk) for chunk in chunks]
         launched = self.runner.launch(works)
-        assert launched.rows is not None
-        rows = dict(zip(launched.drawing, launched.rows.logits.cpu(), strict=True))
+        assert launched.logits is not None
+        rows = dict(zip(launched.drawing, launched.logits.cpu(), strict=True))
         return [rows[index] for index in range(len(works))]
 
     def _work(self, request: int, start: int, end: int) -> Work:

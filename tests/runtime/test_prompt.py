@@ -10,6 +10,7 @@ from tgi.core.messages import Sampling, Submit
 from tgi.core.plan import Work
 from tgi.kernels.library import library
 from tgi.runtime.batch import Batch
+from tgi.runtime.forward import Forward
 from tgi.runtime.prompt import pool, score, told
 from tgi.runtime.runner import Runner
 
@@ -23,7 +24,7 @@ def work(known: int, start: int, length: int, told: int, top: int = 2, **fields:
     return Work(submit, ids, start, length, told, start + length == known, [], {})
 
 
-class Tiny:
+class Tiny(Forward):
     """A model whose hidden states are rows of a table, and whose head counts the rows that it is asked for at once."""
 
     vocab_size = VOCABULARY
@@ -34,7 +35,7 @@ class Tiny:
         self.table, self.weight = torch.randn(1000, 8), torch.randn(8, VOCABULARY)
         self.seen: list[int] = []
 
-    def forward(self, batch: Batch, then: object) -> torch.Tensor:
+    def __call__(self, batch: Batch, then: object = None) -> torch.Tensor:
         assert then is None
         return self.table[: len(batch.token_ids)]
 
@@ -49,7 +50,7 @@ def test_logits_are_made_for_a_few_rows_at_a_time(sampling: int, scoring: int):
     if not sampling + scoring:
         pytest.skip("no step is empty")
     model = Tiny()
-    runner = Runner(model, model.forward, torch.device("cpu"))
+    runner = Runner(model, model, torch.device("cpu"))
     works = [work(10, 9, 1, 10, top=0) for _ in range(sampling)]
     if scoring:
         works.append(work(scoring + 2, 0, scoring, 1))

@@ -106,6 +106,9 @@ class AttentionBackend(Protocol):
     """A kernel family, serving all layers of one spec. Pages are passed in: a backend holds no state of requests."""
 
     name: str
+    static: bool
+    """Whether a prepared step is read from ``placed`` alone if all segments are of one token, so that the same launches
+    serve as many others."""
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:

@@ -28,6 +28,7 @@ class NativeAttention:
     the same place, as long as none has more tokens than the largest before the recording."""
 
     name = "native"
+    static = False
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:

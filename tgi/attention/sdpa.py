@@ -19,6 +19,7 @@ class SdpaAttention:
     hold the values, and there is nothing else."""
 
     name = "sdpa"
+    static = False
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:

@@ -17,7 +17,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
     submit: Submit
     tokens: Sequence[int]
-    """All ids of the request, prompt and generated; not to be changed."""
+    """All ids of the request, prompt and generated; not to be changed. The last to compute may be missing: one that the
+    step before draws."""
     start: int
     length: int
     told: int
@@ -44,22 +45,30 @@ class Masks(msgspec.Struct, frozen=True):
     bits: Any
     """numpy uint8 [rows, at least an eighth of the vocabulary]: bit t % 8 of byte t // 8 says that token t may come."""
 
-    def part(self, start: int, stop: int) -> "Masks | None":
-        """Those of a run of places, counted from its beginning."""
-        own = [at for at, row in enumerate(self.rows) if start <= row < stop]
-        return Masks([self.rows[at] - start for at in own], self.bits[own]) if own else None
+    def of(self, places: Sequence[int]) -> "Masks | None":
+        """Those of some places, in the order of these."""
+        rows = {place: row for row, place in enumerate(places)}
+        own = [at for at, place in enumerate(self.rows) if place in rows]
+        if not own:
+            return None
+        bits = self.bits if len(own) == len(self.rows) else self.bits[own]
+        return Masks([rows[self.rows[at]] for at in own], bits)
 
 
 class Orders(msgspec.Struct, frozen=True, array_like=True):
     """One step as ranks other than the first need it: they compute, and draw nothing. Numbers are int32 in memory."""
 
     token_ids: bytes
+    drawn: list[tuple[int, int]]
+    """Of these, places in what the first rank has drawn, as in Batch."""
     segments: list[list[tuple[int, int, bytes]]]
     """For each kind of layer, of each request (position of its first token, tokens, pages)."""
     rows: bytes
     """Places of the tokens whose logits are wanted."""
     first: int
     """Of these rows so many are made into logits at first."""
+    captures: bool = False
+    """No step, but the next graph is to be captured."""
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):

@@ -43,15 +43,15 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
         return self.start < self.request.submit.prompt_length
 
     def work(self) -> Work:
-        """The chunk as the runner sees it now: with the step before it, tokens may become known that it was to draw, and
-        what it draws may be of no use any more."""
+        """The chunk as the runner sees it now: when the step before it is booked, the token that it was to draw may be
+        known, or useless."""
         request = self.request
         return Work(
             request.submit,
             request.tokens,
             self.start,
             self.length,
-            request.told if self.counts else self.end + 1,
+            request.told,
             self.counts and request.finish is None and self.end >= len(request.tokens),
             request.blocks,
             request.scratch,

@@ -17,6 +17,8 @@ from tgi.models.config import DenseConfig
 class DenseDecoder:
     """Token ids to hidden states to logits. The token axis is flat: all requests of a step, one behind the other."""
 
+    static = True
+
     def __init__(self, config: DenseConfig, checkpoint: Checkpoint, reach: int) -> None:
         shape = config.shape
         self.vocab_size = shape.vocab

@@ -23,6 +23,8 @@ from tgi.models.config import GptConfig
 class GptDecoder:
     """Token ids to hidden states to logits. The token axis is flat: all requests of a step, one behind the other."""
 
+    static = True
+
     def __init__(self, config: GptConfig, checkpoint: Checkpoint, reach: int) -> None:
         shape, names = config.shape, config.names
         self.vocab_size = shape.vocab

@@ -178,6 +178,8 @@ def _decoder(module: PreTrainedModel) -> nn.Module:
 class Paged(_Tail):
     """Attention is ours, and so is the cache."""
 
+    static = False  # what transformers' module does beside its operations isn't known
+
     def __init__(self, module: PreTrainedModel, vocab: int, reach: int) -> None:
         super().__init__(module, vocab, "paged attention")
         self._hook = Hook(reach)

@@ -123,6 +123,9 @@ class _Model(Protocol):
 class PagedModel(_Model, Protocol):
     """Its keys and values are in the paged cache."""
 
+    static: bool
+    """Whether its forward does nothing but operations of the device, the same for every step of as many tokens."""
+
     def forward(self, token_ids: "torch.Tensor", positions: "torch.Tensor", attend: "Attend") -> "torch.Tensor":
         """int64 [tokens], int64 [tokens] → [tokens, hidden]. The token axis is flat: all requests of a step."""
 

@@ -1,9 +1,10 @@
 """A step's chunks as one flat token axis, without padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tgi.attention.base import Segment
+from tgi.attention.placed import PADDING
 from tgi.core.plan import Work
 
 
@@ -12,7 +13,9 @@ class Batch:
     """T tokens of all chunks, one chunk behind the other."""
 
     token_ids: list[int]
-    """[T]."""
+    """[T]; 0 for those that the step before draws."""
+    drawn: list[tuple[int, int]]
+    """Of these, places in T and in what was drawn."""
     positions: list[int]
     """[T]."""
     segments: list[list[Segment]]
@@ -30,6 +33,7 @@ class Batch:
     @classmethod
     def build(cls, works: Sequence[Work]) -> "Batch":
         ids: list[int] = []
+        drawn: list[tuple[int, int]] = []
         positions: list[int] = []
         segments: list[list[Segment]] = [[] for _ in works[0].blocks]
         last: list[int] = []
@@ -39,7 +43,11 @@ class Batch:
             start, length, tokens = work.start, work.length, work.tokens
             end = start + length
             if length == 1:
-                ids.append(tokens[start])
+                if start == len(tokens):
+                    drawn.append((len(ids), work.scratch["drawn"]))
+                    ids.append(0)
+                else:
+                    ids.append(tokens[start])
                 positions.append(start)
             else:
                 ids += tokens[start:end]
@@ -52,4 +60,16 @@ class Batch:
                 first = len(ids) - end
                 rows += (first + position - 1 for position in known)
                 scored += (tokens[position] for position in known)
-        return cls(ids, positions, segments, works, last, rows, scored)
+        return cls(ids, drawn, positions, segments, works, last, rows, scored)
+
+    @classmethod
+    def padding(cls, size: int, kinds: int) -> "Batch":
+        """So many tokens that are nobody's. ``kinds``: of layers."""
+        return cls([0] * size, [], [0] * size, [[PADDING] * size] * kinds, (), [], [], [])
+
+    def padded(self, size: int) -> "Batch":
+        """With such behind, up to ``size`` in all."""
+        more = Batch.padding(size - len(self.token_ids), len(self.segments))
+        segments = [own + others for own, others in zip(self.segments, more.segments, strict=True)]
+        ids, positions = self.token_ids + more.token_ids, self.positions + more.positions
+        return replace(self, token_ids=ids, positions=positions, segments=segments)

@@ -6,6 +6,7 @@ import torch
 
 from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Precision, Segment, Turn, choose
 from tgi.attention.native import NativeAttention
+from tgi.attention.placed import Placed
 from tgi.attention.sdpa import SdpaAttention
 from tgi.core.config import KVPool
 
@@ -21,6 +22,7 @@ class KVCache:
     ) -> None:
         """``pools``: the first sees farthest. Raises StartupError if no backend serves a layer."""
         self.pools = len(pools)
+        self.blocks = [pool.blocks for pool in pools]
         self._specs = list(specs)
         self._pools = {spec: _pool(spec, pools) for spec in dict.fromkeys(specs)}
         self._backends = {
@@ -28,11 +30,17 @@ class KVCache:
         }
         self.names = sorted({backend.name for backend in self._backends.values()})
         """Of the backends."""
+        self.static = all(backend.static for backend in self._backends.values())
+        """Whether a step is read from device memory alone, so that the same launches serve the next one."""
         self._pages = [self._backends[spec].allocate(pools[self._pools[spec]].blocks) for spec in specs]
 
-    def attend(self, segments: Sequence[Sequence[Segment]]) -> Attend:
-        """The attention of one step, as the model's forward sees it; for each pool the segments with its blocks."""
-        prepared = {spec: backend.prepare(segments[self._pools[spec]]) for spec, backend in self._backends.items()}
+    def attend(self, segments: Sequence[Sequence[Segment]], placed: Sequence[Placed] = ()) -> Attend:
+        """The attention of one step, as the model's forward sees it; for each pool the segments with its blocks.
+        ``placed``: the same in device memory, if it is there."""
+        prepared = {
+            spec: backend.prepare(segments[pool], placed[pool] if placed else None)
+            for (spec, backend), pool in zip(self._backends.items(), self._pools.values(), strict=True)
+        }
 
         def run(layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
             return prepared[self._specs[layer]].run(self._pages[layer], qkv, turn)

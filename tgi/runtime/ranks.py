@@ -69,10 +69,18 @@ class Leader:
         """Let them compute what this rank is about to. ``rows``, ``first``: as in Orders."""
         orders = Orders(
             array("i", batch.token_ids).tobytes(),
+            batch.drawn,
             [[(each.start, each.length, bytes(each.blocks)) for each in kind] for kind in batch.segments],
             array("i", rows).tobytes(),
             first,
         )
+        self._tell(orders)
+
+    def capture(self) -> None:
+        """Let them capture their next graph, as this rank is about to."""
+        self._tell(Orders(b"", [], [], b"", 0, captures=True))
+
+    def _tell(self, orders: Orders) -> None:
         body = self._encoder.encode(orders)
         for line in self._lines:
             line.sendall(FRAME.pack(len(body)) + body)
@@ -98,9 +106,13 @@ class Follower:
 
     @staticmethod
     def _obey(runner: "Runner", orders: Orders) -> None:
+        if orders.captures:
+            runner.capture()
+            return
         kinds = [
             [Segment(start, length, array("i", blocks)) for start, length, blocks in kind] for kind in orders.segments
         ]
         positions = [at for each in kinds[0] for at in range(each.start, each.start + each.length)]
-        batch = Batch(array("i", orders.token_ids).tolist(), positions, kinds, (), [], [], [])
+        ids = array("i", orders.token_ids).tolist()
+        batch = Batch(ids, orders.drawn, positions, kinds, (), [], [], [])
         runner.follow(batch, array("i", orders.rows).tolist(), orders.first)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,19 +22,8 @@ from tgi.runtime.forward import Forward, Then, choose
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.ranks import Leader
-from tgi.runtime.sampler import NOT_A_NUMBER, Sampler
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Hidden states that become logits, and the first that did."""
-
-    hidden: torch.Tensor
-    """[rows, hidden size]: one row for each token to draw, then one for each known token to score."""
-    targets: torch.Tensor
-    """The known tokens that the latter score."""
-    logits: torch.Tensor
-    """float32 [first rows, vocabulary]."""
+from tgi.runtime.sampler import NOT_A_NUMBER, Drawn, Sampler
+from tgi.runtime.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +37,28 @@ class Launched:
     """Indices of the works for which tokens are being drawn already."""
     drawing: Sequence[int]
     """Of the others that sample, as their rows come."""
-    rows: Rows | None
+    targets: Sequence[int]
+    """Known tokens to score."""
+    rows: torch.Tensor | None
+    """[rows, hidden size]: hidden states that become logits, one for each token to draw, then one for each target."""
+    logits: torch.Tensor | None
+    """float32 [first rows, vocabulary]."""
     embeddings: Mapping[int, torch.Tensor]
     """Index of the work → [hidden size]."""
+
+
+@dataclass(slots=True)
+class Drawing:
+    """A step whose tokens are being drawn."""
+
+    launched: Launched
+    works: Sequence[Work]
+    tokens: list[tuple[Sequence[int], Drawn]] = field(default_factory=list)
+    """Indices of works, and what is drawn for them."""
+    scores: list[Scores] = field(default_factory=list)
+    """Of the targets."""
+    forced: list[tuple[Sequence[int], Scores]] = field(default_factory=list)
+    """Indices of works that would have drawn, had their token not become known meanwhile, and its scores."""
 
 
 class Runner:
@@ -74,6 +82,12 @@ class Runner:
         self._device = device
         self._library = library() if device.type == "cpu" else None
         self._sampler = Sampler(self._library, model.head)
+        self._staging = Staging(device)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the device runs by itself: a step may be launched before the last one is collected."""
+        return self._forward.ahead
 
     @classmethod
     def load(
@@ -114,10 +128,12 @@ class Runner:
         stored: torch.dtype,
         device: torch.device,
         group: Group | None = None,
+        graphs: Sequence[int] = (),
     ) -> "Runner":
-        """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens."""
+        """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens. ``graphs``: as
+        in ``choose``."""
         cache = KVCache(model.specs, pools, Precision(model.compute, stored), device)
-        forward = choose(model, cache, tokens, device)
+        forward = choose(model, cache, tokens, device, group, graphs)
         return cls(model, forward, device, Implementation(model.description, forward.how, cache.names), group)
 
     @property
@@ -129,8 +145,9 @@ class Runner:
         """Whether pages hold what was computed, so that requests can share them."""
         return bool(self._model.specs)
 
+    @torch.inference_mode()
     def launch(self, works: Sequence[Work]) -> Launched:
-        """Start the forward of one step."""
+        """Start the forward of one step. Before that of another, ``draw`` must have been called for this one."""
         # Decoding requests stand together, longest first, so that attention can batch neighbours of like length.
         order = sorted(range(len(works)), key=lambda at: (works[at].length > 1, -works[at].start))
         ordered = [works[at] for at in order]
@@ -149,8 +166,10 @@ class Runner:
             self._group.begin()
             self.leader.send(batch, places, first)
         hidden = self._forward(batch, then)
-        rows = self._rows(hidden, places, batch.scored_ids, first) if places else None
-        return Launched(works, order, [*plain], [*drawing], rows, self._pooled(order, ordered, hidden))
+        rows = self._rows(hidden, places) if places else None
+        logits = None if rows is None else self._model.logits(rows[:first])
+        embeddings = self._pooled(order, ordered, hidden)
+        return Launched(works, order, [*plain], [*drawing], batch.scored_ids, rows, logits, embeddings)
 
     @torch.inference_mode()
     def follow(self, batch: Batch, places: Sequence[int], first: int) -> None:
@@ -158,16 +177,25 @@ class Runner:
         self._group.begin()
         hidden = self._forward(batch)
         if places:
-            rows = self._rows(hidden, places, (), first).hidden
+            rows = self._rows(hidden, places)
+            self._model.logits(rows[:first])
             for at in range(first, len(places), SCORED_ROWS):
                 self._model.logits(rows[at : at + SCORED_ROWS])
 
-    @torch.inference_mode()
-    def _rows(self, hidden: torch.Tensor, places: Sequence[int], targets: Sequence[int], first: int) -> Rows:
-        # One transfer for both.
-        packed = torch.tensor([*places, *targets]).to(self._device, non_blocking=True)
-        rows = hidden[packed[: len(places)]]
-        return Rows(rows, packed[len(places) :], self._model.logits(rows[:first]))
+    def _rows(self, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        """Of the hidden states those at some places."""
+        if places == range(len(places)):
+            return hidden[: len(places)]
+        return hidden.index_select(0, self._staging.put([places])[0][: len(places)])
+
+    def capture(self) -> bool:
+        """Make another kind of step faster, in a fraction of a second; False if there is nothing to do."""
+        if not self._forward.uncaptured:
+            return False
+        if self.leader is not None:
+            self.leader.capture()
+        self._forward.capture()
+        return True
 
     @staticmethod
     def _pooled(order: Sequence[int], works: Sequence[Work], hidden: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -181,55 +209,87 @@ class Runner:
         return found
 
     def sample(self, launched: Launched, masks: Masks | None = None) -> list[Sampled]:
-        """Wait for the logits and draw; results in the order of the works. masks: of such as have a grammar."""
-        works, order = launched.works, launched.order
-        assert masks is None or launched.rows is not None
-        drawn: dict[int, Token | str] = {}
+        """Draw, and wait for it: where no other step is under way."""
+        return self.collect(self.draw(launched, launched.works, masks))
+
+    @torch.inference_mode()
+    def draw(self, launched: Launched, works: Sequence[Work], masks: Masks | None = None) -> Drawing:
+        """Start to draw tokens and to score known ones.
+
+        works: those launched, as they are by now: what they were to draw may be known, or not be wanted any more.
+        masks: of such as have a grammar.
+        """
+        drawing = Drawing(launched, works)
+        rows, logits = launched.rows, launched.logits
+        if rows is None or logits is None:
+            return drawing
+        at, targets = 0, list(launched.targets)
+        while True:
+            # Of these logits the first are of works that draw, or were to.
+            own = launched.drawing[at : at + len(logits)]
+            self._draw(drawing, logits[: len(own)], own, masks, at)
+            if count := len(logits) - len(own):
+                top = max(work.submit.sampling.top_n_tokens for work in works if work.scored)
+                drawing.scores.append(self._score(logits[len(own) :], targets[:count], top))
+                del targets[:count]
+            at += len(logits)
+            if at >= len(rows):
+                return drawing
+            # Each part's logits, the widest tensor there is, are gone when the next part's are made.
+            logits = self._model.logits(rows[at : at + SCORED_ROWS])
+
+    def _draw(
+        self, drawing: Drawing, logits: torch.Tensor, own: Sequence[int], masks: Masks | None, first: int
+    ) -> None:
+        """Draw for the works of the indices ``own``. ``first``: rows before these."""
+        works = drawing.works
+        samples = [row for row, index in enumerate(own) if works[index].samples]
+        if len(samples) < len(own):
+            if forced := [row for row, index in enumerate(own) if works[index].scored and not works[index].samples]:
+                indices = [own[row] for row in forced]
+                known = [works[index].tokens[works[index].scored[0]] for index in indices]
+                top = max(works[index].submit.sampling.top_n_tokens for index in indices)
+                drawing.forced.append((indices, self._score(logits[forced], known, top)))
+            own = [own[row] for row in samples]
+            logits = logits[samples]
+        if not own:
+            return
+        drawn = self._sampler.draw(logits, [works[index] for index in own], None if masks is None else masks.of(own))
+        drawing.tokens.append((own, drawn))
+        if self.ahead:
+            self._forward.keep(drawn.ids, first)
+            for row, index in enumerate(own, first):
+                works[index].scratch["drawn"] = row
+
+    def _score(self, logits: torch.Tensor, tokens: Sequence[int], top: int) -> Scores:
+        targets = self._staging.put([tokens])[0][: len(tokens)].long()
+        return score(self._library, logits, targets, top)
+
+    def collect(self, drawing: Drawing) -> list[Sampled]:
+        """Wait for what a step yields; results in the order of the works."""
+        launched, works, order = drawing.launched, drawing.works, drawing.launched.order
+        drawn: dict[int, Token | None] = {}
         known: dict[int, list[Token]] = {}
         if launched.plain:
             drawn.update(zip(launched.plain, self._sampler.drawn(len(launched.plain)), strict=True))
-        if launched.rows is not None:
-            tokens, scores = self._read(launched, launched.rows, masks)
-            drawn.update(zip(launched.drawing, tokens, strict=True))
-            if scores:
-                known = dict(zip(order, told(scores, [works[at] for at in order]), strict=True))
-        return [self._sampled(launched, index, known.get(index, []), drawn.get(index)) for index in range(len(works))]
+        for indices, tokens in drawing.tokens:
+            drawn.update(zip(indices, tokens.read(), strict=True))
+        for indices, scores in drawing.forced:
+            known.update(zip(indices, told([scores], [works[at] for at in indices]), strict=True))
+        if drawing.scores:
+            others = [at for at in order if at not in known]
+            known.update(zip(others, told(drawing.scores, [works[at] for at in others]), strict=True))
+        return [
+            _sampled(launched.embeddings.get(index), known.get(index, []), [drawn[index]] if index in drawn else [])
+            for index in range(len(works))
+        ]
 
-    @torch.inference_mode()
-    def _read(self, launched: Launched, rows: Rows, masks: Masks | None) -> tuple[list[Token | str], list[Scores]]:
-        """Draw tokens and score known ones, by a few logits at a time."""
-        works, logits = launched.works, rows.logits
-        if masks is not None:
-            places = {index: row for row, index in enumerate(launched.drawing)}
-            masks = Masks([places[index] for index in masks.rows], masks.bits)
-        top = 0
-        if len(rows.targets):
-            top = max(work.submit.sampling.top_n_tokens for work in works if work.scored)
-        drawing = [works[index] for index in launched.drawing]
-        tokens: list[Token | str] = []
-        scores: list[Scores] = []
-        at = 0
-        while True:
-            count = min(max(len(drawing) - at, 0), len(logits))
-            part = masks.part(at, at + count) if masks is not None else None
-            tokens += self._sampler.sample(logits[:count], drawing[at : at + count], part)
-            if count < len(logits):
-                first = at + count - len(drawing)
-                targets = rows.targets[first : first + len(logits) - count]
-                scores.append(score(self._library, logits[count:], targets, top))
-            at += len(logits)
-            if at >= len(rows.hidden):
-                return tokens, scores
-            # Each part's logits, the widest tensor there is, are gone when the next part's are made.
-            logits = self._model.logits(rows.hidden[at : at + SCORED_ROWS])
 
-    def _sampled(self, launched: Launched, index: int, known: list[Token], drawn: Token | str | None) -> Sampled:
-        """All that one work yields."""
-        if isinstance(drawn, str):
-            return Sampled(error=drawn)
-        if not known and not launched.embeddings:
-            return Sampled([drawn] if drawn is not None else [])
-        embedding: list[float] = launched.embeddings[index].tolist() if index in launched.embeddings else []
-        if not all(map(math.isfinite, itertools.chain((token.logprob for token in known), embedding))):
-            return Sampled(error=NOT_A_NUMBER)
-        return Sampled(known if drawn is None else [*known, drawn], embedding)
+def _sampled(pooled: torch.Tensor | None, known: list[Token], drawn: list[Token | None]) -> Sampled:
+    """All that one work yields."""
+    embedding: list[float] = [] if pooled is None else pooled.tolist()
+    numbers = itertools.chain((token.logprob for token in known), embedding)
+    tokens = [*known, *(token for token in drawn if token is not None)]
+    if len(tokens) < len(known) + len(drawn) or not all(map(math.isfinite, numbers)):
+        return Sampled(error=NOT_A_NUMBER)
+    return Sampled(tokens, embedding)

@@ -7,7 +7,7 @@ preemption and after a restart. Log-probabilities are the model's own, before al
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +27,30 @@ _ROWS = 64
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
+
+
+class Drawn(Protocol):
+    """Tokens of some rows, which may still be being drawn."""
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 [rows] on the device, which has them before the host does."""
+
+    def read(self) -> list[Token | None]:
+        """Wait for them; None for a row whose logits are not numbers."""
+
+
+class _Known(NamedTuple):
+    """Tokens that the host has drawn."""
+
+    tokens: list[Token | None]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return torch.tensor([0 if token is None else token.id for token in self.tokens])
+
+    def read(self) -> list[Token | None]:
+        return self.tokens
 
 
 class Sampler:
@@ -57,24 +81,24 @@ class Sampler:
         draws.prepare(hidden, array("i", places), choices, array("q", [len(work.tokens) for work in works]))
         return draws.program, rows
 
-    def drawn(self, rows: int) -> list[Token | str]:
+    def drawn(self, rows: int) -> list[Token | None]:
         """What came of the plan."""
         assert self._head_draws is not None
         return _tokens(self._head_draws.ids, self._head_draws.logprobs, rows)
 
-    def sample(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> Sequence[Token | str]:
-        """Draw one token per row. logits: float32 [rows, vocabulary]; works: one a row; masks: of those that have one.
-
-        A row whose logits are not numbers gets an error text instead of a token.
-        """
-        if not works:
-            return []
+    def draw(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> "Drawn":
+        """Draw one token for each of at least one row, without waiting for it. logits: float32 [rows, vocabulary];
+        works: one a row; masks: of those that have one."""
         if self._draws is None:
-            return [token or NOT_A_NUMBER for token in torch_sampler.sample(logits, works, masks)]
-        return _sample(self._draws, logits, works, masks)
+            return torch_sampler.draw(logits, works, masks)
+        return _Known(_sample(self._draws, logits, works, masks))
+
+    def sample(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> list[Token | str]:
+        """The same, and wait. A row whose logits are not numbers gets an error text instead of a token."""
+        return [token or NOT_A_NUMBER for token in self.draw(logits, works, masks).read()]
 
 
-def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None) -> list[Token | str]:
+def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None) -> list[Token | None]:
     rows, vocabulary = logits.shape
     choices, positions = array("Q"), array("q")
     most, askers = 0, []
@@ -92,15 +116,15 @@ def _sample(draws: Draws, logits: torch.Tensor, works: Sequence[Work], masks: Ma
     tokens = _tokens(draws.ids, draws.logprobs, rows)
     for row, count in askers:
         token, at = tokens[row], row * most
-        if isinstance(token, Token):
+        if token is not None:
             top = zip(draws.top_ids[at : at + count], draws.top_logprobs[at : at + count], strict=True)
             tokens[row] = Token(token.id, token.logprob, list(top))
     return tokens
 
 
-def _tokens(ids: "array[int]", logprobs: "array[float]", rows: int) -> list[Token | str]:
+def _tokens(ids: "array[int]", logprobs: "array[float]", rows: int) -> list[Token | None]:
     return [
-        Token(id, logprob) if id >= 0 else NOT_A_NUMBER
+        Token(id, logprob) if id >= 0 else None
         for id, logprob in zip(ids[:rows].tolist(), logprobs[:rows].tolist(), strict=True)
     ]
 
