@@ -1,4 +1,4 @@
-"""The next token of every row, by torch: for GPUs, and where there are no kernels. It defines what those must do.
+"""The next token of every row, by torch, where there are no kernels. It defines what those must do.
 
 All rows run together: watermark, penalties, mask, warpers, draw; each costs the rows that use it.
 """
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tgi.core.messages import Sampling, Token
+from tgi.core.messages import Sampling
 from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green
+from tgi.runtime.drawn import Drawn, on_device, tops
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -26,11 +27,12 @@ _OF_BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8) & 1).bool
 """What the eight bits of each byte of a mask add to eight logits: [256, 8]."""
 
 
-def sample(logits: torch.Tensor, works: Sequence[Work], masks: Masks | None) -> list[Token | None]:
-    """As ``Sampler.sample``, for at least one row; None for logits that are not numbers."""
+def draw(logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> Drawn:
+    """One token for each row, of which there is at least one. logits: float32 [rows, vocabulary]; works: one a row;
+    masks: of those that have one."""
     samplings = [work.submit.sampling for work in works]
     raw = logits
-    norm = raw.logsumexp(-1)
+    norms = raw.logsumexp(-1)
     changed = [(row, work) for row, work in enumerate(works) if _changes(work)]
     if changed:
         logits = logits.clone()
@@ -40,18 +42,13 @@ def sample(logits: torch.Tensor, works: Sequence[Work], masks: Masks | None) -> 
         logits = _mask(logits, masks)
     ids = logits.argmax(-1)
     if drawn := [row for row, s in enumerate(samplings) if not s.greedy]:
-        rows = torch.tensor(drawn, device=logits.device)
-        chosen = [samplings[row] for row in drawn]
-        warped = _warp(logits[rows], chosen)
+        rows = on_device(drawn, logits.device)
+        warped = _warp(logits[rows], [samplings[row] for row in drawn])
         keys = [_key(samplings[row].seed, len(works[row].tokens)) for row in drawn]
-        ids[rows] = _draw(warped, torch.tensor(keys, device=logits.device))
-    logprobs = raw.gather(1, ids[:, None]).squeeze(1) - norm
-    tops = _top(raw, norm, samplings)
-    finite = norm.isfinite().tolist()
-    return [
-        Token(token, logprob, top) if fine else None
-        for token, logprob, top, fine in zip(ids.tolist(), logprobs.tolist(), tops, finite, strict=True)
-    ]
+        ids[rows] = _draw(warped, on_device(keys, logits.device))
+    logprobs = raw.gather(1, ids[:, None]).squeeze(1) - norms
+    said = torch.stack((torch.where(norms.isfinite(), ids, -1).int(), logprobs.view(torch.int32)))
+    return Drawn(ids, said, tops(raw, norms, [s.top_n_tokens for s in samplings]))
 
 
 def _key(seed: int, position: int) -> int:
@@ -107,7 +104,7 @@ def _mask(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
     # Bytes travel, and each is looked up as eight numbers: a tenth of the time of bools and masked_fill.
     bytes_ = torch.from_numpy(masks.bits).to(device, non_blocking=True)
     bias = torch.nn.functional.embedding(bytes_.int(), _OF_BYTES.to(device)).flatten(1)[:, : logits.shape[1]]
-    return logits.index_add(0, torch.tensor(masks.rows, device=device), bias)
+    return logits.index_add(0, on_device(masks.rows, device), bias)
 
 
 def _may_not_stop(work: Work) -> bool:
@@ -202,14 +199,14 @@ class _Warper:
 
 def _warp(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Temperature, then the warpers in TGI's order, min-p last; removed tokens are -inf. logits: [rows, vocabulary]."""
-    temperatures = torch.tensor([s.temperature for s in samplings], device=logits.device).clamp(min=_SMALLEST)
+    temperatures = on_device([s.temperature for s in samplings], logits.device).clamp(_SMALLEST, _LARGEST)
     # The largest becomes 0, so that no temperature, however small, makes infinities of two tokens.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     for warper in _WARPERS:
         values = [getattr(s, warper.field) for s in samplings]
         if users := [row for row, value in enumerate(values) if value != warper.neutral]:
-            rows = torch.tensor(users, device=logits.device)
-            bounds = torch.tensor([values[row] for row in users], device=logits.device)
+            rows = on_device(users, logits.device)
+            bounds = on_device([values[row] for row in users], logits.device)
             logits[rows] = warper.apply(logits[rows], bounds)
     return logits
 
@@ -278,17 +275,3 @@ def _draw(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     tokens = bucket * _BUCKET + torch.arange(_BUCKET, device=logits.device)
     place = (inside / _exponential(keys, tokens)).argmax(-1, keepdim=True)
     return tokens.gather(1, place).squeeze(1)
-
-
-def _top(raw: torch.Tensor, norm: torch.Tensor, samplings: Sequence[Sampling]) -> list[list[tuple[int, float]]]:
-    """The ``top_n_tokens`` most likely (id, logprob) of each row that asks."""
-    tops: list[list[tuple[int, float]]] = [[] for _ in samplings]
-    if askers := [row for row, s in enumerate(samplings) if s.top_n_tokens]:
-        rows = torch.tensor(askers, device=raw.device)
-        most = min(max(samplings[row].top_n_tokens for row in askers), raw.shape[1])
-        values, ids = raw[rows].topk(most)
-        values = values - norm[rows, None]
-        for row, row_ids, row_values in zip(askers, ids.tolist(), values.tolist(), strict=True):
-            count = samplings[row].top_n_tokens
-            tops[row] = list(zip(row_ids[:count], row_values[:count], strict=True))
-    return tops
