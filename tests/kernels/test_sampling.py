@@ -237,7 +237,7 @@ def test_tokens_drawn_without_logits_are_those_drawn_of_logits(kernels: Library,
     assert all(map(sampler.is_plain, works))
     program, count = sampler.plan(hidden, places.tolist(), works)
     program.run(count)
-    assert sampler.drawn(count) == list(expected)
+    assert sampler.drawn(count) == [token if isinstance(token, Token) else None for token in expected]
     assert sum(isinstance(token, str) for token in expected) == (rows > 2)
 
 
