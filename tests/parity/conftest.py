@@ -16,9 +16,9 @@ from tgi.attention.sdpa import SdpaAttention
 from tgi.core.config import KVPool, ModelFiles
 from tgi.core.messages import Delta, Fault, Sampling, Submit
 from tgi.engine.request import Request
-from tgi.engine.scheduler import Scheduler
+from tgi.engine.scheduler import Plan, Scheduler
 from tgi.models.registry import Model, load_model
-from tgi.runtime.runner import Runner
+from tgi.runtime.runner import Drawing, Runner
 
 
 @pytest.fixture(autouse=True)
@@ -113,14 +113,16 @@ class Engine:
         blocks: int | Sequence[int] = 64,
         step_tokens: int = 512,
         stored: torch.dtype = torch.float32,
+        ahead: bool = False,
         **options: Any,
     ) -> None:
-        """``options`` are load_model's."""
+        """``ahead``: as if the device ran by itself. ``options`` are load_model's."""
         self.model = load(folder, device, **options)
         own = pools(self.model, blocks)
         group: Any = options.get("group")
         self.runner = Runner.of(self.model, own, step_tokens, stored, torch.device(device), group)
-        self.scheduler = Scheduler(pools=own, step_tokens=step_tokens, max_running=8)
+        self.runner._forward.ahead |= ahead
+        self.scheduler = Scheduler(pools=own, step_tokens=step_tokens, max_running=8, ahead=ahead)
         self.deltas: dict[int, list[Delta]] = defaultdict(list)
         self.faults: list[Fault] = []
         self.preempted: set[int] = set()
@@ -128,17 +130,29 @@ class Engine:
     def run(self, *submits: Submit) -> None:
         for submit in submits:
             assert self.scheduler.add(Request(0, submit)) is None
+        under_way: tuple[Plan, Drawing] | None = None
         while not self.scheduler.idle:
-            before = list(self.scheduler.running)
+            running = list(self.scheduler.running)
             plan = self.scheduler.schedule()
-            self.preempted |= {r.submit.id for r in before if r not in self.scheduler.running}
-            results = self.runner.sample(self.runner.launch([chunk.work() for chunk in plan.chunks]))
-            for _, message in self.scheduler.commit(plan, results):
-                if isinstance(message, Delta):
-                    self.deltas[message.id].append(message)
+            self.preempted |= {r.submit.id for r in running if r not in self.scheduler.running}
+            launched = self.runner.launch([chunk.work() for chunk in plan.chunks]) if plan.chunks else None
+            before, under_way = under_way, None
+            if before is not None:
+                self._book(*before)
+            if launched is not None:
+                drawing = self.runner.draw(launched, [chunk.work() for chunk in plan.chunks])
+                if self.runner.ahead:
+                    under_way = plan, drawing
                 else:
-                    self.faults.append(message)
-            self.scheduler.check_integrity()
+                    self._book(plan, drawing)
+
+    def _book(self, plan: Plan, drawing: Drawing) -> None:
+        for _, message in self.scheduler.commit(plan, self.runner.collect(drawing)):
+            if isinstance(message, Delta):
+                self.deltas[message.id].append(message)
+            else:
+                self.faults.append(message)
+        self.scheduler.check_integrity()
 
     def text(self, number: int) -> list[int]:
         return [token.id for delta in self.deltas[number] for token in delta.tokens]
