@@ -526,3 +526,48 @@ def test_the_table_has_a_line_for_every_row(tmp_path: Path) -> None:
     lines = plan.table().splitlines()
     assert [line.split("  ")[1].strip() for line in lines] == list(plan.ledger)
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (Options(max_batch_size=1), [1]),
+        (Options(max_batch_size=16), [1, 2, 4, 6, 8, 10, 12, 16]),
+        (Options(max_batch_size=70), [1, 2, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 70]),
+        (Options(max_batch_size=16, cuda_graphs=(32, 8, 0, 1, 8)), [1, 8]),
+        (Options(cuda_graphs=(0,)), []),
+    ],
+)
+def test_graphs_are_captured_for_what_is_asked_or_a_ladder(tmp_path: Path, options: Options, sizes: list[int]) -> None:
+    plan = fit(options, model(tmp_path), TRITON)
+    check_consistent(plan)
+    assert plan.graphs == sizes
+    assert [name for name in plan.ledger if "graphs" in name] == ([f"graphs of {len(sizes)} sizes"] if sizes else [])
+
+
+def test_where_there_are_no_graphs_only_a_gpu_s_operator_is_told(tmp_path: Path) -> None:
+    files = model(tmp_path)
+    assert fit(Options(), files, GPU).graphs == fit(Options(cuda_graphs=(1, 2)), files, CPU).graphs == []
+    for machine, attention in ((GPU, None), (TRITON, "flashinfer")):
+        with pytest.raises(ArgumentValidation, match="`--cuda-graphs` needs"):
+            fit(Options(cuda_graphs=(1, 2), attention=attention), files, machine)
+
+
+def test_what_cannot_be_deterministic_is_refused(tmp_path: Path) -> None:
+    files = model(tmp_path)
+    asked = Options(deterministic=True)
+    for machine in (NATIVE, TRITON):
+        fit(asked, files, machine)
+    for options, machine in (
+        (asked, CPU),
+        (asked, GPU),
+        (dataclasses.replace(asked, dtype="float16"), NATIVE),
+        (dataclasses.replace(asked, attention="flashinfer"), TRITON),
+    ):
+        with pytest.raises(ArgumentValidation, match="`--deterministic` needs our own kernels"):
+            fit(options, files, machine)
+
+
+def test_flashinfer_is_for_gpus(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentValidation, match="`--attention flashinfer` runs on NVIDIA's GPUs, not on cpu"):
+        fit(Options(attention="flashinfer"), model(tmp_path), NATIVE)

@@ -38,6 +38,8 @@ def test_answers_are_those_of_one_step_after_the_other(
     for ahead in (False, True):
         engine = Engine(folder, device, blocks=blocks, step_tokens=step_tokens, ahead=ahead)
         assert engine.runner.ahead is (ahead or device != "cpu")
+        if ahead:
+            engine.runner.warm(len(engine.scheduler.cache.pools))
         engine.run(*submits())
         assert not engine.faults
         assert bool(engine.preempted) == (blocks == 12)

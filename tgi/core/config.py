@@ -92,6 +92,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """"int8", "int4": the weights are rounded so at load; "stored": they stay as the checkpoint has them quantized."""
     kv_cache_dtype: str | None = None
     """"int8", "fp8_e4m3fn", "fp8_e5m2"; None: ``dtype``."""
+    attention: str | None = None
+    """The backend that is to serve all layers; None: the best that can."""
+    graphs: list[int] = []
+    """Numbers of requests for which decode steps are captured."""
+    deterministic: bool = False
+    """What a request gets doesn't depend on what is computed beside it."""
     pools: list[KVPool]
     """Of the KV cache; the first is of the layers in which a token sees farthest."""
     longest_step: float = 60.0

@@ -46,8 +46,11 @@ def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
         step_tokens=limits.max_batch_prefill_tokens,
         max_running=limits.max_batch_size,
         beside=BESIDE_DECODES.get(settings.device),
+        ahead=runner.ahead,
         prefix_caching=settings.prefix_caching and runner.paged,
     )
+    if runner.ahead:
+        runner.warm(len(settings.pools))
     mailbox = Mailbox(settings.socket, Hello(time.time_ns(), runner.implementation))
     _trim()
     log.info(

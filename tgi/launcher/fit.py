@@ -65,6 +65,10 @@ _SLOWEST = {"cuda": 1e12, "cpu": 2e9}
 """Operations a second that every machine reaches that is worth serving on: a hundredth of a usual one's."""
 _GRACE = 60.0
 """Seconds for all that a step does besides: a disk that wakes up, a neighbour that takes the processors."""
+_GRAPH = 16 << 20
+"""Bytes of a captured graph, beside the memory that all graphs share."""
+_PARTS = 4096
+"""Programs, at most, into which attention is split for so few requests that the device wouldn't be full otherwise."""
 _SAMPLING_BYTES = 40
 """Bytes per logit at the worst: scores, penalized and warped copies, a sort with its indices."""
 
@@ -113,6 +117,8 @@ class Plan:
     pools: list[KVPool]
     dtype: str
     quantize: str | None
+    graphs: list[int]
+    """Numbers of requests for which decode steps are captured."""
     memory: int
     """Bytes the engine may use in all."""
     longest_step: float
@@ -124,6 +130,40 @@ class Plan:
         rows = [(name, size(count)) for name, count in self.ledger.items()]
         wide, right = (max(len(row[column]) for row in rows) for column in (0, 1))
         return "\n".join(f"  {name:<{wide}}  {count:>{right}}" for name, count in rows)
+
+
+def choose_graphs(options: Options, machine: Machine, batch_size: int, *, tail: bool) -> list[int]:
+    """Numbers of requests for which decode steps are captured, in their order: as asked, or in steps by which no batch
+    grows by more than a third."""
+    asked = options.cuda_graphs
+    sizes = sorted({size for size in asked or () if 0 < size <= batch_size})
+    able = machine.triton and not tail and options.attention != "flashinfer"
+    if asked is None and able:
+        sizes = [1, 2]
+        while sizes[-1] < batch_size:
+            step = 1 << max((sizes[-1] // 3).bit_length() - 1, 1)
+            sizes.append(min(sizes[-1] + step, batch_size))
+        return [size for size in sizes if size <= batch_size]
+    if sizes and not able and machine.device != "cpu":
+        raise ArgumentValidation(
+            "`--cuda-graphs` needs a model that has a row here, Triton, and attention by our own kernels"
+        )
+    # On a CPU a step of any size is one recorded program.
+    return sizes if able else []
+
+
+def _check_attention(options: Options, machine: Machine) -> None:
+    if options.attention == "flashinfer" and machine.device != "cuda":
+        raise ArgumentValidation(f"`--attention flashinfer` runs on NVIDIA's GPUs, not on {machine.name}")
+
+
+def _check_deterministic(options: Options, machine: Machine, *, native: bool, tail: bool) -> None:
+    if not options.deterministic or (not tail and (native or machine.triton) and options.attention != "flashinfer"):
+        return
+    raise ArgumentValidation(
+        "`--deterministic` needs our own kernels for all that a model does: a model that has a row here, on a CPU in "
+        "float32 or bfloat16, or on a GPU with Triton and without `--attention flashinfer`"
+    )
 
 
 def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
@@ -161,6 +201,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     cached = WIDTH[dtype] if options.kv_cache_dtype is None else 1 + 4 / shape.head_dim * native
     if ranks > 1 and not native:
         check_master(options)
+    graphs = choose_graphs(options, machine, batch_size, tail=tail)
+    _check_attention(options, machine)
+    _check_deterministic(options, machine, native=native, tail=tail)
     # What has no row is read by transformers before it is rounded, and its embedding stays beside a packed head.
     rounded = None if tail else quantize
     compute = WIDTH["float32" if native else dtype]
@@ -172,14 +215,16 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
-        "attention": bill.gathered(GATHERED_TOKENS),
+        "attention": bill.parts(batch_size) if machine.triton else bill.gathered(GATHERED_TOKENS),
+        **({f"graphs of {len(graphs)} sizes": bill.activations(graphs[-1]) + len(graphs) * _GRAPH} if graphs else {}),
         "programs": _PROGRAMS,
         "slack": int(slack * budget),
     }
 
     # A request of n tokens needs room in the cache and in attention's buffers.
-    cache = _Cache.of(config.windows, bill, batch_size, prefill)
-    context = bill.context(prefill)
+    # While a GPU computes a step, the next one's blocks are held, too.
+    cache = _Cache.of(config.windows, bill, batch_size, prefill if machine.device == "cpu" else 2 * prefill)
+    context = 0 if machine.triton else bill.context(prefill)
     longest = cache.tokens(budget - sum(ledger.values()), context)
     if longest <= 0:
         raise ArgumentValidation(
@@ -222,7 +267,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     pairs = 2 * shape.layers * shape.heads * shape.head_dim * total  # queries with keys, and with values
     operations = 2.0 * prefill * (elements(files, config.scheme) + pairs)
     longest_step = _GRACE + operations / _SLOWEST[machine.device]
-    return Plan(ranks, limits, cache.pools(capacity), dtype, quantize, budget, longest_step, ledger)
+    return Plan(ranks, limits, cache.pools(capacity), dtype, quantize, graphs, budget, longest_step, ledger)
 
 
 def _budget(machine: Machine, fraction: float) -> int:
@@ -289,6 +334,13 @@ class _Bill:
         shape = self.shape
         values = shape.latent * self.native if shape.latent else shape.head_dim
         return tokens * shape.kv_heads * (shape.head_dim + values)
+
+    def parts(self, requests: int) -> int:
+        """What Triton's attention keeps of the parts into which it splits the contexts of single tokens: of each query
+        head a sum, its weight, and the largest score. There are as many parts as programs, or a few per processor."""
+        shape = self.shape
+        shared = shape.heads // shape.kv_heads
+        return (requests * shape.kv_heads + _PARTS) * shared * ((shape.latent or shape.head_dim) + 2) * 4
 
     def context(self, chunk: int) -> int:
         """Attention of a chunk of one request, per token of the request: its keys and values gathered, the same once

@@ -254,12 +254,17 @@ class Options:
         "Most requests that run at once; unset means `--max-concurrent-requests`.",
         commands=_SERVING,
     )
-    cuda_graphs: tuple[int, ...] = _flag(
+    cuda_graphs: tuple[int, ...] | None = _flag(
         kinds.list_of(kinds.integer()),
-        (1, 2, 4, 8, 16, 32),
-        "Batch sizes to capture as CUDA graphs; 0 means none. Nothing is captured yet.",
-        "refused",
-        neutral=((0,), (1, 2, 4, 8, 16, 32)),
+        None,
+        "Numbers of requests for which a GPU's decode steps are captured as graphs, once it serves. 0: none; unset: "
+        "a ladder from 1 up to `--max-batch-size`.",
+    )
+    deterministic: bool = _flag(
+        kinds.SWITCH,
+        False,
+        "What a request gets doesn't depend, bit by bit, on what is computed beside it. On CPUs with our kernels it is "
+        "always so; GPUs become slower by it.",
     )
     hostname: str = _flag(
         kinds.text("ADDRESS"),
@@ -567,9 +572,9 @@ class Options:
     attention: str | None = _flag(
         kinds.one_of("paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"),
         None,
-        "The attention kernel is chosen by model and device.",
-        "obsolete",
-        only="env",
+        "`flashinfer`: attention by this package, which must be installed, on NVIDIA's GPUs. Others and none: our own "
+        "kernels, which read pages where they lie and split long contexts.",
+        refused=("flashdecoding-ipex",),
     )
     tgi_wiggle_room: float | None = _flag(
         kinds.number(0, 1, above=True),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from tgi.attention.base import Precision
 from tgi.core.config import SCORED_ROWS, KVPool, Settings
 from tgi.core.errors import StartupError
-from tgi.core.messages import Implementation, Token
+from tgi.core.messages import Implementation, Sampling, Submit, Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
 from tgi.models.registry import Model, load_model
@@ -110,6 +111,7 @@ class Runner:
             packed=None if settings.packed is None else Path(settings.packed),
             trust_remote_code=settings.trust_remote_code,
             group=group,
+            fixed=settings.deterministic,
             progress=progress,
         )
         if settings.kv_cache_dtype is not None and not model.specs:
@@ -187,6 +189,17 @@ class Runner:
         if places == range(len(places)):
             return hidden[: len(places)]
         return hidden.index_select(0, self._staging.put([places])[0][: len(places)])
+
+    def warm(self, kinds: int) -> None:
+        """Run two steps of nobody's, while no request holds pages: what is made on first use is there then. ``kinds``:
+        of layers."""
+        tokens = [0, 0]
+        pages = [array("i", [0])] * kinds
+        for start, greedy in ((0, True), (2, False)):
+            submit = Submit(0, tokens, 2, 2, [], Sampling(greedy=greedy), 0.0)
+            work = Work(submit, tokens, start, len(tokens) - start, len(tokens), True, pages, {})
+            self.sample(self.launch([work]))
+            tokens.append(0)
 
     def capture(self) -> bool:
         """Make another kind of step faster, in a fraction of a second; False if there is nothing to do."""
