@@ -160,7 +160,7 @@ def same_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     files = ModelFiles(model_id="tiny", folder=str(folder), weights=[str(folder / "model.safetensors")])
     made: list[CodedLinear] = []
     of = CodedLinear.of
-    monkeypatch.setattr(CodedLinear, "of", lambda *how: made.append(of(*how)) or made[-1])
+    monkeypatch.setattr(CodedLinear, "of", lambda *args, **how: made.append(of(*args, **how)) or made[-1])
     with open_weights(files, config, lambda done, total: None) as weights, torch.inference_mode():
         ours = DenseDecoder(config, Checkpoint(weights, torch.float32, DEVICE, Group(), None, "stored"), 64)
         weights.finish()

@@ -31,6 +31,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.compiled import CAPABILITIES, Compiler, Figures  # behind the check that it is there
 from tgi.kernels.triton import linear as kernels
+from tgi.kernels.triton import split
 from tgi.quantization.device import CodedLinear
 
 
@@ -49,9 +50,9 @@ def test_what_they_become(
 ) -> None:
     """They use tensor cores, fit into registers and shared memory, and spill nothing."""
     compiles = Compiler(capability, tmp_path, monkeypatch)
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
-    for name in ("_row", "_tile", "_add", "_float"):
-        compiles.instead_of(kernels, name)
+    monkeypatch.setattr(split, "multiprocessors", lambda device: 132)
+    for module, name in ((kernels, "_row"), (kernels, "_tile"), (kernels, "_float"), (split, "_add")):
+        compiles.instead_of(module, name)
     method = CodedLinear.of([FORMS[form](64, 4096, 64)], 64, torch.device("cpu"), torch.zeros(64).bfloat16())
     for rows in (1, 64, 65):
         method(torch.zeros(rows, 4096).bfloat16())
@@ -70,7 +71,7 @@ def test_memory_is_billed_as_it_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     files = ModelFiles(model_id="m", folder=str(folder), weights=[str(folder / "model.safetensors")])
     made: list[CodedLinear] = []
     of = CodedLinear.of
-    monkeypatch.setattr(CodedLinear, "of", lambda *how: made.append(of(*how)) or made[-1])
+    monkeypatch.setattr(CodedLinear, "of", lambda *args, **how: made.append(of(*args, **how)) or made[-1])
     with open_weights(files, config, lambda done, total: None) as weights:
         DenseDecoder(config, Checkpoint(weights, torch.bfloat16, torch.device("cpu"), Group(), None, "stored"), 64)
     numbers = {key: part.numel() for key, part in load_file(folder / "plain" / "model.safetensors").items()}

@@ -9,6 +9,7 @@ import torch
 
 from tgi.kernels.library import Library
 from tgi.kernels.panels import OUTPUTS, Panels, assemble, pack, pack_codes, pack_float8, pack_quantized
+from tgi.kernels.triton import runs_on
 from tgi.parallel import Group
 from tgi.quantization.base import JoinedLinear, LinearMethod, NativeLinear, dense
 from tgi.quantization.forms import Codes, Float8
@@ -99,11 +100,18 @@ class Checkpoint:
     """Where packed matrices are kept."""
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Of the columns of matrices, by their names, that are stored in another than that of inputs (act-order)."""
+    fixed: bool = False
+    """A token's result doesn't depend on what else a step computes (`--deterministic`); our own kernels' never does."""
 
     @property
     def compute(self) -> torch.dtype:
         """Of activations."""
         return self.dtype if self.library is None else torch.float32
+
+    @property
+    def triton(self) -> bool:
+        """Whether the model runs on Triton's kernels."""
+        return self.library is None and runs_on(self.device)
 
     @property
     def vocabulary(self) -> "Checkpoint":
@@ -128,7 +136,11 @@ class Checkpoint:
         if self.library is not None:
             return self.native(self.library, pieces, offset, gated=gated)
         matrix = self._matrix(pieces)
-        return self._coded(matrix, offset) if self.quantize is not None else dense(self._table(matrix), offset)
+        return self._coded(matrix, offset) if self.quantize is not None else self.dense(self._table(matrix), offset)
+
+    def dense(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
+        """A method for a plain ``weight`` [out, in] on the device."""
+        return dense(weight, bias, fixed=self.fixed)
 
     def table(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """The pieces as one tensor on the device, copied once."""
@@ -151,9 +163,9 @@ class Checkpoint:
         samples = matrix.samples()
         form = _form([samples])
         if not multiplied(self._joined(samples, form)):
-            return dense(self._table(matrix), bias)
+            return self.dense(self._table(matrix), bias)
         slabs = (self._joined(matrix[rows], form) for rows in _slabs(matrix.height, matrix.width, _DEVICE_SLAB))
-        return CodedLinear.of(slabs, matrix.height, self.device, bias)
+        return CodedLinear.of(slabs, matrix.height, self.device, bias, fixed=self.fixed)
 
     def native(
         self,

@@ -7,7 +7,7 @@ from tgi.kernels.program import empty
 from tgi.kernels.sampling import Head
 from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.parallel import Group
-from tgi.quantization.base import LinearMethod, NativeLinear, dense
+from tgi.quantization.base import LinearMethod, NativeLinear
 
 
 class VocabEmbedding:
@@ -85,7 +85,7 @@ class LmHead:
         method: LinearMethod
         if shape.tied:
             table = embedding.table
-            method = table if isinstance(table, NativeLinear) else dense(table, None)
+            method = table if isinstance(table, NativeLinear) else checkpoint.dense(table, None)
         else:
             piece = _piece(checkpoint, name, shape.vocab, shape.hidden)
             method = checkpoint.vocabulary.linear([piece], bias=bias)

@@ -1,4 +1,7 @@
-"""Normalisation over the last axis."""
+"""Normalisation over the last axis.
+
+Triton's kernels compute it where they run, and are only imported there.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +10,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from tgi.kernels import rows
 from tgi.kernels.library import Library
+from tgi.kernels.triton import runs_on
 from tgi.layers.checkpoint import Checkpoint
 from tgi.parallel import Group
 
@@ -14,12 +18,13 @@ from tgi.parallel import Group
 class RMSNorm:
     """x / rms(x) · w (Zhang & Sennrich, arXiv 1910.07467)."""
 
-    __slots__ = ("_eps", "_library", "_weight")
+    __slots__ = ("_eps", "_library", "_triton", "_weight")
 
     def __init__(self, weight: torch.Tensor, eps: float, library: Library | None = None) -> None:
         self._weight = weight
         self._eps = eps
         self._library = library
+        self._triton = library is None and runs_on(weight.device)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, name: str, size: int, eps: float, offset: float = 0.0) -> "RMSNorm":
@@ -27,23 +32,35 @@ class RMSNorm:
         return cls(checkpoint.vector(f"{name}.weight", size) + offset, eps, checkpoint.library)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._library is not None:
-            return rows.rms_norm(self._library, x, self._weight, self._eps)
-        return rms_norm(x, self._weight.shape, self._weight, self._eps)
+        return self._normed(x)
 
     def add(self, into: torch.Tensor, x: torch.Tensor) -> None:
         """Add the norm of ``x`` to ``into``."""
-        if self._library is not None:
-            rows.rms_norm(self._library, x, self._weight, self._eps, out=into, add=True)
-        else:
-            into.add_(self(x))
+        self._normed(x, into, add=True)
 
     def replace(self, x: torch.Tensor) -> None:
         """Put the norm of ``x``, which may be some columns of a tensor, in its place."""
+        self._normed(x, x)
+
+    def of_sum(self, into: torch.Tensor, x: torch.Tensor, factor: float, behind: "RMSNorm | None") -> torch.Tensor:
+        """Add ``factor · x``, or its norm ``behind`` a block, to ``into``, and return the norm of that: one kernel of
+        Triton's."""
+        from tgi.kernels.triton.rows import add_norm
+
+        first = None if behind is None else (behind._weight, behind._eps)
+        return add_norm(into, x, factor, self._weight, self._eps, first)
+
+    def _normed(self, x: torch.Tensor, out: torch.Tensor | None = None, *, add: bool = False) -> torch.Tensor:
         if self._library is not None:
-            rows.rms_norm(self._library, x, self._weight, self._eps, out=x)
-        else:
-            x.copy_(self(x))
+            return rows.rms_norm(self._library, x, self._weight, self._eps, out=out, add=add)
+        if self._triton:
+            from tgi.kernels.triton.rows import norm
+
+            return norm(x, self._weight, None, self._eps, out=out, add=add)
+        normed = rms_norm(x, self._weight.shape, self._weight, self._eps)
+        if out is None:
+            return normed
+        return out.add_(normed) if add else out.copy_(normed)
 
 
 class SharedNorm:
@@ -81,7 +98,7 @@ class LayerNorm:
     w and b of [parts, size]: the last axis of x is as many parts, each normed by itself.
     """
 
-    __slots__ = ("_bias", "_eps", "_library", "_weight")
+    __slots__ = ("_bias", "_eps", "_library", "_triton", "_weight")
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, library: Library | None = None
@@ -90,6 +107,7 @@ class LayerNorm:
         self._bias = bias
         self._eps = eps
         self._library = library
+        self._triton = library is None and runs_on(weight.device)
 
     @classmethod
     def load(
@@ -110,17 +128,23 @@ class LayerNorm:
         return cls(factor, checkpoint.vector(f"{name}.bias", size) if bias else None, eps, checkpoint.library)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._library is not None:
-            return rows.layer_norm(self._library, x, self._weight, self._bias, self._eps)
-        if self._weight.dim() == 1:
-            return layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
-        parts = layer_norm(x.reshape(-1, *self._weight.shape), self._weight.shape[-1:], eps=self._eps)
-        parts.mul_(self._weight)
-        return (parts if self._bias is None else parts.add_(self._bias)).flatten(-2)
+        return self._normed(x)
 
     def replace(self, x: torch.Tensor) -> None:
         """Put the norm of ``x``, which may be some columns of a tensor, in its place."""
+        self._normed(x, x)
+
+    def _normed(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._library is not None:
-            rows.layer_norm(self._library, x, self._weight, self._bias, self._eps, out=x)
+            return rows.layer_norm(self._library, x, self._weight, self._bias, self._eps, out=out)
+        if self._triton:
+            from tgi.kernels.triton.rows import norm
+
+            return norm(x, self._weight, self._bias, self._eps, center=True, out=out)
+        if self._weight.dim() == 1:
+            normed = layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
         else:
-            x.copy_(self(x))
+            parts = layer_norm(x.reshape(-1, *self._weight.shape), self._weight.shape[-1:], eps=self._eps)
+            parts.mul_(self._weight)
+            normed = (parts if self._bias is None else parts.add_(self._bias)).flatten(-2)
+        return normed if out is None else out.copy_(normed)

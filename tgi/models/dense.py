@@ -10,6 +10,7 @@ from tgi.layers.latent import LatentAttention
 from tgi.layers.mlp import GatedMLP, PlainMLP
 from tgi.layers.moe import MoE
 from tgi.layers.norm import RMSNorm
+from tgi.layers.residual import Stream
 from tgi.layers.rotary import Angles, Rotaries
 from tgi.models.config import DenseConfig
 
@@ -24,6 +25,7 @@ class DenseDecoder:
         self.vocab_size = shape.vocab
         self.compute = checkpoint.compute
         self.library = checkpoint.library
+        self._triton = checkpoint.triton
         heads, kv_heads = checkpoint.group.heads(shape.heads, shape.kv_heads)
         scale, softcap = config.attention_scale, config.softcap
         slopes = None if config.slopes is None else config.slopes[heads.start : heads.stop]
@@ -45,10 +47,10 @@ class DenseDecoder:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """int64 [tokens], int64 [tokens] → [tokens, hidden], normalised and ready for ``logits``."""
-        x = self._embed(token_ids)
+        stream = Stream(self._embed(token_ids), triton=self._triton)
         for layer, angles in zip(self._layers, self._rotaries.angles(positions), strict=True):
-            layer(x, angles, attend)
-        return self._norm(x)
+            layer(stream, angles, attend)
+        return stream.seen(self._norm)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -63,6 +65,8 @@ class DenseLayer:
         shape, norms = config.shape, config.norms
         name = f"model.layers.{index}"
         self._residual = config.residual_multiplier
+        # A sum over ranks is added by itself anyway.
+        self._sums = checkpoint.triton and checkpoint.group.size > 1
 
         def norm(module: str) -> RMSNorm | None:
             if not module:
@@ -102,17 +106,17 @@ class DenseLayer:
                 checkpoint, shape, config.activation, up=f"{mlp}.up_proj", down=f"{mlp}.down_proj", bias=config.mlp_bias
             )
 
-    def __call__(self, x: torch.Tensor, angles: Angles | None, attend: Attend) -> None:
-        """Add this layer's work to ``x`` [tokens, hidden] in place."""
-        seen = x if self._before_attention is None else self._before_attention(x)
-        if self._behind_attention is None:
-            self._attention.add(x, seen, angles, attend, self._residual)
+    def __call__(self, stream: Stream, angles: Angles | None, attend: Attend) -> None:
+        """Add this layer's work to the stream."""
+        seen, norm = stream.seen(self._before_attention), self._behind_attention
+        if isinstance(self._attention, LatentAttention) or (norm is None and not self._sums):
+            assert norm is None, "it adds what it makes"
+            self._attention.add(stream.x, seen, angles, attend, self._residual)
         else:
-            assert not isinstance(self._attention, LatentAttention), "it adds what it makes"
-            self._behind_attention.add(x, self._attention(seen, angles, attend))
-        seen = x if self._before_mlp is None else self._before_mlp(x)
-        if self._behind_mlp is None:
-            self._mlp.add(x, seen, self._residual)
+            stream.add(self._attention(seen, angles, attend), self._residual, norm)
+        seen, norm = stream.seen(self._before_mlp), self._behind_mlp
+        if isinstance(self._mlp, MoE) or (norm is None and not self._sums):
+            assert norm is None, "experts add what they make"
+            self._mlp.add(stream.x, seen, self._residual)
         else:
-            assert not isinstance(self._mlp, MoE), "experts add what they make"
-            self._behind_mlp.add(x, self._mlp(seen))
+            stream.add(self._mlp(seen), self._residual, norm)

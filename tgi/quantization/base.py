@@ -15,6 +15,7 @@ from tgi.kernels.linear import linear as native_linear
 from tgi.kernels.ops import Act, Finish
 from tgi.kernels.panels import Panels
 from tgi.kernels.rows import embed
+from tgi.kernels.triton import runs_on
 
 
 class LinearMethod(Protocol):
@@ -46,8 +47,14 @@ ACTS: dict[Activation, Act] = {
 }
 
 
-def dense(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearMethod:
-    """The fastest method of torch's for a plain floating-point ``weight`` [out, in] on its device."""
+def dense(weight: torch.Tensor, bias: torch.Tensor | None, *, fixed: bool = False) -> LinearMethod:
+    """The fastest method of torch's for a plain floating-point ``weight`` [out, in] on its device. ``fixed``: where
+    Triton runs, a kernel in its stead whose rows don't know of each other."""
+    if runs_on(weight.device):
+        # Triton is only there, and only wanted, beside a GPU.
+        from tgi.quantization.device import FixedLinear, TorchLinear
+
+        return FixedLinear(weight, bias) if fixed else TorchLinear(weight, bias)
     has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch gives it no type
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_mkldnn:
         return PackedLinear(weight, bias)
@@ -134,6 +141,11 @@ class PlainLinear(ByProduct):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self._weight, self._bias)
 
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        into.addmm_(x, self._weight.T, alpha=factor)
+        if self._bias is not None:
+            into.add_(self._bias, alpha=factor)
+
 
 class JoinedLinear(ByProduct):
     """The products of several methods side by side: of matrices that take their inputs in different orders."""
@@ -147,17 +159,18 @@ class JoinedLinear(ByProduct):
         return torch.cat([part(x) for part in self._parts], dim=-1)
 
 
-class PackedLinear(PlainLinear):
+class PackedLinear(ByProduct):
     """float32 on CPU with the weight in oneDNN's blocked layout: two to three times ``linear`` for 2 to 32 rows.
 
     Each row's result is bit-equal whatever the other rows are. A lone row would take a kernel that splits the sum over
     threads, so it is computed twice.
     """
 
-    __slots__ = ()
+    __slots__ = ("_bias", "_weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight, None), bias)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 1:

@@ -1,37 +1,88 @@
-"""How quantized matrices are multiplied on a CUDA device: as they are, by Triton's kernels."""
+"""How matrices are multiplied on a GPU, with Triton's kernels: quantized ones as they are, plain ones by torch unless
+rows must not know of each other."""
 
 from collections.abc import Iterable
 
 import torch
 
-from tgi.kernels.triton import coded
+from tgi.core.model_config import Activation
+from tgi.kernels.triton import coded, rows
 from tgi.kernels.triton.coded import LEAST, Coded
 from tgi.kernels.triton.linear import linear
-from tgi.quantization.base import ByProduct
+from tgi.kernels.triton.matmul import matmul
+from tgi.quantization.base import ByProduct, PlainLinear
 from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.parts import E2M1
 from tgi.quantization.quantized import Packed, Quantized
 
 
-class CodedLinear(ByProduct):
+class DeviceLinear(ByProduct):
+    """A method whose activations are kernels of our own."""
+
+    __slots__ = ()
+
+    def activated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return rows.activated(self(x), activation)
+
+    def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return rows.gated(self(x), activation)
+
+
+class TorchLinear(DeviceLinear, PlainLinear):
+    """torch's products: of the fastest of the device's own kernels for each number of rows."""
+
+    __slots__ = ()
+
+
+class FixedLinear(DeviceLinear):
+    """A plain matrix; each row's result is bit-equal whatever the other rows are."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return matmul(x, self._weight, self._bias)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        matmul(x, self._weight, self._bias, into, factor)
+
+
+class CodedLinear(DeviceLinear):
     """Activations in any floating point. Numbers of the matrix are those that it is dequantized to, in that of
-    activations where there is more than one row."""
+    activations where there is more than one row.
 
-    __slots__ = ("_bias", "weight")
+    If ``fixed``, each row's result is bit-equal whatever the other rows are, and numbers are always in that of
+    activations.
+    """
 
-    def __init__(self, weight: Coded, bias: torch.Tensor | None) -> None:
+    __slots__ = ("_bias", "_fixed", "weight")
+
+    def __init__(self, weight: Coded, bias: torch.Tensor | None, *, fixed: bool = False) -> None:
         self.weight = weight
         self._bias = bias
+        self._fixed = fixed
 
     @classmethod
     def of(
-        cls, parts: Iterable[torch.Tensor | Packed], outs: int, device: torch.device, bias: torch.Tensor | None
+        cls,
+        parts: Iterable[torch.Tensor | Packed],
+        outs: int,
+        device: torch.device,
+        bias: torch.Tensor | None,
+        *,
+        fixed: bool = False,
     ) -> "CodedLinear":
         """Of a matrix of ``outs`` rows, some rows after others."""
-        return cls(coded.assemble(map(code, parts), outs, device), bias)
+        return cls(coded.assemble(map(code, parts), outs, device), bias, fixed=fixed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self._bias)
+        return linear(x, self.weight, self._bias, fixed=self._fixed)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        linear(x, self.weight, self._bias, into, factor, fixed=self._fixed)
 
 
 def multiplied(matrix: torch.Tensor | Packed) -> bool:

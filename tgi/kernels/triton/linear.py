@@ -3,7 +3,7 @@
 One row: each program makes a few outputs, and adds up their columns from end to end. A few rows: the tensor cores
 multiply tiles, whose numbers are made in registers; columns are split among programs until the device is full, and what
 these make is added in a fixed order. More: the matrix is made floating point, a part of it at a time, and torch
-multiplies it.
+multiplies it. Where rows must not know of each other, all are multiplied in tiles of one size.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
-from tgi.kernels.triton.tiles import multiprocessors
+from tgi.kernels.triton.split import add, split, store
 
 
 class Tile(NamedTuple):
@@ -33,65 +33,78 @@ TILES = {16: Tile(64, 32, 4, 4), 32: Tile(64, 32, 4, 3), 64: Tile(64, 32, 4, 3)}
 """By rows, which are filled up to so many."""
 FLOATING = Tile(16, 128, 4, 1)
 
-_PROGRAMS = 2
-"""For each multiprocessor, at least: columns are split until there are so many …"""
-_LEAST = 4
-"""… or each has so few tiles left."""
-_ADDED = 1024
+_FIXED = 64
+"""Rows of a tile where the number of all rows must not matter."""
+_AT_ONCE = 512
+"""Rows, at most, of which there are sums of parts: tens of megabytes."""
 _SLAB = 1 << 24
 """Numbers that are made floating point at once: 32 MB, which are in the cache when they are multiplied."""
 
 
-def linear(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[tokens, inner] → [tokens, outs] in x's own numbers; sums are in float32. ``bias``: [outs].
+def linear(
+    x: torch.Tensor,
+    weight: Coded,
+    bias: torch.Tensor | None = None,
+    into: torch.Tensor | None = None,
+    factor: float = 1.0,
+    *,
+    fixed: bool = False,
+) -> torch.Tensor:
+    """[tokens, inner] → [tokens, outs] in x's own numbers; sums are in float32. ``bias``: [outs]. ``factor`` times the
+    result is added to ``into``, contiguous, if that is given.
 
-    A row's result doesn't depend on what the other rows are, but on whether there are more than none, 16, 32, 64.
+    A row's result doesn't depend on what the other rows are, but on whether there are more than none, 16, 32, 64; if
+    ``fixed``, not on that either.
     """
     x = (x if weight.order is None else x[:, weight.order]).contiguous()
-    if len(x) == 1:
-        return _linear_row(x, weight, bias)
-    if len(x) > max(TILES) or x.dtype == torch.float32:  # which tensor cores don't multiply
-        return _linear_floating(x, weight, bias)
-    rows = max(triton.next_power_of_2(len(x)), min(TILES))
-    return _linear_tiles(x, weight, bias, rows, TILES[rows])
-
-
-def _linear_row(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None) -> torch.Tensor:
-    out = x.new_empty(1, weight.outs)
-    grid = (triton.cdiv(weight.outs, ROW.outs),)
-    _row[grid](x, _matrix(weight), bias, out, **_constants(weight, ROW))
+    out = x.new_empty(len(x), weight.outs) if into is None else into
+    added = None if into is None else factor
+    if fixed:
+        for rows in range(0, len(x), _AT_ONCE):
+            own = slice(rows, rows + _AT_ONCE)
+            _linear_tiles(x[own], weight, bias, out[own], added, _FIXED)
+    elif len(x) == 1:
+        grid = (triton.cdiv(weight.outs, ROW.outs),)
+        _row[grid](x, _matrix(weight), bias, out, added, **_constants(weight, ROW))
+    elif len(x) > max(TILES) or x.dtype == torch.float32:  # which tensor cores don't multiply
+        _linear_floating(x, weight, bias, out, added)
+    else:
+        _linear_tiles(x, weight, bias, out, added, max(triton.next_power_of_2(len(x)), min(TILES)))
     return out
 
 
-def _linear_tiles(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, rows: int, tile: Tile) -> torch.Tensor:
-    tokens, outs = len(x), weight.outs
-    across, along = triton.cdiv(outs, tile.outs), triton.cdiv(weight.width, tile.words)
-    programs = triton.cdiv(_PROGRAMS * multiprocessors(x.device), across)
-    each = triton.cdiv(along, max(min(programs, along // _LEAST), 1))
-    splits = triton.cdiv(along, each)
-    out = x.new_empty(tokens, outs)
-    parts = out if splits == 1 else x.new_empty(splits, tokens, outs, dtype=torch.float32)
-    _tile[across, splits](
+def _linear_tiles(
+    x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, out: torch.Tensor, factor: float | None, rows: int
+) -> None:
+    tile = TILES[rows]
+    across, along = triton.cdiv(weight.outs, tile.outs), triton.cdiv(weight.width, tile.words)
+    ways, each = split(across, along, x.device)
+    parts = out if ways == 1 else x.new_empty(ways, *out.shape, dtype=torch.float32)
+    _tile[across, ways, triton.cdiv(len(x), rows)](
         x,
         _matrix(weight),
-        bias if splits == 1 else None,
+        bias if ways == 1 else None,
         parts,
-        tokens,
+        factor if ways == 1 else None,
+        len(x),
         each * tile.words,
         ROWS=rows,
         **_constants(weight, tile),
     )
-    if splits > 1:
-        _add[(triton.cdiv(out.numel(), _ADDED),)](parts, bias, out, splits, out.numel(), outs, BLOCK=_ADDED)
-    return out
+    if ways > 1:
+        add(parts, bias, out, factor)
 
 
-def _linear_floating(x: torch.Tensor, weight: Coded, bias: torch.Tensor | None) -> torch.Tensor:
-    out = x.new_empty(len(x), weight.outs)
+def _linear_floating(
+    x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, out: torch.Tensor, factor: float | None
+) -> None:
+    beta, alpha = (0, 1.0) if factor is None else (1, factor)
     slab = max(_SLAB // weight.inner // FLOATING.outs, 1) * FLOATING.outs
     for first in range(0, weight.outs, slab):
-        torch.mm(x, floating(weight, first, slab, x.dtype).T, out=out[:, first : first + slab])
-    return out if bias is None else out.add_(bias)
+        part = floating(weight, first, slab, x.dtype)
+        out[:, first : first + slab].addmm_(x, part.T, beta=beta, alpha=alpha)
+    if bias is not None:
+        out.add_(bias, alpha=alpha)
 
 
 def floating(weight: Coded, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -143,6 +156,7 @@ def _row(
     matrix,
     bias,
     out,
+    factor,
     BITS: tl.constexpr,
     ZERO: tl.constexpr,
     EXPONENT: tl.constexpr,
@@ -168,7 +182,7 @@ def _row(
     result = tl.sum(tl.sum(total, 2), 1)
     if bias is not None:
         result += tl.load(bias + rows, mask=rows < matrix.outs, other=0).to(tl.float32)
-    tl.store(out + rows, result, mask=rows < matrix.outs)
+    store(out + rows, result, factor, rows < matrix.outs)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -177,6 +191,7 @@ def _tile(
     matrix,
     bias,
     out,
+    factor,
     tokens,
     share,
     ROWS: tl.constexpr,
@@ -190,7 +205,7 @@ def _tile(
 ):
     # Transposed: tensor cores take many outputs at once from registers, where they are made, and any few rows of x.
     rows = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    token = tl.arange(0, ROWS)
+    token = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((OUTS, ROWS), tl.float32)
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, matrix.width), WORDS):
@@ -200,22 +215,11 @@ def _tile(
             at = token[None, :] * matrix.inner + columns[:, None]
             inputs = tl.load(x + at, mask=known[:, None] & (token < tokens)[None, :], other=0)
             weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
-            total = tl.dot(weight.to(inputs.dtype), inputs, total)
+            total = tl.dot(weight.to(inputs.dtype), inputs, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + rows, mask=rows < matrix.outs, other=0).to(tl.float32)[:, None]
     at = (tl.program_id(1) * tokens + token)[None, :] * matrix.outs + rows[:, None]
-    tl.store(out + at, total, mask=(rows < matrix.outs)[:, None] & (token < tokens)[None, :])
-
-
-@triton.jit
-def _add(parts, bias, out, count, size, outs, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(count):
-        total += tl.load(parts + part * size + at, mask=at < size, other=0)
-    if bias is not None:
-        total += tl.load(bias + at % outs, mask=at < size, other=0).to(tl.float32)
-    tl.store(out + at, total, mask=at < size)
+    store(out + at, total, factor, (rows < matrix.outs)[:, None] & (token < tokens)[None, :])
 
 
 @triton.jit
