@@ -1,12 +1,15 @@
 """Sums between GPUs, by size: no GPU is here, so the kernels are stood in for."""
 
+import socket
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.parity.ranks import together
 from tests.serve.conftest import free_port
-from tgi.parallel import Collective, SymmetricMemory
+from tgi.parallel import Collective, Group, SymmetricMemory
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,21 @@ def test_the_way_of_a_sum(numbers: int, multicast: bool, way: str, monkeypatch: 
     assert SymmetricMemory(buffer, "all", multicast=multicast).sum(x) == bool(way)
     assert called == ([way] if way else [])
     assert torch.equal(x, expected)
+
+
+def test_sums_in_the_order_of_ranks() -> None:
+    """In float32, rounded once: so they are the same whatever else is summed."""
+    parts = torch.randn(4, 5, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def work(group: Group, lines: Sequence[socket.socket]) -> tuple[torch.Tensor, torch.Tensor]:
+        own, into = parts[group.rank].clone(), torch.ones(5, 33, dtype=torch.bfloat16)
+        group.add(into, own.clone(), 0.5)
+        return group.all_reduce(own), into
+
+    whole, into = together(4, work, port=free_port(), fixed=True)
+    expected = (((parts[0].float() + parts[1]) + parts[2]) + parts[3]).bfloat16()
+    assert torch.equal(whole, expected)
+    assert torch.equal(into, torch.ones_like(expected).add_(expected, alpha=0.5))
 
 
 @pytest.mark.gpu

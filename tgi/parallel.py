@@ -103,8 +103,8 @@ class Collective:
 
     def total(self, x: torch.Tensor, into: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
         if self._fixed:
-            parts = x.new_empty(self._ranks, *x.shape)
-            distributed.all_gather_into_tensor(parts, x.contiguous())
+            parts = [torch.empty_like(x) for _ in range(self._ranks)]
+            distributed.all_gather(parts, x)
             whole = parts[0].float()
             for part in parts[1:]:
                 whole += part

@@ -64,7 +64,12 @@ def test_products_are_those_of_what_is_dequantized(form: str, outs: int, inner: 
     close(method(x.to(DEVICE)), x.double() @ exact.T + bias, 1e-6)
     for rows in (5, 65):  # the matrix is narrow, too
         x = torch.randn(rows, inner).half()
-        close(method(x.to(DEVICE)), x.double() @ exact.half().double().T + bias, 6e-4)
+        expected = x.double() @ exact.half().double().T + bias
+        close(method(x.to(DEVICE)), expected, 6e-4)
+        into = torch.randn(rows, outs).half().to(DEVICE)
+        expected = into.cpu() + 0.5 * expected
+        method.add(into, x.to(DEVICE), 0.5)
+        close(into, expected, 6e-4)
 
 
 @pytest.mark.parametrize("form", ["4 bits", "8 bits, minima"])

@@ -23,8 +23,9 @@ Work = Callable[[Group, Sequence[socket.socket]], T]
 """(rank, sockets: of rank 0 one to each other rank, of the others one to rank 0)."""
 
 
-def together(count: int, work: Work[T], *, port: int | None = None) -> T:
-    """What ``work`` comes to in rank 0 of so many. ``port``: they talk through torch.distributed, having met there."""
+def together(count: int, work: Work[T], *, port: int | None = None, fixed: bool = False) -> T:
+    """What ``work`` comes to in rank 0 of so many. ``port``: they talk through torch.distributed, having met there;
+    ``fixed``: as Collective says."""
     with ExitStack() as stack:
         # A fork has none of the other threads, and would wait for them.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -40,7 +41,7 @@ def together(count: int, work: Work[T], *, port: int | None = None) -> T:
                 assert native is not None
                 exchange = Link(native, memory, rank, count)
             else:
-                exchange = Collective(rank, count, torch.device("cpu"), ("127.0.0.1", port))
+                exchange = Collective(rank, count, torch.device("cpu"), ("127.0.0.1", port), fixed=fixed)
                 stack.callback(torch.distributed.destroy_process_group)
             return work(Group(rank, count, exchange), lines)
 
