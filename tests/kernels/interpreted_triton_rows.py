@@ -6,6 +6,7 @@ tested with float16.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from tests.kernels.coded_forms import FORMS
 from tests.parity.conftest import logits, reference, reference_logits, tokens, write_reference
 from tests.parity.ranks import rank_logits
 from tests.parity.test_more import VARIANTS
+from tests.quantization.test_checkpoint import Stored
 from tests.serve.conftest import free_port
 from tests.tiny import write_model
 from tgi.core.config import ModelFiles
 from tgi.core.model_config import Activation, read_config
 from tgi.kernels.triton import rows as kernels
-from tgi.layers.checkpoint import Checkpoint
+from tgi.layers.checkpoint import Checkpoint, Piece
 from tgi.layers.norm import LayerNorm, RMSNorm
 from tgi.layers.residual import Stream
 from tgi.models.config import DenseConfig
@@ -30,7 +32,8 @@ from tgi.models.registry import Model, check
 from tgi.models.weights import open_weights
 from tgi.parallel import Group
 from tgi.quantization.base import ACTS, LinearMethod, activate, dense
-from tgi.quantization.device import CodedLinear, FixedLinear, TorchLinear
+from tgi.quantization.device import CodedLinear, FixedLinear, Float8Linear, TorchLinear
+from tgi.quantization.fp8 import quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(1, 64), (3, 100), (5, 1), (2, 4097)]
@@ -142,6 +145,7 @@ def test_a_product_adds_to_the_stream() -> None:
         (torch.float16, 140, 600),
         ("4 bits, minima", 20, 2304),
         ("e4m3", 20, 1152),
+        ("float8", 80, 1152),
         ("4 bits, act-order", 16, 64),
     ],
 )
@@ -149,7 +153,11 @@ def test_rows_do_not_know_each_other(what: torch.dtype | str, outs: int, inner: 
     """Alone and among others, where columns are split among programs too."""
     bias = torch.randn(outs, device=DEVICE).half()
     made: LinearMethod
-    if isinstance(what, str):
+    if what == "float8":
+        float8 = quantize(torch.randn(outs, inner))
+        dtype, weight = torch.float16, float8.dequantize().to(DEVICE)
+        made = Float8Linear.of([float8], (outs, inner), DEVICE, bias, fixed=True)
+    elif isinstance(what, str):
         matrix = FORMS[what](outs, inner, inner // 4)
         dtype, weight = torch.float16, matrix.dequantize().to(DEVICE)
         made = CodedLinear.of([matrix], outs, DEVICE, bias, fixed=True)
@@ -168,6 +176,64 @@ def test_rows_do_not_know_each_other(what: torch.dtype | str, outs: int, inner: 
         part = stream[own].clone()
         made.add(part, x[own], 0.25)
         assert torch.equal(part, into[own])
+
+
+@DTYPES
+def test_rows_in_float8(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 100, device=DEVICE).mul_(torch.tensor([1e-3, 1, 0, 30, 1e3], device=DEVICE)[:, None]).to(dtype)
+    values, scale = kernels.float8(x)
+    expected = quantize(x)
+    torch.testing.assert_close(scale, expected.scale, rtol=1e-6, atol=0)
+    found, wanted = values.float(), expected.values.float()
+    if DEVICE.type == "cpu":  # in the interpreter what is rounded up to a power of two becomes half of it
+        found, wanted = (part[wanted.abs().frexp().mantissa != 0.5] for part in (found, wanted))
+    # Two that are equally near may be told apart.
+    torch.testing.assert_close(found, wanted, rtol=2**-3, atol=2**-9)
+    assert (found == wanted).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_with_float8(biased: bool) -> None:
+    """Of few rows exact, but for what activations are held in; of many by activations in float8."""
+    matrix, bias = quantize(torch.randn(48, 160)), torch.randn(48, device=DEVICE) if biased else None
+    assert Float8Linear.takes(matrix, 48, DEVICE) and not Float8Linear.takes(matrix, 50, DEVICE)
+    parts, weight = [matrix.rows(lambda rows: rows[:16]), matrix.rows(lambda rows: rows[16:])], matrix.dequantize()
+    for count, dtype in ((1, torch.float16), (20, torch.float16), (65, torch.bfloat16)):
+        own = None if bias is None else bias.to(dtype)
+        made = Float8Linear.of(parts, matrix.shape, DEVICE, own)
+        x, into = torch.randn(count, 160, device=DEVICE).to(dtype), torch.ones(count, 48, device=DEVICE).to(dtype)
+        taken = x.double()
+        if count == 65:
+            values, scale = kernels.float8(x)
+            taken = values.double() * scale
+        expected = linear(taken, weight.to(DEVICE).double(), None if own is None else own.double())
+        error = 2e-3 if dtype == torch.float16 else 1e-2
+        assert (made(x).double() - expected).norm() < error * expected.norm()
+        made.add(into, x, 0.5)
+        assert (into.double() - 1 - 0.5 * expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "dtype, quantization, rounds, kind",
+    [
+        (torch.bfloat16, "fp8", False, Float8Linear),
+        (torch.bfloat16, "stored", True, Float8Linear),
+        (torch.bfloat16, "stored", False, CodedLinear),
+        (torch.float16, "fp8", True, CodedLinear),
+    ],
+)
+def test_which_products_are_in_float8(
+    dtype: torch.dtype, quantization: str, rounds: bool, kind: type[LinearMethod]
+) -> None:
+    weight = torch.randn(32, 64)
+
+    class One:
+        def rows(self, name: str, shape: tuple[int, ...], *, stored: bool, transposed: bool = False) -> torch.Tensor:
+            return weight
+
+    tensors: Any = Stored({"o.weight": quantize(weight)}) if quantization == "stored" else One()
+    checkpoint = Checkpoint(tensors, dtype, DEVICE, Group(), None, quantization, rounds=rounds)
+    assert type(checkpoint.linear([Piece("o", (32, 64), [slice(0, 32)], slice(0, 64))], bias=False)) is kind
 
 
 def decoder(folder: Path, dtype: torch.dtype = torch.float32, *, fixed: bool = False) -> Model:

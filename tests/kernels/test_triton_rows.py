@@ -32,11 +32,13 @@ def test_what_norms_become(
 ) -> None:
     """They hold a row in registers."""
     compiles = Compiler(capability, tmp_path, monkeypatch)
-    for name in ("_norm", "_add_norm"):
+    for name in ("_norm", "_add_norm", *(["_float8"] if capability >= 90 else [])):
         compiles.instead_of(kernels, name)
     x, weight = torch.zeros(3, size).bfloat16(), torch.ones(size).bfloat16()
     kernels.norm(x, weight, weight, 1e-5, center=True, add=True, out=x)
     kernels.add_norm(x, x, 1.0, weight, 1e-5, (weight, 1e-5))
+    if capability >= 90:
+        kernels.float8(x)
     compiles.check(f"{size}", recorded)
 
 
@@ -69,3 +71,17 @@ def test_what_products_become(
     assert made[0] == made[1]
     assert bool(re.search("wgmma|mma.sync", made[0])) == (dtype != torch.float32)
     compiles.check(f"{dtype}".removeprefix("torch."), recorded)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_what_products_with_float8_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Figures, rows: int
+) -> None:
+    compiles = Compiler(90, tmp_path, monkeypatch)
+    monkeypatch.setattr(split, "multiprocessors", lambda device: 132)
+    compiles.instead_of(products, "_matmul")
+    compiles.instead_of(split, "_add")
+    weight, scale = torch.zeros(4096, 4096).to(torch.float8_e4m3fn), torch.ones(4096)
+    products.matmul(torch.zeros(rows, 4096).bfloat16(), weight, scale=scale, rows=rows)
+    assert "wgmma" in compiles.made["_matmul"].asm["ptx"]
+    compiles.check(f"float8, {rows} rows", recorded)

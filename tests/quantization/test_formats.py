@@ -27,6 +27,7 @@ from tgi.quantization.formats.floats import Fp4
 from tgi.quantization.mx import unpack
 from tgi.quantization.quantized import Entry
 from tgi.quantization.rounding import ROUNDING
+from tgi.quantization.scheme import read_scheme
 
 native = pytest.mark.skipif(library() is None, reason="there is no native library here")
 
@@ -272,6 +273,19 @@ def test_configs_that_are_refused(tmp_path: Path, name: str, key: str, value: An
     raw = read_config(str(write_model(tmp_path, "llama")))
     with pytest.raises(StartupError, match=text):
         check({**raw, "quantization_config": changed(name, key, value)})
+
+
+def test_who_wants_activations_in_float8() -> None:
+    wants = {
+        name
+        for name, form in FORMATS.items()
+        if (scheme := read_scheme({"quantization_config": form.config})) and scheme.rounds
+    }
+    assert {"fp8 tensor", "fbgemm_fp8", "modelopt fp8"} <= wants
+    assert not {"w4a16", "compressed fp8 blocks", "nf4", "quark mxfp4"} & wants
+    with_activations = changed("compressed fp8 blocks", "config_groups/group_0/input_activations", {"num_bits": 8})
+    scheme = read_scheme({"quantization_config": with_activations})
+    assert scheme is not None and scheme.rounds
 
 
 _MODULE = "model.layers.1.mlp.up_proj"

@@ -100,6 +100,8 @@ class Checkpoint:
     """Where packed matrices are kept."""
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Of the columns of matrices, by their names, that are stored in another than that of inputs (act-order)."""
+    rounds: bool = False
+    """What is multiplied by float8 may be rounded to it, too, as the checkpoint says."""
     fixed: bool = False
     """A token's result doesn't depend on what else a step computes (`--deterministic`); our own kernels' never does."""
 
@@ -158,13 +160,17 @@ class Checkpoint:
     def _coded(self, matrix: "_Matrix", bias: torch.Tensor | None) -> LinearMethod:
         """The method of a device without our own kernels, which Triton's multiply quantized matrices on."""
         # Triton is only there, and only wanted, beside a GPU.
-        from tgi.quantization.device import CodedLinear, multiplied
+        from tgi.quantization.device import CodedLinear, Float8Linear, multiplied
 
         samples = matrix.samples()
         form = _form([samples])
-        if not multiplied(self._joined(samples, form)):
+        sample = self._joined(samples, form)
+        if not multiplied(sample):
             return self.dense(self._table(matrix), bias)
         slabs = (self._joined(matrix[rows], form) for rows in _slabs(matrix.height, matrix.width, _DEVICE_SLAB))
+        rounds = (self.rounds or self.quantize == "fp8") and self.dtype == torch.bfloat16
+        if rounds and Float8Linear.takes(sample, matrix.height, self.device):
+            return Float8Linear.of(slabs, (matrix.height, matrix.width), self.device, bias, fixed=self.fixed)
         return CodedLinear.of(slabs, matrix.height, self.device, bias, fixed=self.fixed)
 
     def native(

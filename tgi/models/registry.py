@@ -225,7 +225,8 @@ def load_model(
     with torch.inference_mode(), open_weights(files, parsed, progress) as tensors:
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
         pack = Pack.open(packed if native else None, sources, dtype, quantize, parsed.scheme, group.rank, group.size)
-        checkpoint = Checkpoint(tensors, dtype, device, group, native, quantize, pack, tensors.orders)
+        rounds = parsed.scheme is not None and parsed.scheme.rounds
+        checkpoint = Checkpoint(tensors, dtype, device, group, native, quantize, pack, tensors.orders, rounds)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     pack.save()

@@ -2,8 +2,10 @@
 rows must not know of each other."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
+import triton
 
 from tgi.core.model_config import Activation
 from tgi.kernels.triton import coded, rows
@@ -83,6 +85,93 @@ class CodedLinear(DeviceLinear):
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
         linear(x, self.weight, self._bias, into, factor, fixed=self._fixed)
+
+
+class Float8Linear(DeviceLinear):
+    """A matrix in float8 with a scale for each row. With more rows of activations than tiles of our own are for, these
+    are rounded to float8, too, each with a scale of its own, and torch multiplies the two.
+
+    If ``fixed``, none are, and each row's result is bit-equal whatever the other rows are.
+    """
+
+    __slots__ = ("_bias", "_fixed", "_scale", "_weight")
+    _FEW = 64
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, fixed: bool = False
+    ) -> None:
+        """``weight``: float8_e4m3fn [outs, inner], multiples of 16; ``scale``: float32 [outs]."""
+        self._weight = weight
+        self._scale = scale
+        self._bias = bias
+        self._fixed = fixed
+
+    @classmethod
+    def of(
+        cls,
+        parts: Iterable[torch.Tensor | Packed],
+        shape: tuple[int, int],
+        device: torch.device,
+        bias: torch.Tensor | None,
+        *,
+        fixed: bool = False,
+    ) -> "Float8Linear":
+        """Of a matrix of this shape, some rows after others."""
+        weight = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        scale, at = torch.empty(shape[0], device=device), 0
+        for part in parts:
+            assert isinstance(part, Float8)
+            own = slice(at, at + part.shape[0])
+            weight[own], scale[own] = part.values, part.scale[:, 0]
+            at = own.stop
+        return cls(weight, scale, bias, fixed=fixed)
+
+    @staticmethod
+    def takes(matrix: torch.Tensor | Packed, outs: int, device: torch.device) -> bool:
+        """Whether rows like these, ``outs`` of them, can be multiplied so there."""
+        return (
+            isinstance(matrix, Float8)
+            and matrix.values.dtype == torch.float8_e4m3fn
+            and matrix.scale.shape[1] == 1
+            and matrix.shape[1] % 16 == outs % 16 == 0
+            and _multiplies_float8(device)
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._rounded(x) if self._many(x) else self._tiles(x, None, 1.0)
+
+    def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
+        if self._many(x):
+            into.add_(self._rounded(x), alpha=factor)
+        else:
+            self._tiles(x, into, factor)
+
+    def _many(self, x: torch.Tensor) -> bool:
+        return len(x) > self._FEW and not self._fixed
+
+    def _tiles(self, x: torch.Tensor, into: torch.Tensor | None, factor: float) -> torch.Tensor:
+        height = self._FEW if self._fixed else max(triton.next_power_of_2(len(x)), 16)
+        return matmul(x, self._weight, self._bias, into, factor, scale=self._scale, rows=height)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        values, scale = rows.float8(x.contiguous())
+        return torch._scaled_mm(
+            values,
+            self._weight.T,
+            scale_a=scale,
+            scale_b=self._scale[None],
+            bias=self._bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+
+
+@cache
+def _multiplies_float8(device: torch.device) -> bool:
+    """Whether torch multiplies float8 with scales for rows: on NVIDIA's data-centre GPUs from Hopper on, or a CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return device.type == "cpu"
+    return 9 <= torch.cuda.get_device_capability(device)[0] < 12
 
 
 def multiplied(matrix: torch.Tensor | Packed) -> bool:

@@ -1,7 +1,7 @@
-"""Products with plain matrices in which rows don't know of each other, however many there are.
+"""Products with matrices of plain numbers, or of float8 with a scale for each row, in tiles of our own.
 
-torch's own take another kernel for another number of rows, and with it another order of sums. Here tiles have one size,
-and so have the ways in which columns are split: both depend on the matrix alone.
+torch's own take another kernel for another number of rows, and with it another order of sums. Here that depends on the
+matrix and the tile alone.
 """
 
 import torch
@@ -21,24 +21,31 @@ def matmul(
     bias: torch.Tensor | None = None,
     into: torch.Tensor | None = None,
     factor: float = 1.0,
+    *,
+    scale: torch.Tensor | None = None,
+    rows: int = 64,
 ) -> torch.Tensor:
-    """[tokens, inner] times contiguous [outs, inner] → [tokens, outs], ``bias`` [outs] added; ``factor`` times that is
-    added to ``into``, contiguous, if it is given. Sums are in float32."""
+    """[tokens, inner] times contiguous [outs, inner] → [tokens, outs] in x's own numbers; sums are in float32.
+
+    ``scale``: float32 [outs], on the product. ``bias``: [outs], added. ``factor`` times the result is added to
+    ``into``, contiguous, if that is given. ``rows``: of a tile, 16, 32 or 64. A row's result depends on no other row,
+    nor on how many there are.
+    """
     x = x.contiguous()
-    assert weight.is_contiguous() and x.dtype == weight.dtype
+    assert weight.is_contiguous()
     outs, inner = weight.shape
     out = x.new_empty(len(x), outs) if into is None else into
     added = None if into is None else factor
-    constants = tile("matmul" if x.dtype.itemsize == 2 else "matmul of float32", x.device)
+    constants = tile(f"matmul, {8 * weight.dtype.itemsize} bits", x.device)
     across = triton.cdiv(outs, constants["OUTS"])
     ways, each = split(across, triton.cdiv(inner, constants["INNER"]), x.device)
     for first in range(0, len(x), _AT_ONCE):
-        rows = x[first : first + _AT_ONCE]
-        own = out[first : first + _AT_ONCE]
+        some, own = x[first : first + _AT_ONCE], out[first : first + _AT_ONCE]
         parts = own if ways == 1 else x.new_empty(ways, *own.shape, dtype=torch.float32)
-        _matmul[triton.cdiv(len(rows), constants["ROWS"]), across, ways](
-            *(rows, weight, bias if ways == 1 else None, parts, added if ways == 1 else None),
-            *(len(rows), outs, inner, each * constants["INNER"]),
+        _matmul[triton.cdiv(len(some), rows), across, ways](
+            *(some, weight, scale, bias if ways == 1 else None, parts, added if ways == 1 else None),
+            *(len(some), outs, inner, each * constants["INNER"]),
+            ROWS=rows,
             **constants,
         )
         if ways > 1:
@@ -50,6 +57,7 @@ def matmul(
 def _matmul(
     x,
     weight,
+    scale,
     bias,
     out,
     factor,
@@ -61,20 +69,23 @@ def _matmul(
     OUTS: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    # Transposed: tensor cores take many outputs at once, from registers if they are converted there, and any few rows.
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     begin = tl.program_id(2) * share
-    known_token, known_row = (token < tokens)[:, None], (row < outs)[None, :]
-    x += token.to(tl.int64)[:, None] * inner
-    weight += row.to(tl.int64)[None, :] * inner
-    total = tl.zeros((ROWS, OUTS), tl.float32)
+    known_row, known_token = row < outs, token < tokens
+    x += token.to(tl.int64)[None, :] * inner
+    weight += row.to(tl.int64)[:, None] * inner
+    total = tl.zeros((OUTS, ROWS), tl.float32)
     for start in range(begin, tl.minimum(begin + share, inner), INNER):
         column = start + tl.arange(0, INNER)
         known = column < inner
-        inputs = tl.load(x + column[None, :], mask=known_token & known[None, :], other=0)
-        numbers = tl.load(weight + column[:, None], mask=known_row & known[:, None], other=0)
-        total = tl.dot(inputs, numbers, total, input_precision="ieee")
+        numbers = tl.load(weight + column[None, :], mask=known_row[:, None] & known[None, :], other=0.0)
+        inputs = tl.load(x + column[:, None], mask=known[:, None] & known_token[None, :], other=0)
+        total = tl.dot(numbers.to(inputs.dtype), inputs, total, input_precision="ieee")
+    if scale is not None:
+        total *= tl.load(scale + row, mask=known_row, other=0)[:, None]
     if bias is not None:
-        total += tl.load(bias + row, mask=row < outs, other=0).to(tl.float32)[None, :]
-    at = (tl.program_id(2) * tokens + token).to(tl.int64)[:, None] * outs + row[None, :]
-    store(out + at, total, factor, known_token & known_row)
+        total += tl.load(bias + row, mask=known_row, other=0).to(tl.float32)[:, None]
+    at = (tl.program_id(2) * tokens + token).to(tl.int64)[None, :] * outs + row[:, None]
+    store(out + at, total, factor, known_row[:, None] & known_token[None, :])

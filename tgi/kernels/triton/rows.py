@@ -76,6 +76,16 @@ def _activated(x: torch.Tensor, out: torch.Tensor, activation: str, *, gated: bo
     return out
 
 
+def float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous [rows, size] → float8_e4m3fn [rows, size] and float32 [rows, 1], whose product it nearly is: each
+    row's largest number becomes the format's largest."""
+    assert x.is_contiguous()
+    rows, size = x.shape
+    out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(rows, 1, dtype=torch.float32)
+    _float8[(rows,)](x, out, scale, size, **_whole(size, x.device))
+    return out, scale
+
+
 def _whole(size: int, device: torch.device) -> dict[str, int]:
     """Constants of a kernel whose programs hold a row of ``size``."""
     block = triton.next_power_of_2(size)
@@ -134,6 +144,18 @@ def _normed(values, weight, bias, column, known, size, eps, CENTER: tl.constexpr
     if bias is not None:
         values += tl.load(bias + column, mask=known, other=0).to(tl.float32)
     return values
+
+
+@triton.jit
+def _float8(x, out, scale, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    known = tl.arange(0, BLOCK) < size
+    at = row * size + tl.arange(0, BLOCK)
+    values = tl.load(x + at, mask=known, other=0).to(tl.float32)
+    most = tl.max(tl.abs(values), 0)
+    own = tl.where(most > 0, most / 448, 1)
+    tl.store(scale + row, own)
+    tl.store(out + at, values / own, mask=known)
 
 
 @triton.jit

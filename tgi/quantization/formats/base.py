@@ -116,6 +116,8 @@ class Scheme(ABC):
     """Last parts of the names of tensors that change nothing."""
 
     method: str
+    rounds: bool = False
+    """What is multiplied by float8 is meant to be rounded to it, too."""
 
     @property
     def names(self) -> tuple[str, ...]:

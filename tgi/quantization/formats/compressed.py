@@ -58,6 +58,8 @@ class WeightGroup:
     symmetric: bool
     ordered: bool
     """Columns belong to groups in an order of their own."""
+    rounds: bool
+    """What they multiply is meant to be rounded, too."""
 
     @property
     def shares(self) -> tuple[int, int] | None:
@@ -184,7 +186,8 @@ def read_compressed_tensors(method: str, raw: Raw) -> Scheme:
             f"format: {sparsity.get('format')!r} is not implemented. What llm-compressor saves today is dense.",
         )
     plain = Names.of("ignore", names_of(raw, "ignore"))
-    return CompressedTensors(method=method, plain=plain, groups=tuple(_groups(raw)))
+    groups = tuple(_groups(raw))
+    return CompressedTensors(method=method, rounds=all(group.rounds for group in groups), plain=plain, groups=groups)
 
 
 def _groups(raw: Raw) -> Iterator[WeightGroup]:
@@ -240,6 +243,7 @@ def _group(where: str, raw: Mapping[str, Any], form: object) -> WeightGroup:
         block=_block(where, weights.get("block_structure")) if strategy == "block" else None,
         symmetric=symmetric,
         ordered=weights.get("actorder") in ("group", "dynamic"),
+        rounds=bool(raw.get("input_activations")),
     )
 
 

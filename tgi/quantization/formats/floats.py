@@ -172,12 +172,12 @@ def read_fp8(method: str, raw: Raw) -> Scheme:
         if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise wrong("weight_block_size", f"expected two sizes, got {sizes!r}")
         block = (sizes[0], sizes[1])
-    return Fp8(method=method, block=block)
+    return Fp8(method=method, block=block, rounds=True)
 
 
 def read_fbgemm_fp8(method: str, raw: Raw) -> Scheme:
     only(method, raw, "activation_scale_ub modules_to_not_convert")
-    return Fp8(method=method)
+    return Fp8(method=method, rounds=True)
 
 
 def read_modelopt(method: str, raw: Raw) -> Scheme:
@@ -192,7 +192,7 @@ def read_modelopt(method: str, raw: Raw) -> Scheme:
         raise wrong("quant_algo", f"{algorithm!r} is not implemented; known: FP8, NVFP4")
     one_of(raw, "has_zero_point", None, False)
     one_of(raw, "pre_quant_scale", None, False)
-    return Fp8(method="fp8") if algorithm == "FP8" else Fp4(method=method, group=16)
+    return Fp8(method="fp8", rounds=True) if algorithm == "FP8" else Fp4(method=method, group=16)
 
 
 def read_mxfp4(method: str, raw: Raw) -> Scheme:
@@ -210,11 +210,12 @@ def read_quark(method: str, raw: Raw) -> Scheme:
     )
     names_of(raw, "exclude")
     one_of(object_of(raw, "export"), "weight_format", "real_quantized", None)
-    weight = object_of(object_of(raw, "global_quant_config"), "weight")
+    whole = object_of(raw, "global_quant_config")
+    weight = object_of(whole, "weight")
     kind, scheme = weight.get("dtype"), weight.get("qscheme")
     made: Scheme
     if kind == "fp8_e4m3" and scheme in ("per_tensor", "per_channel"):
-        made = Fp8(method="fp8")
+        made = Fp8(method="fp8", rounds=bool(whole.get("input_tensors")))
     elif kind == "fp4" and scheme == "per_group" and weight.get("group_size") == 32:
         one_of(weight, "scale_format", "e8m0")
         made = Fp4(method=method, group=32)
