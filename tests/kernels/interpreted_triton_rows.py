@@ -5,6 +5,7 @@ tested with float16.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tgi.models.weights import open_weights
 from tgi.parallel import Group
 from tgi.quantization.base import ACTS, LinearMethod, activate, dense
 from tgi.quantization.device import CodedLinear, FixedLinear, Float8Linear, TorchLinear
+from tgi.quantization.forms import Float8
 from tgi.quantization.fp8 import quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,6 +148,7 @@ def test_a_product_adds_to_the_stream() -> None:
         ("4 bits, minima", 20, 2304),
         ("e4m3", 20, 1152),
         ("float8", 80, 1152),
+        ("float8, blocks", 80, 1152),
         ("4 bits, act-order", 16, 64),
     ],
 )
@@ -153,8 +156,10 @@ def test_rows_do_not_know_each_other(what: torch.dtype | str, outs: int, inner: 
     """Alone and among others, where columns are split among programs too."""
     bias = torch.randn(outs, device=DEVICE).half()
     made: LinearMethod
-    if what == "float8":
+    if isinstance(what, str) and "float8" in what:
         float8 = quantize(torch.randn(outs, inner))
+        if "blocks" in what:
+            float8 = replace(float8, scale=float8.scale * torch.rand(outs, inner // 128))
         dtype, weight = torch.float16, float8.dequantize().to(DEVICE)
         made = Float8Linear.of([float8], (outs, inner), DEVICE, bias, fixed=True)
     elif isinstance(what, str):
@@ -192,21 +197,25 @@ def test_rows_in_float8(dtype: torch.dtype) -> None:
     assert (found == wanted).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("biased", [False, True])
-def test_products_with_float8(biased: bool) -> None:
+def test_products_with_float8(biased: bool, groups: int) -> None:
     """Of few rows exact, but for what activations are held in; of many by activations in float8."""
-    matrix, bias = quantize(torch.randn(48, 160)), torch.randn(48, device=DEVICE) if biased else None
+    inner = 160 if groups == 1 else 3 * 128
+    matrix = Float8(torch.randn(48, inner).to(torch.float8_e4m3fn), torch.rand(48, groups) + 0.5)
     assert Float8Linear.takes(matrix, 48, DEVICE) and not Float8Linear.takes(matrix, 50, DEVICE)
     parts, weight = [matrix.rows(lambda rows: rows[:16]), matrix.rows(lambda rows: rows[16:])], matrix.dequantize()
     for count, dtype in ((1, torch.float16), (20, torch.float16), (65, torch.bfloat16)):
-        own = None if bias is None else bias.to(dtype)
-        made = Float8Linear.of(parts, matrix.shape, DEVICE, own)
-        x, into = torch.randn(count, 160, device=DEVICE).to(dtype), torch.ones(count, 48, device=DEVICE).to(dtype)
+        bias = torch.randn(48, device=DEVICE).to(dtype) if biased else None
+        made = Float8Linear.of(parts, matrix.shape, DEVICE, bias)
+        x, into = torch.randn(count, inner, device=DEVICE).to(dtype), torch.ones(count, 48, device=DEVICE).to(dtype)
+        x[0, :128] *= 100
         taken = x.double()
         if count == 65:
-            values, scale = kernels.float8(x)
-            taken = values.double() * scale
-        expected = linear(taken, weight.to(DEVICE).double(), None if own is None else own.double())
+            values, scale = kernels.float8(x, groups)
+            taken = (values.double().view(count, groups, -1) * scale[..., None]).flatten(1)
+            assert ((taken - x.double()).norm(dim=1) < 0.1 * x.double().norm(dim=1)).all()
+        expected = linear(taken, weight.to(DEVICE).double(), None if bias is None else bias.double())
         error = 2e-3 if dtype == torch.float16 else 1e-2
         assert (made(x).double() - expected).norm() < error * expected.norm()
         made.add(into, x, 0.5)

@@ -66,22 +66,32 @@ def test_what_products_become(
     weight = torch.zeros(4096, 4096, dtype=dtype)
     made = []
     for rows in (1, 70):
-        products.matmul(torch.zeros(rows, 4096, dtype=dtype), weight, into=torch.zeros(rows, 4096, dtype=dtype))
+        products.matmul(
+            torch.zeros(rows, 4096, dtype=dtype), weight, into=torch.zeros(rows, 4096, dtype=dtype), fixed=True
+        )
         made.append(compiles.made["_matmul"].asm["ptx"])
     assert made[0] == made[1]
     assert bool(re.search("wgmma|mma.sync", made[0])) == (dtype != torch.float32)
     compiles.check(f"{dtype}".removeprefix("torch."), recorded)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("groups", [1, 32])
 def test_what_products_with_float8_become(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Figures, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Figures, groups: int, many: bool
 ) -> None:
+    """Of many rows, activations in float8, too; but for one group, which torch multiplies."""
     compiles = Compiler(90, tmp_path, monkeypatch)
     monkeypatch.setattr(split, "multiprocessors", lambda device: 132)
     compiles.instead_of(products, "_matmul")
     compiles.instead_of(split, "_add")
-    weight, scale = torch.zeros(4096, 4096).to(torch.float8_e4m3fn), torch.ones(4096)
-    products.matmul(torch.zeros(rows, 4096).bfloat16(), weight, scale=scale, rows=rows)
-    assert "wgmma" in compiles.made["_matmul"].asm["ptx"]
-    compiles.check(f"float8, {rows} rows", recorded)
+    weight, scale = torch.zeros(4096, 4096).to(torch.float8_e4m3fn), torch.ones(groups, 4096)
+    x = torch.zeros(70, 4096).bfloat16()
+    if many and groups > 1:
+        x_scale = torch.ones(70, groups)
+        products.matmul(x.to(weight.dtype), weight, scale=scale, x_scale=x_scale, dtype=x.dtype)
+        assert re.search(r"wgmma.*e4m3.e4m3", compiles.made["_matmul"].asm["ptx"])
+    else:
+        products.matmul(x, weight, scale=scale, rows=64 if many else 16)
+        assert "wgmma" in compiles.made["_matmul"].asm["ptx"]
+    compiles.check(f"float8, {groups} groups, {'many' if many else 'few'} rows", recorded)

@@ -11,7 +11,7 @@ from tgi.core.model_config import Activation
 from tgi.kernels.triton import coded, rows
 from tgi.kernels.triton.coded import LEAST, Coded
 from tgi.kernels.triton.linear import linear
-from tgi.kernels.triton.matmul import matmul
+from tgi.kernels.triton.matmul import GROUP, matmul
 from tgi.quantization.base import ByProduct, PlainLinear
 from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.parts import E2M1
@@ -46,10 +46,10 @@ class FixedLinear(DeviceLinear):
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return matmul(x, self._weight, self._bias)
+        return matmul(x, self._weight, self._bias, fixed=True)
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
-        matmul(x, self._weight, self._bias, into, factor)
+        matmul(x, self._weight, self._bias, into, factor, fixed=True)
 
 
 class CodedLinear(DeviceLinear):
@@ -88,8 +88,8 @@ class CodedLinear(DeviceLinear):
 
 
 class Float8Linear(DeviceLinear):
-    """A matrix in float8 with a scale for each row. With more rows of activations than tiles of our own are for, these
-    are rounded to float8, too, each with a scale of its own, and torch multiplies the two.
+    """A matrix in float8 with a scale for each row, or for each block of a row's columns. Many rows of activations are
+    rounded to float8, too, with scales for as many blocks. If there is one, torch multiplies the two.
 
     If ``fixed``, none are, and each row's result is bit-equal whatever the other rows are.
     """
@@ -100,7 +100,7 @@ class Float8Linear(DeviceLinear):
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, fixed: bool = False
     ) -> None:
-        """``weight``: float8_e4m3fn [outs, inner], multiples of 16; ``scale``: float32 [outs]."""
+        """``weight``: float8_e4m3fn [outs, inner], multiples of 16; ``scale``: float32 [groups, outs]."""
         self._weight = weight
         self._scale = scale
         self._bias = bias
@@ -118,13 +118,13 @@ class Float8Linear(DeviceLinear):
     ) -> "Float8Linear":
         """Of a matrix of this shape, some rows after others."""
         weight = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        scale, at = torch.empty(shape[0], device=device), 0
+        scales, at = [], 0
         for part in parts:
             assert isinstance(part, Float8)
-            own = slice(at, at + part.shape[0])
-            weight[own], scale[own] = part.values, part.scale[:, 0]
-            at = own.stop
-        return cls(weight, scale, bias, fixed=fixed)
+            weight[at : at + part.shape[0]] = part.values
+            scales.append(part.scale.to(device).T)
+            at += part.shape[0]
+        return cls(weight, torch.cat(scales, 1).contiguous(), bias, fixed=fixed)
 
     @staticmethod
     def takes(matrix: torch.Tensor | Packed, outs: int, device: torch.device) -> bool:
@@ -132,38 +132,35 @@ class Float8Linear(DeviceLinear):
         return (
             isinstance(matrix, Float8)
             and matrix.values.dtype == torch.float8_e4m3fn
-            and matrix.scale.shape[1] == 1
+            and (matrix.scale.shape[1] == 1 or matrix.group % GROUP == 0)
             and matrix.shape[1] % 16 == outs % 16 == 0
             and _multiplies_float8(device)
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._rounded(x) if self._many(x) else self._tiles(x, None, 1.0)
+        return self._product(x, None, 1.0)
 
     def add(self, into: torch.Tensor, x: torch.Tensor, factor: float) -> None:
-        if self._many(x):
-            into.add_(self._rounded(x), alpha=factor)
-        else:
-            self._tiles(x, into, factor)
+        self._product(x, into, factor)
 
-    def _many(self, x: torch.Tensor) -> bool:
-        return len(x) > self._FEW and not self._fixed
-
-    def _tiles(self, x: torch.Tensor, into: torch.Tensor | None, factor: float) -> torch.Tensor:
-        height = self._FEW if self._fixed else max(triton.next_power_of_2(len(x)), 16)
-        return matmul(x, self._weight, self._bias, into, factor, scale=self._scale, rows=height)
-
-    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        values, scale = rows.float8(x.contiguous())
-        return torch._scaled_mm(
+    def _product(self, x: torch.Tensor, into: torch.Tensor | None, factor: float) -> torch.Tensor:
+        weight = self._weight, self._bias, into, factor
+        if self._fixed or len(x) <= self._FEW:
+            height = self._FEW if self._fixed else max(triton.next_power_of_2(len(x)), 16)
+            return matmul(x, *weight, scale=self._scale, rows=height, fixed=self._fixed)
+        values, scale = rows.float8(x.contiguous(), len(self._scale))
+        if len(self._scale) > 1:
+            return matmul(values, *weight, scale=self._scale, x_scale=scale, dtype=x.dtype)
+        product = torch._scaled_mm(
             values,
             self._weight.T,
             scale_a=scale,
-            scale_b=self._scale[None],
+            scale_b=self._scale,
             bias=self._bias,
             out_dtype=x.dtype,
             use_fast_accum=True,
         )
+        return product if into is None else into.add_(product, alpha=factor)
 
 
 @cache

@@ -76,13 +76,13 @@ def _activated(x: torch.Tensor, out: torch.Tensor, activation: str, *, gated: bo
     return out
 
 
-def float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Contiguous [rows, size] → float8_e4m3fn [rows, size] and float32 [rows, 1], whose product it nearly is: each
-    row's largest number becomes the format's largest."""
-    assert x.is_contiguous()
-    rows, size = x.shape
-    out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(rows, 1, dtype=torch.float32)
-    _float8[(rows,)](x, out, scale, size, **_whole(size, x.device))
+def float8(x: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous [rows, size] → float8_e4m3fn [rows, size] and float32 [rows, groups], whose product it nearly is: the
+    largest number of each of a row's equal parts becomes the format's largest."""
+    assert x.is_contiguous() and x.shape[1] % groups == 0
+    out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), groups, dtype=torch.float32)
+    size = x.shape[1] // groups
+    _float8[len(x), groups](x, out, scale, size, groups, **_whole(size, x.device))
     return out, scale
 
 
@@ -147,14 +147,14 @@ def _normed(values, weight, bias, column, known, size, eps, CENTER: tl.constexpr
 
 
 @triton.jit
-def _float8(x, out, scale, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _float8(x, out, scale, size, groups, BLOCK: tl.constexpr):
+    part = tl.program_id(0).to(tl.int64) * groups + tl.program_id(1)
     known = tl.arange(0, BLOCK) < size
-    at = row * size + tl.arange(0, BLOCK)
+    at = part * size + tl.arange(0, BLOCK)
     values = tl.load(x + at, mask=known, other=0).to(tl.float32)
     most = tl.max(tl.abs(values), 0)
     own = tl.where(most > 0, most / 448, 1)
-    tl.store(scale + row, own)
+    tl.store(scale + part, own)
     tl.store(out + at, values / own, mask=known)
 
 
