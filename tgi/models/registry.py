@@ -170,6 +170,7 @@ def load_model(
     packed: Path | None = None,
     trust_remote_code: bool = False,
     group: "Group | None" = None,
+    fixed: bool = False,
     progress: Callable[[int, int], None],
 ) -> Model:
     """Read the weights into memory, ready to run.
@@ -178,7 +179,7 @@ def load_model(
     GPU, Triton. ``packed``: folder where packed weights are kept, if they shall be.
     ``max_total_tokens`` is the longest request that will be served; rope types whose frequencies depend on length
     choose by it (None: all that the config allows). ``trust_remote_code``: Python files of the model's folder may be
-    run, if it has no row here. ``progress`` gets (bytes done, bytes in all).
+    run, if it has no row here. ``fixed``: see Checkpoint. ``progress`` gets (bytes done, bytes in all).
     """
     parsed = check(
         read_model(files),
@@ -226,7 +227,7 @@ def load_model(
         sources = [Path(path) for path in (*files.weights, *files.adapter)]
         pack = Pack.open(packed if native else None, sources, dtype, quantize, parsed.scheme, group.rank, group.size)
         rounds = parsed.scheme is not None and parsed.scheme.rounds
-        checkpoint = Checkpoint(tensors, dtype, device, group, native, quantize, pack, tensors.orders, rounds)
+        checkpoint = Checkpoint(tensors, dtype, device, group, native, quantize, pack, tensors.orders, rounds, fixed)
         model: Model = model_class(parsed, checkpoint, reach)
         tensors.finish()
     pack.save()

@@ -46,7 +46,10 @@ def join(settings: Settings, place: Place) -> Group:
         assert place.memory is not None
         return Group(place.rank, settings.ranks, Link(native, place.memory, place.rank, settings.ranks))
     device = torch.device(settings.device, place.rank)
-    return Group(place.rank, settings.ranks, Collective(place.rank, settings.ranks, device, settings.master))
+    fixed = settings.deterministic
+    return Group(
+        place.rank, settings.ranks, Collective(place.rank, settings.ranks, device, settings.master, fixed=fixed)
+    )
 
 
 class Leader:

@@ -119,7 +119,16 @@ class Runner:
             raise StartupError(f"`{name}`: {settings.model.model_id} keeps a cache of its own")
         limits = settings.limits
         stored: torch.dtype = getattr(torch, (settings.kv_cache_dtype or settings.dtype).replace("fp8", "float8"))
-        return cls.of(model, settings.pools, limits.max_batch_prefill_tokens, stored, device, group)
+        return cls.of(
+            model,
+            settings.pools,
+            limits.max_batch_prefill_tokens,
+            stored,
+            device,
+            group,
+            graphs=settings.graphs,
+            fixed=settings.deterministic,
+        )
 
     @classmethod
     def of(
@@ -130,11 +139,13 @@ class Runner:
         stored: torch.dtype,
         device: torch.device,
         group: Group | None = None,
+        *,
         graphs: Sequence[int] = (),
+        fixed: bool = False,
     ) -> "Runner":
         """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens. ``graphs``: as
-        in ``choose``."""
-        cache = KVCache(model.specs, pools, Precision(model.compute, stored), device)
+        in ``choose``; ``fixed``: as in Precision."""
+        cache = KVCache(model.specs, pools, Precision(model.compute, stored, fixed), device)
         forward = choose(model, cache, tokens, device, group, graphs)
         return cls(model, forward, device, Implementation(model.description, forward.how, cache.names), group)
 
