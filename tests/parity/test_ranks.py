@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from socket import socket, socketpair
-from typing import Any
+from socket import SHUT_WR, socket, socketpair
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -23,6 +23,7 @@ from tgi.core.messages import Delta, Sampling, Submit, Token
 from tgi.layers.checkpoint import _Run
 from tgi.parallel import Group
 from tgi.runtime.ranks import Follower, Leader, fingerprint
+from tgi.runtime.runner import Runner
 
 
 @native
@@ -59,9 +60,9 @@ SUBMITS = [
 ]
 
 
-def told(folder: Path, group: Group, lines: Sequence[socket]) -> dict[int, list[Delta]]:
+def told(folder: Path, group: Group, lines: Sequence[socket], *, ahead: bool = False) -> dict[int, list[Delta]]:
     """What an engine makes of these in chunks, preempting, and once more with what the cache has."""
-    engine = Engine(folder, group=group, max_total_tokens=128, blocks=10, step_tokens=24)
+    engine = Engine(folder, group=group, max_total_tokens=128, blocks=10, step_tokens=24, ahead=ahead)
     meet(group, lines)
     if group.rank:
         Follower(lines[0]).run(engine.runner, b"same", 0)
@@ -81,7 +82,17 @@ def told(folder: Path, group: Group, lines: Sequence[socket]) -> dict[int, list[
 @pytest.mark.parametrize("count", [2, 3])
 def test_an_engine_of_several_ranks_says_what_one_says(tmp_path: Path, name: str, count: int) -> None:
     folder = write_model(tmp_path, name)
-    alone, found = told(folder, Group(), []), together(count, partial(told, folder))
+    same(told(folder, Group(), []), together(count, partial(told, folder)))
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_ranks_get_what_the_first_has_drawn_before_it_reads_it(tmp_path: Path) -> None:
+    """As GPUs do, which run by themselves."""
+    folder = write_model(tmp_path, "llama")
+    same(told(folder, Group(), []), together(2, partial(told, folder, ahead=True), port=free_port()))
+
+
+def same(alone: dict[int, list[Delta]], found: dict[int, list[Delta]]) -> None:
     assert found.keys() == alone.keys() and len(alone) == 2 * len(SUBMITS)
     for number, deltas in alone.items():
         for one, other in zip(_tokens(deltas), _tokens(found[number]), strict=True):
@@ -103,6 +114,24 @@ def test_ranks_of_different_weights_dont_go_together() -> None:
         theirs.sendall(b"other")
         with pytest.raises(StartupError, match="rank 1 has loaded other weights than rank 0"):
             Leader([ours]).wait(b"these")
+
+
+def test_ranks_capture_when_the_first_does() -> None:
+    """A graph holds sums over all of them."""
+
+    class Captures:
+        captured = 0
+
+        def capture(self) -> None:
+            self.captured += 1
+
+    ours, theirs = socketpair()
+    runner = Captures()
+    with ours, theirs:
+        Leader([ours]).capture()
+        ours.shutdown(SHUT_WR)
+        Follower(theirs).run(cast(Runner, runner), b"same", 0)
+    assert runner.captured == 1
 
 
 def test_a_fingerprint_is_that_of_files(tmp_path: Path) -> None:
