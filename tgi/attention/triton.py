@@ -1,0 +1,76 @@
+"""Paged attention by Triton's kernels: GPUs, arithmetic and a cache in any floating point of theirs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tgi.attention.base import AttnSpec, Precision, PreparedAttention, Segment, Turn, zeros
+from tgi.attention.placed import Placed
+from tgi.core.config import BLOCK_SIZE
+from tgi.kernels.triton import runs_on
+
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+_STORED = (*_COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2)
+_WIDEST = 512
+
+
+class TritonAttention:
+    """In a step of segments of one token each, what is launched depends on their number alone: it can be captured."""
+
+    name = "triton"
+
+    @staticmethod
+    def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
+        if precision.compute not in _COMPUTED:
+            return f"no arithmetic in {precision.compute}"
+        if precision.stored not in _STORED:
+            return f"no cache in {precision.stored}"
+        if max(spec.value_dim, spec.head_dim - spec.value_dim) > _WIDEST:
+            return f"no heads of {spec.head_dim} dimensions"
+        return None if runs_on(device) else f"Triton doesn't run on {device.type}"
+
+    def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None:
+        from tgi.kernels.triton import attention  # imports Triton
+
+        assert attention.PAGE == BLOCK_SIZE
+        self.kernels = attention
+        self.layout = attention.Layout(
+            spec.heads, spec.kv_heads, spec.head_dim, spec.latent, spec.window, precision.fixed
+        )
+        slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device)
+        self.score = attention.Score(spec.scale, spec.softcap, slopes, None)
+        self.stored = precision.stored
+        self._device = device
+
+    def allocate(self, blocks: int) -> torch.Tensor:
+        layout = self.layout
+        return zeros((blocks, layout.kv_heads, layout.kinds, BLOCK_SIZE, layout.dim), self.stored, self._device)
+
+    def prepare(self, segments: Sequence[Segment], placed: Placed | None = None) -> PreparedAttention:
+        return _Prepared(self, Placed.of(segments, self._device) if placed is None else placed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    backend: TritonAttention
+    placed: Placed
+
+    def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
+        backend, placed, norm = self.backend, self.placed, turn.norm
+        key, value = turn.scales if backend.stored == torch.float8_e4m3fn else (1.0, 1.0)
+        if backend.layout.latent:
+            value = key
+        step = backend.kernels.Step(placed.starts, placed.contexts, placed.firsts, placed.pages, placed.rows)
+        q = backend.kernels.store(
+            backend.layout,
+            step,
+            pages,
+            qkv,
+            angles=turn.angles,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            scales=(key, value),
+        )
+        score = backend.score._replace(scale=backend.score.scale * key)
+        return backend.kernels.attend(backend.layout, step, pages, q, score, singles=placed.singles, scale=value)
