@@ -33,6 +33,8 @@ _FIXED = 8
 _HEADS = 8
 _PAGE = tl.constexpr(PAGE)
 _LOG2E = tl.constexpr(math.log2(math.e))
+_LOWEST = tl.constexpr(-1e38)
+"""Below any score, and unlike an infinity to be subtracted from itself."""
 
 
 class Layout(NamedTuple):
@@ -363,17 +365,20 @@ def _attend(
     pages = step.pages + tl.load(step.firsts + segment)
     cache += kv_head * ((1 if LATENT > 0 else 2) * _PAGE * DIM)
 
-    asked = queries, rest, position, slope
     held = cache, pages, begin, end
     if SINGLE or not FIXED:
         state = _unseen(score.sinks if marks is None else None, head, valid, ROWS, WIDTH)
         split = tl.program_id(1)
-        state = _scan(state, asked, held, score, split, splits, KV_HEADS, DIM, LATENT, WINDOW, KEYS)
+        state = _scan(
+            state, queries, rest, position, slope, held, score, split, splits, KV_HEADS, DIM, LATENT, WINDOW, KEYS
+        )
     else:
         state = _unseen(score.sinks, head, valid, ROWS, WIDTH)
         for split in range(splits):
             own = _unseen(None, head, valid, ROWS, WIDTH)
-            own = _scan(own, asked, held, score, split, splits, KV_HEADS, DIM, LATENT, WINDOW, KEYS)
+            own = _scan(
+                own, queries, rest, position, slope, held, score, split, splits, KV_HEADS, DIM, LATENT, WINDOW, KEYS
+            )
             state = _merge(state, own)
     most, weight, total = state
     if marks is None:
@@ -416,7 +421,7 @@ def _rows(q, row, valid, FROM: tl.constexpr, COUNT: tl.constexpr, DIM: tl.conste
 @triton.jit
 def _unseen(sinks, head, valid, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Before any key: the largest score, the sum of weights, and of weighted values."""
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    most = tl.full((ROWS,), _LOWEST, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     if sinks is not None:
         most = tl.load(sinks + head, mask=valid, other=0).to(tl.float32) * _LOG2E
@@ -427,7 +432,10 @@ def _unseen(sinks, head, valid, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _scan(
     state,
-    asked,
+    queries,
+    rest,
+    position,
+    slope,
     held,
     score,
     split,
@@ -440,7 +448,6 @@ def _scan(
 ):
     """The tiles of a split: every ``splits``-th, counted from position 0, of those between ``begin`` and ``end``."""
     most, weight, total = state
-    queries, rest, position, slope = asked
     cache, pages, begin, end = held
     VALUE: tl.constexpr = LATENT if LATENT > 0 else DIM
     KINDS: tl.constexpr = 1 if LATENT > 0 else 2
@@ -476,9 +483,8 @@ def _scan(
             scores -= slope[:, None] * behind
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0, higher)  # nothing was seen yet
-        scores = tl.exp2(scores - base[:, None])
-        faded = tl.exp2(most - base)
+        scores = tl.exp2(scores - higher[:, None])
+        faded = tl.exp2(most - higher)
         weight = weight * faded + tl.sum(scores, 1)
         if LATENT > 0:
             v = tl.trans(k)
@@ -497,8 +503,7 @@ def _merge(state, own):
     most, weight, total = state
     own_most, own_weight, own_total = own
     higher = tl.maximum(most, own_most)
-    base = tl.where(higher == float("-inf"), 0, higher)
-    faded, factor = tl.exp2(most - base), tl.exp2(own_most - base)
+    faded, factor = tl.exp2(most - higher), tl.exp2(own_most - higher)
     weight = tl.fma(own_weight, factor, weight * faded)
     return higher, weight, tl.fma(own_total, factor[:, None], total * faded[:, None])
 
