@@ -33,6 +33,8 @@ class AttnSpec:
     2108.12409)."""
     latent: int = 0
     """If not 0, so many dimensions at the end of a key are its value (DeepSeek-AI, arXiv 2405.04434)."""
+    sinks: bool = False
+    """The softmax has a score more than there are keys: ``Turn.sinks`` (Xiao et al., arXiv 2309.17453)."""
 
     @property
     def value_dim(self) -> int:
@@ -63,6 +65,10 @@ class Turn(Protocol):
     @property
     def scales(self) -> tuple[float, float]:
         """What a cache in float8_e4m3fn divides keys and values by."""
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """[heads]: scores that take their part of the softmax and have no value, if the spec says so."""
 
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As in Attend → q [tokens, heads, head_dim]; k likewise, and v [tokens, kv_heads, value_dim]."""

@@ -38,6 +38,8 @@ class NativeAttention:
             return f"no arithmetic in {precision.compute}"
         if precision.stored not in _FORMS:
             return f"no cache in {precision.stored}"
+        if spec.sinks:
+            return "no attention sinks"
         if spec.head_dim % 4 or spec.head_dim > kernel.LARGEST_DIM:
             return f"no heads of {spec.head_dim} dimensions"
         return "no native kernels" if library() is None else None

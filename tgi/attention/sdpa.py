@@ -102,7 +102,7 @@ class SdpaAttention:
         length = group[0].length
         # Without a window a first chunk is causal by itself, and single tokens of equal context see all of it.
         alike = self.spec.window is None and self.spec.slopes is None
-        causal = alike and self.spec.softcap is None and length > 1 and group[0].start == 0
+        causal = alike and not _written_out(self.spec) and length > 1 and group[0].start == 0
         free = alike and length == 1 and min(contexts) == context
         return _Part(
             at,
@@ -169,11 +169,11 @@ class _Prepared:
             flat[:, 1].index_copy_(0, self.slots, self.backend.kept(v, value))
         if key != 1:
             q = q * key
-        outs = [self._attend(pages, part, q[part.at : part.at + part.tokens]) for part in self.parts]
+        outs = [self._attend(pages, part, q[part.at : part.at + part.tokens], turn.sinks) for part in self.parts]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out if value == 1 else out.mul_(value)
 
-    def _attend(self, pages: torch.Tensor, part: _Part, q: torch.Tensor) -> torch.Tensor:
+    def _attend(self, pages: torch.Tensor, part: _Part, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         spec = self.backend.spec
         kv = self.backend.gather(pages, part)
         # torch's fast kernels want values as wide as keys: latent ones are whole keys until the sums are there.
@@ -182,29 +182,46 @@ class _Prepared:
         if length == 1:
             # Query heads that share a kv head become its query rows: keys and values are read once.
             q = q.view(part.batch, spec.kv_heads, -1, spec.head_dim)
-            out = _attention(q, k, v, part, spec)
+            out = _attention(q, k, v, part, spec, sinks)
         else:
             q = q.view(part.batch, length, spec.heads, spec.head_dim).transpose(1, 2)
             shared = spec.heads // spec.kv_heads
-            if shared > 1 and (q.device.type != "cpu" or spec.softcap is not None):
+            if shared > 1 and (q.device.type != "cpu" or _written_out(spec)):
                 # No CUDA kernel takes shared heads with a mask, or in float32: torch would write out all the scores.
                 k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
-            out = _attention(q, k, v, part, spec, shared=shared > 1).transpose(1, 2)
+            out = _attention(q, k, v, part, spec, sinks, shared=shared > 1).transpose(1, 2)
         return out[..., -spec.value_dim :].reshape(part.tokens, spec.heads * spec.value_dim)
 
 
+def _written_out(spec: AttnSpec) -> bool:
+    """Whether torch's function can't do it."""
+    return spec.softcap is not None or spec.sinks
+
+
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: _Part, spec: AttnSpec, *, shared: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    part: _Part,
+    spec: AttnSpec,
+    sinks: torch.Tensor | None,
+    *,
+    shared: bool = False,
 ) -> torch.Tensor:
     """[batch, heads, queries, dim], [batch, heads or, ``shared``, fewer, keys, dim] → as q."""
-    if spec.softcap is None:
+    if not _written_out(spec):
         return scaled_dot_product_attention(
             q, k, v, attn_mask=part.mask, is_causal=part.causal, scale=spec.scale, enable_gqa=shared
         )
-    scores = (q @ k.transpose(-1, -2)).mul_(spec.scale / spec.softcap).tanh_().mul_(spec.softcap)
+    scores = (q @ k.transpose(-1, -2)).mul_(spec.scale)
+    if spec.softcap is not None:
+        scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
     if part.mask is not None:
         scores += part.mask
-    return scores.softmax(-1) @ v
+    if sinks is None:
+        return scores.softmax(-1) @ v
+    sink = sinks.to(scores).view(q.shape[1], -1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v
 
 
 def _group(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -12,7 +13,6 @@ from tgi.kernels.triton import runs_on
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 _STORED = (*_COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2)
-_WIDEST = 512
 
 
 class TritonAttention:
@@ -22,24 +22,22 @@ class TritonAttention:
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
+        if not runs_on(device):
+            return f"Triton doesn't run on {device.type}"
         if precision.compute not in _COMPUTED:
             return f"no arithmetic in {precision.compute}"
-        if precision.stored not in _STORED:
+        if precision.stored not in _STORED or (precision.stored == torch.float8_e4m3fn and not _has_e4m3(device)):
             return f"no cache in {precision.stored}"
-        if max(spec.value_dim, spec.head_dim - spec.value_dim) > _WIDEST:
+        if max(spec.value_dim, spec.head_dim - spec.value_dim) > _kernels().WIDEST:
             return f"no heads of {spec.head_dim} dimensions"
-        return None if runs_on(device) else f"Triton doesn't run on {device.type}"
+        return None
 
     def __init__(self, spec: AttnSpec, precision: Precision, device: torch.device) -> None:
-        from tgi.kernels.triton import attention  # imports Triton
-
-        assert attention.PAGE == BLOCK_SIZE
-        self.kernels = attention
-        self.layout = attention.Layout(
-            spec.heads, spec.kv_heads, spec.head_dim, spec.latent, spec.window, precision.fixed
-        )
+        self.kernels = kernels = _kernels()
+        window, fixed = spec.window, precision.fixed
+        self.layout = kernels.Layout(spec.heads, spec.kv_heads, spec.head_dim, spec.latent, window, fixed)
         slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device)
-        self.score = attention.Score(spec.scale, spec.softcap, slopes, None)
+        self.score = kernels.Score(spec.scale, spec.softcap, slopes, None)
         self.stored = precision.stored
         self._device = device
 
@@ -72,5 +70,22 @@ class _Prepared:
             eps=0.0 if norm is None else norm.eps,
             scales=(key, value),
         )
-        score = backend.score._replace(scale=backend.score.scale * key)
-        return backend.kernels.attend(backend.layout, step, pages, q, score, singles=placed.singles, scale=value)
+        score = backend.score._replace(scale=backend.score.scale * key, sinks=turn.sinks)
+        out: torch.Tensor = backend.kernels.attend(
+            backend.layout, step, pages, q, score, singles=placed.singles, scale=value
+        )
+        return out
+
+
+def _kernels() -> ModuleType:
+    """Imports Triton, which only those pay for whom it runs."""
+    from tgi.kernels.triton import attention
+
+    assert attention.PAGE == BLOCK_SIZE
+    return attention
+
+
+def _has_e4m3(device: torch.device) -> bool:
+    """Whether Triton converts such numbers there."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return not nvidia or torch.cuda.get_device_capability(device) >= (8, 9)

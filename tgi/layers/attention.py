@@ -38,6 +38,8 @@ class Turn:
     latent: int = 0
     """As in AttnSpec."""
     scales: tuple[float, float] = (1.0, 1.0)
+    sinks: torch.Tensor | None = None
+    """As in attention.base."""
 
     def __call__(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As in attention.base."""

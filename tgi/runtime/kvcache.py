@@ -8,9 +8,10 @@ from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Precision, Se
 from tgi.attention.native import NativeAttention
 from tgi.attention.placed import Placed
 from tgi.attention.sdpa import SdpaAttention
+from tgi.attention.triton import TritonAttention
 from tgi.core.config import KVPool
 
-BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, SdpaAttention)
+BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, TritonAttention, SdpaAttention)
 """In order of preference."""
 
 
@@ -34,13 +35,13 @@ class KVCache:
         """Whether a step is read from device memory alone, so that the same launches serve the next one."""
         self._pages = [self._backends[spec].allocate(pools[self._pools[spec]].blocks) for spec in specs]
 
-    def attend(self, segments: Sequence[Sequence[Segment]], placed: Sequence[Placed] = ()) -> Attend:
+    def attend(self, segments: Sequence[Sequence[Segment]], placed: Sequence[Placed] | None = None) -> Attend:
         """The attention of one step, as the model's forward sees it; for each pool the segments with its blocks.
-        ``placed``: the same in device memory, if it is there."""
-        prepared = {
-            spec: backend.prepare(segments[pool], placed[pool] if placed else None)
-            for (spec, backend), pool in zip(self._backends.items(), self._pools.values(), strict=True)
-        }
+        ``placed``: the same in device memory, if it is there already."""
+        prepared = {}
+        for spec, backend in self._backends.items():
+            pool = self._pools[spec]
+            prepared[spec] = backend.prepare(segments[pool], None if placed is None else placed[pool])
 
         def run(layer: int, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
             return prepared[self._specs[layer]].run(self._pages[layer], qkv, turn)

@@ -195,19 +195,21 @@ def _powers(score: Score) -> Score:
 
 def _groups(layout: Layout, together: int) -> int:
     """Of query heads that share a program."""
-    return layout.kv_heads * triton.cdiv(layout.heads // layout.kv_heads, together)
+    return layout.kv_heads * -(-layout.heads // layout.kv_heads // together)
 
 
 def _constants(layout: Layout, dtype: torch.dtype, what: str, device: torch.device) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for. ``what``: of segments, "single" or "many" tokens."""
     width = max(triton.next_power_of_2(layout.value), _LEAST)
-    name = "fixed" if layout.fixed else what
-    constants = dict(tile(f"attend {name} {min(each for each in _WIDTHS if each >= width)}", device))
     shared = layout.heads // layout.kv_heads
-    if what == "single" and not layout.fixed:
+    # Single: two tiles under way are 64 KB, and three programs share a multiprocessor, which hides a memory's latency.
+    # Many: as many rows as registers hold sums of. Fixed: one tile is for all.
+    sort = "fixed" if layout.fixed else what
+    name = "float32" if dtype == torch.float32 else f"{sort} {min(each for each in _WIDTHS if each >= width)}"
+    constants = dict(tile(f"attend {name}", device))
+    if sort == "single" and not layout.latent:
+        # Latent keys and their values are one tile, and only of 64 rows on do tensor cores read it in both ways.
         constants["ROWS"] = min(constants["ROWS"], max(triton.next_power_of_2(shared), _LEAST))
-    if dtype == torch.float32:  # so that as many bytes are under way
-        constants["KEYS"] = max(constants["KEYS"] // 2, _LEAST)
     return constants | {
         "HEADS": layout.heads,
         "KV_HEADS": layout.kv_heads,
