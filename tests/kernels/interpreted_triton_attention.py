@@ -139,7 +139,7 @@ def test_mixed_steps_equal_the_definition(seed: int) -> None:
     )
     requests = [Request(tokens, spec, precision.compute) for tokens in (chance.choice([1, 17]), 70, 40)]
     turn = plain(spec, sinks=torch.randn(heads, device=DEVICE) if spec.sinks else None)
-    lengths = chance.choice([(70,), (1, 16, 33)])
+    lengths = (70,) if seed > 4 else (1, 16, 33)
     check(spec, precision, requests, turn, lengths=lengths, begun=0.8, padded=seed % 3)
 
 

@@ -57,11 +57,11 @@ PAGED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-packed": ("phi3", {}),
     "latent": ("deepseek_v3", _LATENT | _ROUTED),
     "experts": ("qwen3_moe", {**_EXPERTS, "head_dim": 16}),
+    "sinks": ("gpt_oss", {**_EXPERTS, "head_dim": 16, "sliding_window": 9}),
 }
 """Take our attention."""
 
 OWN: dict[str, tuple[str, dict[str, Any], str]] = {
-    "sinks": ("gpt_oss", {**_EXPERTS, "head_dim": 16, "sliding_window": 9}, "s_aux"),
     "convolutions": (
         "lfm2",
         {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},

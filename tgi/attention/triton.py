@@ -19,6 +19,7 @@ class TritonAttention:
     """In a step of segments of one token each, what is launched depends on their number alone: it can be captured."""
 
     name = "triton"
+    static = True
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:

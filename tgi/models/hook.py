@@ -3,6 +3,7 @@ an ``Attend``. Knows no model by name."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ NAME = "tgi"
 
 _PLAIN = frozenset(
     """scaling softcap sliding_window dropout is_causal position_ids use_cache output_attentions output_hidden_states
-    output_router_logits return_dict""".split()
+    output_router_logits return_dict s_aux""".split()
 )
 """What attention may be asked: understood, said by the mask too, or of no meaning here."""
 
@@ -32,7 +33,7 @@ class Hook:
     def __init__(self, reach: int) -> None:
         """``reach``: the longest request."""
         self.specs: list[AttnSpec] = []
-        self._turns: list[Turn] = []
+        self._turns: list[attention.Turn] = []
         self._reach = reach
         self._compute = torch.float32
         self._layers: dict[nn.Module, int] = {}
@@ -83,7 +84,7 @@ class Hook:
         if self._learns:
             self._learn(module, q, k, v, mask, options)
         layer = self._layers[module]
-        turn, (dim, wide) = self._turns[layer], (q.shape[-1], v.shape[-1])
+        turn, (dim, wide) = replace(self._turns[layer], sinks=options.get("s_aux")), (q.shape[-1], v.shape[-1])
         if wide < dim:
             v = pad(v, (0, dim - wide))
         packed = torch.cat([heads[0].transpose(0, 1) for heads in (q, k, v)], 1)
@@ -115,7 +116,15 @@ class Hook:
         self._layers[module] = len(self.specs)
         self._turns.append(attention.Turn(heads, kv_heads, None, None))
         self.specs.append(
-            AttnSpec(heads, kv_heads, dim, dim**-0.5 if scale is None else scale, known[0], options.get("softcap"))
+            AttnSpec(
+                heads,
+                kv_heads,
+                dim,
+                dim**-0.5 if scale is None else scale,
+                known[0],
+                options.get("softcap"),
+                sinks=options.get("s_aux") is not None,
+            )
         )
 
 
@@ -180,6 +189,10 @@ class Trial:
             scores = torch.einsum("qgsd,kgd->gsqk", q.view(count, spec.kv_heads, -1, spec.head_dim), k) * spec.scale
             if spec.softcap is not None:
                 scores = (scores / spec.softcap).tanh() * spec.softcap
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if turn.sinks is not None:
+                sinks = turn.sinks.to(scores).view(spec.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                scores = torch.cat((scores, sinks), -1)
+            weights = scores.softmax(-1)[..., : len(k)]
             outs.append(torch.einsum("gsqk,kgd->qgsd", weights, v).flatten(1))
         return torch.cat(outs)
