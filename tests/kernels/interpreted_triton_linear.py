@@ -64,12 +64,16 @@ def test_products_are_those_of_what_is_dequantized(form: str, outs: int, inner: 
     close(method(x.to(DEVICE)), x.double() @ exact.T + bias, 1e-6)
     for rows in (5, 65):  # the matrix is narrow, too
         x = torch.randn(rows, inner).half()
-        expected = x.double() @ exact.half().double().T + bias
-        close(method(x.to(DEVICE)), expected, 6e-4)
-        into = torch.randn(rows, outs).half().to(DEVICE)
-        expected = into.cpu() + 0.5 * expected
-        method.add(into, x.to(DEVICE), 0.5)
-        close(into, expected, 6e-4)
+        close(method(x.to(DEVICE)), x.double() @ exact.half().double().T + bias, 6e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 65])
+def test_products_are_added(rows: int) -> None:
+    matrix, bias = FORMS["8 bits"](17, 96, 32), torch.randn(17).half()
+    x, stream = torch.randn(rows, 96).half(), torch.randn(rows, 17).half()
+    into = stream.to(DEVICE, copy=True)
+    coded(matrix, bias.to(DEVICE)).add(into, x.to(DEVICE), 0.5)
+    close(into, stream + 0.5 * (x.double() @ matrix.dequantize().double().T + bias), 6e-4)
 
 
 @pytest.mark.parametrize("form", ["4 bits", "8 bits, minima"])
