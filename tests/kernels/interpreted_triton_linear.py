@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from tests.kernels.coded_forms import FORMS
-from tests.parity.conftest import load, logits, tokens, write_reference
+from tests.parity.conftest import load, logits, tokens
 from tests.quantization import test_gptq as gptq
 from tests.quantization.packed_models import write
 from tests.quantization.test_checkpoint import Stored
-from tests.quantization.test_formats import MIXTRAL
-from tests.quantization.writers import FORMATS, requantize
 from tgi.core.config import ModelFiles
 from tgi.core.model_config import read_config
 from tgi.kernels.triton import linear as kernels
@@ -185,9 +183,3 @@ def test_a_model_computes_what_it_does_dequantized(tmp_path: Path, monkeypatch: 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     folder = write(tmp_path, gptq.packer(4, 32, shuffled=True), gptq.config(4, 32), **sizes)
     assert same_logits(folder, monkeypatch) == 4
-
-
-def test_experts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_reference(tmp_path, "mixtral", **MIXTRAL | {"num_hidden_layers": 1, "num_local_experts": 3})
-    requantize(tmp_path, FORMATS["nf4"], lambda name: ".experts." in name)
-    assert same_logits(tmp_path, monkeypatch) == 2 * 3

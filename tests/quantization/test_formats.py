@@ -134,7 +134,7 @@ MIXTRAL: dict[str, Any] = {
     "sliding_window": None,
     "pad_token_id": 0,
 }
-_DEEPSEEK = MIXTRAL | {
+DEEPSEEK: dict[str, Any] = MIXTRAL | {
     "num_local_experts": None,
     "num_key_value_heads": 4,
     "n_routed_experts": 4,
@@ -182,7 +182,7 @@ def test_stacks_of_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fp8 blocks", "w8a8"])
 def test_latent_keys(tmp_path: Path, name: str) -> None:
     """DeepSeek's own format: what makes keys and values of the latent vector is cut by head, across blocks."""
-    write_reference(tmp_path, "deepseek_v3", **{key: value for key, value in _DEEPSEEK.items() if value is not None})
+    write_reference(tmp_path, "deepseek_v3", **{key: value for key, value in DEEPSEEK.items() if value is not None})
     plain, meant = requantize(tmp_path, FORMATS[name], lambda key: key.endswith(".weight") and not key.endswith(_PLAIN))
     assert any("kv_b_proj" in key for key in meant) and not any("norm" in key for key in meant)
     same_logits(tmp_path, plain, rounded=name == "w8a8")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,6 +16,9 @@ from tgi.quantization.forms import Codes, Float8
 from tgi.quantization.packed import Pack
 from tgi.quantization.quantized import Packed, Quantized, Rows, common, one_order, stack
 from tgi.quantization.rounding import ROUNDING, VOCABULARY
+
+if TYPE_CHECKING:
+    from tgi.kernels.triton.experts import Matrices
 
 
 class Tensors(Protocol):
@@ -148,13 +151,15 @@ class Checkpoint:
         """The pieces as one tensor on the device, copied once."""
         return self._table(self._matrix(pieces))
 
-    def _table(self, matrix: "_Matrix") -> torch.Tensor:
-        weight = torch.empty(matrix.height, matrix.width, dtype=self.dtype, device=self.device)
-        for rows in _slabs(matrix.height, matrix.width):
-            at = rows.start
-            for part in matrix[rows]:
-                weight[at : at + part.shape[0]].copy_(_plain(part))
-                at += part.shape[0]
+    def _table(self, *matrices: "_Matrix") -> torch.Tensor:
+        height = sum(matrix.height for matrix in matrices)
+        weight = torch.empty(height, matrices[0].width, dtype=self.dtype, device=self.device)
+        at = 0
+        for matrix in matrices:
+            for rows in _slabs(matrix.height, matrix.width):
+                for part in matrix[rows]:
+                    weight[at : at + part.shape[0]].copy_(_plain(part))
+                    at += part.shape[0]
         return weight
 
     def _coded(self, matrix: "_Matrix", bias: torch.Tensor | None) -> LinearMethod:
@@ -172,6 +177,28 @@ class Checkpoint:
         if rounds and Float8Linear.takes(sample, matrix.height, self.device):
             return Float8Linear.of(slabs, (matrix.height, matrix.width), self.device, bias, fixed=self.fixed)
         return CodedLinear.of(slabs, matrix.height, self.device, bias, fixed=self.fixed)
+
+    def experts(self, matrices: Sequence[Sequence[Piece]]) -> "Matrices":
+        """Matrices of one size, each made of some pieces, one behind the other for Triton's kernels: quantized if all
+        can be multiplied as they are in one form."""
+        from tgi.kernels.triton import coded
+        from tgi.kernels.triton.experts import Matrices
+        from tgi.quantization.device import code, multiplied
+
+        sources = [self._matrix(pieces) for pieces in matrices]
+        if self.quantize is None:
+            return Matrices(self._table(*sources), len(sources))
+        samples = [source.samples() for source in sources]
+        form = _form(samples)
+        if not multiplied(self._joined(samples[0], form)):
+            return Matrices(self._table(*sources), len(sources))
+        height, width = sources[0].height, sources[0].width
+        slabs = (
+            code(self._joined(source[rows], form)) for source in sources for rows in _slabs(height, width, _DEVICE_SLAB)
+        )
+        weight = replace(coded.assemble(slabs, height * len(sources), self.device), order=None)
+        order = None if form is None else _order(samples)
+        return Matrices(weight, len(sources), None if order is None else order.to(self.device))
 
     def native(
         self,

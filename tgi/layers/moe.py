@@ -1,7 +1,7 @@
 """A mixture of experts in the place of a feed-forward block (Shazeer et al., arXiv 1701.06538)."""
 
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -15,6 +15,9 @@ from tgi.layers.linear import ColumnLinear
 from tgi.layers.mlp import GatedMLP
 from tgi.parallel import Group
 from tgi.quantization.base import ACTS
+
+if TYPE_CHECKING:
+    from tgi.kernels.triton.experts import Matrices
 
 
 class ExpertsMethod(Protocol):
@@ -70,10 +73,12 @@ class MoE:
         router = ColumnLinear.whole(exact, f"{block}.{config.router}", config.count, shape.hidden, bias=False)
         bias = exact.vector(f"{block}.{routing.bias}", config.count) if routing.bias else None
         experts: ExpertsMethod
-        if checkpoint.library is None:
-            experts = SeparateExperts.load(checkpoint, f"{block}.experts", shape, config, activation)
-        else:
+        if checkpoint.library is not None:
             experts = GroupedExperts.load(checkpoint, checkpoint.library, f"{block}.experts", shape, config, activation)
+        elif checkpoint.triton:
+            experts = FusedExperts.load(checkpoint, f"{block}.experts", shape, config, activation)
+        else:
+            experts = SeparateExperts.load(checkpoint, f"{block}.experts", shape, config, activation)
         shared = gate = None
         if config.shared_intermediate:
             inner = replace(shape, intermediate=config.shared_intermediate)
@@ -123,14 +128,7 @@ class GroupedExperts:
         activation: Activation,
     ) -> "GroupedExperts":
         """Experts are the modules ``name``.0, ``name``.1, …"""
-        gate, up, down = config.names
-        hidden, inner = shape.hidden, config.intermediate
-        own, whole = checkpoint.group.shard(inner), slice(0, hidden)
-        modules = [f"{name}.{index}" for index in range(config.count)]
-        gate_ups = [
-            [Piece(f"{module}.{part}", (inner, hidden), [own], whole) for part in (gate, up)] for module in modules
-        ]
-        downs = [[Piece(f"{module}.{down}", (hidden, inner), [whole], own)] for module in modules]
+        gate_ups, downs = _pieces(checkpoint.group, name, shape, config)
         return cls(
             library,
             checkpoint.group,
@@ -175,8 +173,60 @@ class GroupedExperts:
         native.mix(self._library, x, weights, into=into, factor=factor)
 
 
+class FusedExperts:
+    """The same by Triton's kernels. Nothing waits for the host, so that a step can be captured.
+
+    Each expert's matrices are quantized if all of the layer's can be multiplied so. A token's result doesn't depend on
+    where the other tokens go, but on whether they are few or many; if ``fixed``, not on that either.
+    """
+
+    __slots__ = ("_activation", "_down", "_fixed", "_gate_up", "_group")
+
+    def __init__(
+        self, group: Group, gate_up: "Matrices", down: "Matrices", activation: Activation, *, fixed: bool = False
+    ) -> None:
+        """``gate_up``: an expert's gate lies before its up."""
+        self._group = group
+        self._gate_up = gate_up
+        self._down = down
+        self._activation = activation
+        self._fixed = fixed
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, name: str, shape: ModelShape, config: Experts, activation: Activation
+    ) -> "FusedExperts":
+        """Experts are the modules ``name``.0, ``name``.1, …"""
+        gate_ups, downs = _pieces(checkpoint.group, name, shape, config)
+        gate_up, down = checkpoint.experts(gate_ups), checkpoint.experts(downs)
+        return cls(checkpoint.group, gate_up, down, activation, fixed=checkpoint.fixed)
+
+    def route(
+        self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _route(products, routing, bias)
+
+    def add(
+        self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
+    ) -> None:
+        from tgi.kernels.triton import experts as kernels
+
+        pairs = kernels.arrange(chosen, self._gate_up.experts)
+        inner = kernels.gate(x, self._gate_up, pairs, self._activation, fixed=self._fixed)
+        outs = kernels.linear(inner, self._down, pairs, fixed=self._fixed)
+        if self._group.size == 1:
+            kernels.mix(outs, weights, into, factor)
+        else:
+            self._group.add(into, kernels.mix(outs, weights), factor)
+
+    def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
+        from tgi.kernels.triton import experts as kernels
+
+        kernels.mix(x, weights, into, factor)
+
+
 class SeparateExperts:
-    """Torch's own linears, one expert after the other: any device, any dtype; the reference for the other."""
+    """Torch's own linears, one expert after the other: any device, any dtype; the reference for the others."""
 
     __slots__ = ("_experts",)
 
@@ -195,20 +245,7 @@ class SeparateExperts:
     def route(
         self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if routing.score == "sparse_mixer":
-            return _sparse_mixer(products, routing)
-        scores = products.sigmoid() if routing.score == "sigmoid" else products.softmax(-1)
-        liked = scores if bias is None else scores + bias
-        if routing.groups > 1:
-            grouped = liked.view(len(liked), routing.groups, -1)
-            best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
-            others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
-            liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
-        chosen = liked.topk(routing.per_token).indices
-        weights = scores.gather(-1, chosen)
-        if routing.norm:
-            weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
-        return weights * routing.factor, chosen
+        return _route(products, routing, bias)
 
     def add(
         self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
@@ -224,6 +261,33 @@ class SeparateExperts:
 
     def add_weighted(self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, factor: float) -> None:
         into.add_(weights.to(x.dtype) * x, alpha=factor)
+
+
+def _pieces(group: Group, name: str, shape: ModelShape, config: Experts) -> tuple[list[list[Piece]], list[list[Piece]]]:
+    """A rank's part of all experts: gate and up, and down."""
+    gate, up, down = config.names
+    hidden, inner = shape.hidden, config.intermediate
+    own, whole = group.shard(inner), slice(0, hidden)
+    modules = [f"{name}.{index}" for index in range(config.count)]
+    gate_ups = [[Piece(f"{module}.{part}", (inner, hidden), [own], whole) for part in (gate, up)] for module in modules]
+    return gate_ups, [[Piece(f"{module}.{down}", (hidden, inner), [whole], own)] for module in modules]
+
+
+def _route(products: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if routing.score == "sparse_mixer":
+        return _sparse_mixer(products, routing)
+    scores = products.sigmoid() if routing.score == "sigmoid" else products.softmax(-1)
+    liked = scores if bias is None else scores + bias
+    if routing.groups > 1:
+        grouped = liked.view(len(liked), routing.groups, -1)
+        best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
+        others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+        liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
+    chosen = liked.topk(routing.per_token).indices
+    weights = scores.gather(-1, chosen)
+    if routing.norm:
+        weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
+    return weights * routing.factor, chosen
 
 
 def _sparse_mixer(products: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,6 +112,11 @@ class Sites(Checkpoint):
     found: list[Site] = field(default_factory=list)
     """In the order in which the model took them."""
 
+    @property
+    def triton(self) -> bool:
+        """Experts are products by themselves, which can be noted."""
+        return False
+
     def linear(self, pieces: Sequence[Piece], *, bias: bool, gated: bool = False) -> LinearMethod:
         """As in Checkpoint. A part of the checkpoint that has ``quantize`` taken away stays plain."""
         offset = self.bias(pieces) if bias else None
