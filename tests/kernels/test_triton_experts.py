@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,16 @@ from tgi.quantization.device import code
 
 COUNT, HIDDEN, INNER = 128, 1024, 256
 TOKENS = {"few": 4, "many": 512}
+ROUTING: dict[str, Any] = {
+    "per_token": 8,
+    "score": "sigmoid",
+    "groups": 8,
+    "groups_per_token": 4,
+    "group_best": 2,
+    "norm": 1.0,
+    "factor": 2.5,
+}
+"""The most that is asked for: DeepSeek V3's."""
 
 
 def test_what_they_compute() -> None:
@@ -44,8 +55,10 @@ def stack(form: str, outs: int, inner: int) -> Matrices:
 def test_what_they_become(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Figures, capability: int) -> None:
     """They fit into registers and shared memory, spill nothing, and products use tensor cores."""
     compiles = Compiler(capability, tmp_path, monkeypatch)
-    for name in ("_arrange", "_plain", "_mix"):
+    for name in ("_route", "_arrange", "_plain", "_mix"):
         compiles.instead_of(kernels, name)
+    kernels.route(torch.zeros(4, 256), torch.zeros(256), **ROUTING)
+    check(compiles, "_route", "experts", recorded)
     gate_up, down = stack("plain", 2 * INNER, HIDDEN), stack("plain", HIDDEN, INNER)
     for rows, tokens in TOKENS.items():
         pairs = kernels.arrange(torch.zeros(tokens, 8, dtype=torch.int64), COUNT)

@@ -204,7 +204,22 @@ class FusedExperts:
     def route(
         self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _route(products, routing, bias)
+        from tgi.kernels.triton import experts as kernels
+
+        if routing.score == "sparse_mixer":
+            return _sparse_mixer(products, routing)
+        return kernels.route(
+            products,
+            bias,
+            per_token=routing.per_token,
+            score=routing.score,
+            groups=routing.groups,
+            groups_per_token=routing.groups_per_token,
+            group_best=routing.group_best,
+            norm=routing.norm,
+            norm_least=routing.norm_least,
+            factor=routing.factor,
+        )
 
     def add(
         self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
@@ -245,7 +260,20 @@ class SeparateExperts:
     def route(
         self, products: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _route(products, routing, bias)
+        if routing.score == "sparse_mixer":
+            return _sparse_mixer(products, routing)
+        scores = products.sigmoid() if routing.score == "sigmoid" else products.softmax(-1)
+        liked = scores if bias is None else scores + bias
+        if routing.groups > 1:
+            grouped = liked.view(len(liked), routing.groups, -1)
+            best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
+            others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+            liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
+        chosen = liked.topk(routing.per_token).indices
+        weights = scores.gather(-1, chosen)
+        if routing.norm:
+            weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
+        return weights * routing.factor, chosen
 
     def add(
         self, into: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, factor: float
@@ -271,23 +299,6 @@ def _pieces(group: Group, name: str, shape: ModelShape, config: Experts) -> tupl
     modules = [f"{name}.{index}" for index in range(config.count)]
     gate_ups = [[Piece(f"{module}.{part}", (inner, hidden), [own], whole) for part in (gate, up)] for module in modules]
     return gate_ups, [[Piece(f"{module}.{down}", (hidden, inner), [whole], own)] for module in modules]
-
-
-def _route(products: torch.Tensor, routing: Routing, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if routing.score == "sparse_mixer":
-        return _sparse_mixer(products, routing)
-    scores = products.sigmoid() if routing.score == "sigmoid" else products.softmax(-1)
-    liked = scores if bias is None else scores + bias
-    if routing.groups > 1:
-        grouped = liked.view(len(liked), routing.groups, -1)
-        best = grouped.topk(routing.group_best).values.sum(-1).topk(routing.groups_per_token).indices
-        others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
-        liked = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
-    chosen = liked.topk(routing.per_token).indices
-    weights = scores.gather(-1, chosen)
-    if routing.norm:
-        weights /= weights.norm(routing.norm, dim=-1, keepdim=True).clamp(min=routing.norm_least)
-    return weights * routing.factor, chosen
 
 
 def _sparse_mixer(products: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,42 @@ class Pairs:
     per_token: int
 
 
+def route(
+    products: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    per_token: int,
+    score: str,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    group_best: int = 1,
+    norm: float = 0.0,
+    norm_least: float = 0.0,
+    factor: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [tokens, experts], [experts] → weights float32, experts int32: each [tokens, per_token], the best first.
+
+    The options are those of core/model_config.py's Routing, but for the sparse mixer. Of equal scores the first is
+    better. Whatever the products are, experts are some that there are.
+    """
+    assert products.stride(1) == 1 and score in ("softmax", "sigmoid")
+    tokens, experts = products.shape
+    weights = torch.empty(tokens, per_token, dtype=torch.float32, device=products.device)
+    chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=products.device)
+    _route[(tokens,)](
+        *(products, bias, weights, chosen, products.stride(0), experts, norm_least, factor),
+        SIGMOID=score == "sigmoid",
+        NORM=norm,
+        PER_TOKEN=per_token,
+        GROUPS=groups,
+        GROUPS_PER_TOKEN=groups_per_token,
+        GROUP_BEST=group_best,
+        EXPERTS=max(triton.next_power_of_2(experts), 16),
+        num_warps=1,  # they need not wait for each other after each comparison
+    )
+    return weights, chosen
+
+
 def arrange(chosen: torch.Tensor, experts: int) -> Pairs:
     """Of ``chosen``, int32 or int64 [tokens, per_token]; pairs of no expert (-1) are left out."""
     chosen = chosen.contiguous()
@@ -113,6 +149,71 @@ def _multiply(
     else:
         _plain[grid](*common, weight, weight.shape[1], **shape, **constants)
     return out
+
+
+@triton.jit
+def _route(
+    products,
+    bias,
+    weights,
+    chosen,
+    stride,
+    experts,
+    norm_least,
+    factor,
+    SIGMOID: tl.constexpr,
+    NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_PER_TOKEN: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    token = tl.program_id(0)
+    each = tl.arange(0, EXPERTS)
+    there = each < experts
+    product = tl.load(products + token.to(tl.int64) * stride + each, mask=there, other=float("-inf"))
+    if SIGMOID:
+        scores = tl.sigmoid(product)
+    else:
+        scores = tl.exp(product - tl.max(product, 0))
+        scores /= tl.sum(scores, 0)
+    liked = scores
+    if bias is not None:
+        liked += tl.load(bias + each, mask=there, other=0)
+    # What is no number would be the best or not, as it comes.
+    liked = tl.where(there & (liked == liked), liked, float("-inf"))
+    if GROUPS > 1:
+        group = each // (experts // GROUPS)
+        number = tl.arange(0, triton.next_power_of_2(GROUPS))
+        left = tl.where(group[None, :] == number[:, None], liked[None, :], float("-inf"))
+        good = tl.where(number < GROUPS, 0.0, float("-inf"))
+        for _ in tl.static_range(GROUP_BEST):
+            good += tl.max(left, 1)
+            left = tl.where(each[None, :] == tl.argmax(left, 1)[:, None], float("-inf"), left)
+        taken = each < 0
+        for _ in tl.static_range(GROUPS_PER_TOKEN):
+            best = tl.argmax(good, 0)
+            taken |= group == best
+            good = tl.where(number == best, float("-inf"), good)
+        liked = tl.where(taken, liked, float("-inf"))
+    place = tl.arange(0, triton.next_power_of_2(PER_TOKEN))
+    found = place * 0
+    weight = found.to(tl.float32)
+    for index in tl.static_range(PER_TOKEN):
+        best = tl.argmax(liked, 0)
+        found = tl.where(place == index, best, found)
+        weight = tl.where(place == index, tl.sum(tl.where(each == best, scores, 0), 0), weight)
+        liked = tl.where(each == best, float("-inf"), liked)
+    if NORM == 1:
+        weight /= tl.maximum(tl.sum(weight, 0), norm_least)
+    elif NORM > 0:
+        some = weight > 0
+        total = tl.sum(tl.where(some, tl.exp(tl.log(tl.where(some, weight, 1.0)) * NORM), 0), 0)
+        weight /= tl.maximum(tl.exp(tl.log(total) / NORM), norm_least)
+    at = token * PER_TOKEN + place
+    tl.store(weights + at, weight * factor, mask=place < PER_TOKEN)
+    tl.store(chosen + at, found, mask=place < PER_TOKEN)
 
 
 @triton.jit(do_not_specialize=["count"])
