@@ -77,7 +77,7 @@ class Group:
 
 
 class Collective:
-    """Through torch.distributed: NCCL between GPUs, gloo between CPUs without our own kernels."""
+    """Through torch.distributed: between GPUs their maker's library (NCCL), between CPUs without our kernels gloo."""
 
     def __init__(
         self, rank: int, ranks: int, device: torch.device, master: tuple[str, int], *, fixed: bool = False
@@ -85,11 +85,12 @@ class Collective:
         """``master``: address and port where rank 0 waits for the others. ``fixed``: sums are made in the order of
         ranks, whatever their size, which NCCL's and torch's are not. Raises StartupError."""
         address = f"tcp://{master[0]}:{master[1]}"
-        gpu = device.type == "cuda"
+        gpu = device.type != "cpu"
         try:
             if gpu:
-                torch.cuda.set_device(device)
-            distributed.init_process_group("nccl" if gpu else "gloo", init_method=address, rank=rank, world_size=ranks)
+                torch.get_device_module(device).set_device(device)
+            backend = distributed.get_default_backend_for_device(device)
+            distributed.init_process_group(backend, init_method=address, rank=rank, world_size=ranks)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise StartupError(

@@ -514,6 +514,33 @@ def test_a_gpu_is_of_no_use_to_a_torch_for_cpus(nvidia_smi: Path, monkeypatch: p
         probe("cuda", None)
 
 
+@pytest.mark.parametrize(("build", "device"), [("2.11.0+rocm7.1", "cuda"), ("2.11.0+xpu", "xpu")])
+def test_other_makers_gpus_are_those_that_torch_sees(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, build: str, device: str
+) -> None:
+    monkeypatch.setattr(machines, "version", lambda _: build)
+    monkeypatch.setattr(machines, "lacking", lambda capability: None if capability is None else "another")
+    torch_of = "import sys; assert sys.argv[1] == {!r}; print({!r})"
+    monkeypatch.setattr(machines, "_ASK", torch_of.format(device, '[["MI300X", 90, 100], ["MI300X", 70, 80]]'))
+    expected = Machine(device, "MI300X", 100, 90, triton=True, gpus=((100, 90), (80, 70)))
+    assert probe("auto", None) == probe(device, None) == expected
+    assert expected.kind == "gpu" and probe("cpu", None).device == "cpu"
+    monkeypatch.setattr(machines, "_ASK", "print([])")
+    assert probe("auto", None).device == "cpu"
+    with pytest.raises(ArgumentValidation, match="torch finds no GPU"):
+        probe(device, None)
+    with pytest.raises(ArgumentValidation, match=f"is built for `--device {device}`"):
+        probe("xpu" if device == "cuda" else "cuda", None)
+    monkeypatch.setattr(machines, "_ASK", "raise SystemExit(3)")
+    assert probe("auto", None).device == "cpu" and "torch can't say" in caplog.text
+
+
+def test_torch_can_be_asked_for_its_gpus() -> None:
+    """On what is here: a module without GPUs, or with."""
+    found = machines._asked("cuda")
+    assert found is None or found.device == "cuda"
+
+
 def test_no_gpu(nvidia_smi: Path) -> None:
     (nvidia_smi / "says").write_text("No devices were found\n")
     assert probe("auto", None).device == "cpu"

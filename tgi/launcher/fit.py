@@ -51,17 +51,17 @@ _GGUF = {
 }
 """The same for ggml's types; the others are dequantized."""
 
-PREFILL = {"cuda": 4096, "cpu": 512}
+PREFILL = {"gpu": 4096, "cpu": 512}
 """Default tokens of a step: a GPU needs many to be busy; a CPU is busy with few, and longer steps delay decodes."""
 
 _PROGRAMS = 512 << 20
 """Bytes of engine, router and launcher beside everything that is counted."""
-_SLACK = {"cuda": 0.05, "cpu": 0.02}
+_SLACK = {"gpu": 0.05, "cpu": 0.02}
 """Share of the memory left alone: allocators round up and fragment."""
 _CPU_CACHE_SHARE = 0.5
 """Share of what is left that the KV cache takes on CPU by itself: the machine has other programs, and every page of the
 cache is used in the long run."""
-_SLOWEST = {"cuda": 1e12, "cpu": 2e9}
+_SLOWEST = {"gpu": 1e12, "cpu": 2e9}
 """Operations a second that every machine reaches that is worth serving on: a hundredth of a usual one's."""
 _GRACE = 60.0
 """Seconds for all that a step does besides: a disk that wakes up, a neighbour that takes the processors."""
@@ -137,7 +137,7 @@ def choose_graphs(options: Options, machine: Machine, batch_size: int, *, tail: 
     grows by more than a third."""
     asked = options.cuda_graphs
     sizes = sorted({size for size in asked or () if 0 < size <= batch_size})
-    able = machine.triton and not tail and options.attention != "flashinfer"
+    able = machine.device == "cuda" and machine.triton and not tail and options.attention != "flashinfer"
     if asked is None and able:
         sizes = [1, 2]
         while sizes[-1] < batch_size:
@@ -182,7 +182,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     if isinstance(config, DecoderConfig) and not files.weights[0].endswith(".gguf"):
         _check_kinds(headers, held, config.scheme)
     shape = config.shape
-    ranks = choose_ranks(options, len(machine.gpus) if machine.device == "cuda" else None)
+    ranks = choose_ranks(options, len(machine.gpus) if machine.kind == "gpu" else None)
     machine = machine.part(ranks)
     tail = isinstance(config, TailConfig)
     if tail and ranks > 1:
@@ -191,9 +191,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     dtype = choose_dtype(options.dtype, machine, raw)
     quantize = choose_quantize(options, files, config.scheme, machine)
     batch_size = options.max_batch_size or options.max_concurrent_requests
-    prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.device], shape.max_position_embeddings)
+    prefill = options.max_batch_prefill_tokens or min(PREFILL[machine.kind], shape.max_position_embeddings)
     budget = _budget(machine, options.cuda_memory_fraction)
-    slack = _SLACK[machine.device] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
+    slack = _SLACK[machine.kind] if options.tgi_wiggle_room is None else 1 - options.tgi_wiggle_room
     native = machine.native and dtype in DTYPES
     if options.kv_cache_dtype == "int8" and not native:
         raise ArgumentValidation("`--kv-cache-dtype int8` needs the native kernels, which run on CPU")
@@ -266,7 +266,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     )
     pairs = 2 * shape.layers * shape.heads * shape.head_dim * total  # queries with keys, and with values
     operations = 2.0 * prefill * (elements(files, config.scheme) + pairs)
-    longest_step = _GRACE + operations / _SLOWEST[machine.device]
+    longest_step = _GRACE + operations / _SLOWEST[machine.kind]
     return Plan(ranks, limits, cache.pools(capacity), dtype, quantize, graphs, budget, longest_step, ledger)
 
 

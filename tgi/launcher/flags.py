@@ -176,9 +176,10 @@ class Options:
         "native kernels.",
     )
     device: str = _flag(
-        kinds.one_of("auto", "cpu", "cuda"),
+        kinds.one_of("auto", "cpu", "cuda", "xpu"),
         "auto",
-        "Where the model runs. `auto`: a CUDA GPU if there is one, else the CPU.",
+        "Where the model runs. `auto`: a GPU that torch is built for, if there is one, else the CPU. `cuda` is torch's "
+        "name for AMD's GPUs, too; `xpu` for Intel's.",
         commands=(*_ENGINE, *_QUANTIZE),
     )
     kv_cache_dtype: str | None = _flag(

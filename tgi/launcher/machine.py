@@ -1,9 +1,12 @@
-"""What the model will run on: GPUs by nvidia-smi, memory by the kernel and its control groups. Imports no torch."""
+"""What the model will run on: GPUs by nvidia-smi or by torch, memory by the kernel and its control groups. Imports no
+torch: where only that knows the GPUs, a process of its own asks it."""
 
 import dataclasses
+import json
 import logging
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,15 @@ from tgi.kernels.triton import lacking
 from tgi.launcher.errors import ArgumentValidation
 
 log = logging.getLogger(__name__)
+
+_BUILDS = {"cpu": "cpu", "rocm": "cuda", "xpu": "xpu"}
+"""How torch's version may end → what it then calls its devices; otherwise it is built for NVIDIA's GPUs."""
+
+_ASK = """
+import json, sys, torch
+gpus = torch.get_device_module(sys.argv[1])
+print(json.dumps([[gpus.get_device_name(at), *gpus.mem_get_info(at)] for at in range(gpus.device_count())]))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,10 @@ class Machine:
     gpus: tuple[tuple[int, int], ...] = ()
     """Of all visible GPUs ``total`` and ``available``, which are the first one's."""
 
+    @property
+    def kind(self) -> str:
+        return "cpu" if self.device == "cpu" else "gpu"
+
     def part(self, ranks: int) -> "Machine":
         """What each of so many ranks may count on: the least that any of its GPUs has, or a share of the memory."""
         if not self.gpus:
@@ -45,20 +61,27 @@ class Machine:
 
 
 def probe(device: str, visible: str | None) -> Machine:
-    """What is there. ``device``: auto, cpu or cuda. ``visible``: CUDA_VISIBLE_DEVICES."""
-    gpu = None if device == "cpu" else _gpu(visible)
-    if device == "cuda" and gpu is None:
-        raise ArgumentValidation("`--device cuda`: nvidia-smi finds no GPU")
-    if gpu is not None and (build := version("torch")).endswith("+cpu"):
-        if device == "cuda":
-            raise ArgumentValidation(f"`--device cuda`: torch {build} is built for CPUs only")
+    """What is there. ``device``: auto, cpu, xpu or cuda, which is torch's word for AMD's GPUs, too. ``visible``:
+    CUDA_VISIBLE_DEVICES."""
+    build = version("torch")
+    maker = next((maker for maker in _BUILDS if build.partition("+")[2].startswith(maker)), None)
+    served = _BUILDS.get(maker or "", "cuda")
+    if device not in ("auto", "cpu", served):
+        made_for = "CPUs only" if served == "cpu" else f"`--device {served}`"
+        raise ArgumentValidation(f"`--device {device}`: torch {build} is built for {made_for}")
+    gpu = None
+    if device != "cpu":
+        gpu = _asked(served) if maker in ("rocm", "xpu") else _smi(visible)
+    if gpu is None and device not in ("auto", "cpu"):
+        raise ArgumentValidation(f"`--device {device}`: {'torch' if maker else 'nvidia-smi'} finds no GPU")
+    if gpu is not None and served == "cpu":
         log.warning("Running on CPU beside a %s: torch %s is built for CPUs only", gpu.name, build)
         gpu = None
     return gpu or dataclasses.replace(_cpu(Path("/")), native=library() is not None)
 
 
-def _gpu(visible: str | None) -> Machine | None:
-    """The visible GPUs, by nvidia-smi."""
+def _smi(visible: str | None) -> Machine | None:
+    """NVIDIA's visible GPUs, by nvidia-smi."""
     if visible in ("", "-1"):
         return None
     fields = "--query-gpu=name,memory.total,memory.free,compute_cap"
@@ -68,18 +91,35 @@ def _gpu(visible: str | None) -> Machine | None:
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
         rows = [line.rsplit(",", 3) for line in lines]
-        gpus = tuple((int(total) << 20, int(free) << 20) for _, total, free, _ in rows)
-        missing = lacking(min(float(capability) for *_, capability in rows))
-        if missing is not None:
-            log.warning(
-                "Models run on torch's operations alone, quantized weights dequantized: Triton wants %s", missing
-            )
-        return Machine("cuda", rows[0][0].strip(), *gpus[0], triton=missing is None, gpus=gpus)
+        gpus = [(int(total) << 20, int(free) << 20) for _, total, free, _ in rows]
+        capability = min(float(capability) for *_, capability in rows)
+        return _gpus("cuda", rows[0][0].strip(), gpus, capability)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("nvidia-smi is there but says nothing useful (%s)", error)
         return None
+
+
+def _asked(device: str) -> Machine | None:
+    """The GPUs that a torch for AMD's or Intel's sees. It takes seconds to ask it, but no tool of theirs is always
+    there, and each reads other variables to hide some."""
+    command = [sys.executable, "-c", _ASK, device]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        rows: list[tuple[str, int, int]] = json.loads(told)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.warning("torch can't say which GPUs there are (%s)", error)
+        return None
+    return _gpus(device, rows[0][0], [(total, free) for _, free, total in rows], None) if rows else None
+
+
+def _gpus(device: str, name: str, gpus: Sequence[tuple[int, int]], capability: float | None) -> Machine:
+    """``name``: of the first. ``capability``: the least of NVIDIA's."""
+    missing = lacking(capability)
+    if missing is not None:
+        log.warning("Models run on torch's operations alone, quantized weights dequantized: Triton wants %s", missing)
+    return Machine(device, name, *gpus[0], triton=missing is None, gpus=tuple(gpus))
 
 
 def _cpu(root: Path) -> Machine:
