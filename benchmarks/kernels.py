@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from linear import WORKING_SET, seconds
+from device import seconds
+from linear import WORKING_SET
 from tgi.attention.base import AttnSpec, Precision, Segment
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.model_config import Experts, ModelShape, Routing
@@ -23,6 +24,7 @@ from tgi.parallel import Group
 from tgi.runtime.kvcache import BACKENDS
 
 PARTS = ("experts", "attention")
+CPU = torch.device("cpu")
 
 
 class Random:
@@ -66,7 +68,7 @@ def experts(rows: Sequence[int]) -> None:
             cells = []
             for count in rows:
                 x, products = torch.randn(count, 1024), torch.randn(count, 32)
-                cells.append(f"{1e3 * seconds(partial(all_experts, layers, x, products, routing)) / copies:.2f}")
+                cells.append(f"{1e3 * seconds(partial(all_experts, layers, x, products, routing), CPU) / copies:.2f}")
             print(f"| {form}, {name} | {' | '.join(cells)} |", flush=True)
 
 
@@ -104,7 +106,7 @@ def attention(requests: int, context: int, length: int) -> None:
             made = backend(spec, precision, device)
             pages = made.allocate(requests * width)
             prepared = made.prepare(segments)
-            each = seconds(partial(prepared.run, pages, qkv, Split(spec)))
+            each = seconds(partial(prepared.run, pages, qkv, Split(spec)), CPU)
             read = 1e-9 * requests * context * 2 * 3 * 64 * 2 / each
             print(f"| {backend.name} | {requests} | {context} | {length} | {1e3 * each:.3f} | {read:.1f} |", flush=True)
 

@@ -14,7 +14,6 @@ FOLDER/linear.jsonl, to which each run adds a round, and .md, with the medians o
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+import device as devices
+from client import BenchmarkError
 from machine import Watch, ceilings
 from records import Journal, Record
 from tgi.kernels.library import library
@@ -44,42 +45,6 @@ QUANTIZED = (
 )
 """Numbers, columns that share a scale, and perhaps a minimum."""
 FORMS = {"cpu": (*TORCH, *(("fp32", "bf16", *QUANTIZED) if library() else ())), "cuda": ("F.linear", *QUANTIZED)}
-
-
-def seconds(work: Callable[[], object], runs: int = 9) -> float:
-    work()
-    times = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def device_seconds(work: Callable[[], object], runs: int = 21) -> float:
-    """The same on a GPU, of a graph, so that the time to launch kernels doesn't count."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(runs):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e-3 * begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def device_ceilings() -> Record:
-    """Copying 1 GB, and a bfloat16 matrix product of 8192³."""
-    source = torch.ones(1 << 28, device="cuda")
-    copy, x = torch.empty_like(source), torch.randn(8192, 8192, device="cuda").bfloat16()
-    reading, product = device_seconds(lambda: copy.copy_(source)), device_seconds(lambda: x @ x)
-    return {"read_gb_s": 2e-9 * source.nbytes / reading, "gemm_gflop_s": 2 * 8.192**3 / product}
 
 
 def random(form: str, out: int, inner: int) -> torch.Tensor | Packed:
@@ -130,20 +95,28 @@ def made(form: str, matrix: torch.Tensor | Packed, device: str) -> tuple[LinearM
     return method, 2 * out * inner if isinstance(method, PlainLinear) else method.weight.bytes  # type: ignore[attr-defined]  # a CodedLinear
 
 
-def measure(form: str, out: int, inner: int, rows: Sequence[int], device: str, write: Callable[..., None]) -> None:
+def measure(
+    form: str,
+    out: int,
+    inner: int,
+    rows: Sequence[int],
+    device: str,
+    write: Callable[..., None],
+    working_set: int = WORKING_SET,
+) -> None:
+    """Raises BenchmarkError if it is wrong."""
     matrix = random(form, out, inner)
     first, size = made(form, matrix, device)
-    copies = [first, *(made(form, matrix, device)[0] for _ in range(WORKING_SET // size))]
+    copies = [first, *(made(form, matrix, device)[0] for _ in range(working_set // size))]
     exact = (matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()).to(device)
     for count in rows:
         x = torch.randn(count, inner, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         expected = x.float() @ exact.T
         error = float((first(x) - expected).norm() / expected.norm())
         if not error < CLOSE:
-            raise SystemExit(f"{form}, {out} x {inner}, {count} rows: wrong by {error:.1%}")
+            raise BenchmarkError(f"{form}, {out} x {inner}, {count} rows: wrong by {error:.1%}")
         watch = Watch(os.getsid(0))
-        timed = seconds if device == "cpu" else device_seconds
-        each = timed(partial(all_of, copies, x)) / len(copies)
+        each = devices.seconds(partial(all_of, copies, x), x.device) / len(copies)
         cell = {"form": form, "out": out, "inner": inner, "rows": count, "seconds": each, "bytes": size}
         write("linear", **cell, error=error, **watch.foreign())
 
@@ -218,7 +191,7 @@ def main() -> None:
     if device == "cpu":
         journal.write("ceiling", threads=threads, **ceilings(threads))
     else:
-        journal.write("ceiling", gpu=torch.cuda.get_device_name(), **device_ceilings())
+        journal.write("ceiling", gpu=torch.cuda.get_device_name(), **devices.ceilings(torch.device(device)))
     for out, inner in arguments.shapes:
         for form in arguments.forms or FORMS[device]:
             measure(form, out, inner, arguments.rows, device, journal.write)
