@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import profile, supported_activities
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 Work = Callable[[], object]
 
@@ -20,8 +20,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Work, device: torch.device, runs: int = 11) -> float:
-    """Median. On a GPU of a graph, if it can be captured, so that the time to launch kernels doesn't count. What is
-    read should be more than caches hold, or be in them when it is read in earnest."""
+    """Median; on a GPU without the time to launch kernels: of a graph, or, where none can be captured, in all kernels.
+    What is read should be more than caches hold, or be in them when it is read in earnest."""
     work()
     if device.type == "cpu":
         times = []
@@ -30,10 +30,11 @@ def seconds(work: Work, device: torch.device, runs: int = 11) -> float:
             work()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
-    synchronize(device)
-    replay = _captured(work, device) or work
+    replay = _captured(work, device)
+    if replay is None:
+        return Trace.of(lambda: [work() for _ in range(runs)], device).busy / runs
     replay()
-    events = [[torch.Event(device, enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for begin_event, end_event in events:
         begin_event.record()
         replay()
@@ -44,6 +45,7 @@ def seconds(work: Work, device: torch.device, runs: int = 11) -> float:
 
 def _captured(work: Work, device: torch.device) -> Work | None:
     """None: the work asks the device for something, or torch has no graphs for it."""
+    synchronize(device)
     if device.type != "cuda":
         return None
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +53,7 @@ def _captured(work: Work, device: torch.device) -> Work | None:
         with torch.cuda.graph(graph):
             work()
     except RuntimeError:
-        torch.cuda.synchronize()
+        synchronize(device)
         return None
     return graph.replay
 
@@ -67,7 +69,8 @@ class Trace:
     def of(cls, work: Work, device: torch.device) -> "Trace":
         """On a CPU these are torch's operations."""
         synchronize(device)
-        with profile(activities=supported_activities()) as made:
+        activities = supported_activities() - ({ProfilerActivity.CPU} if device.type != "cpu" else set())
+        with profile(activities=activities) as made:
             work()
             synchronize(device)
         kind = getattr(DeviceType, device.type.upper())
@@ -83,13 +86,19 @@ class Trace:
             found[name] = calls + 1, total + 1e-6 * (end - begin)
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
-    def idle(self) -> float:
-        """Share of the time, from the first kernel to the end of the last, in which none ran."""
-        busy, until = 0.0, self.spans[0][0]
+    @property
+    def busy(self) -> float:
+        """Seconds in which at least one ran."""
+        found, until = 0.0, 0.0
         for begin, end, _ in self.spans:
-            busy += max(end - max(begin, until), 0.0)
+            found += max(end - max(begin, until), 0.0)
             until = max(until, end)
-        return 1 - busy / (until - self.spans[0][0])
+        return 1e-6 * found
+
+    @property
+    def idle(self) -> float:
+        """Share of the time, from the first to the end of the last, in which none ran."""
+        return 1 - self.busy / (1e-6 * (max(end for _, end, _ in self.spans) - self.spans[0][0]))
 
 
 def copied(count: int, device: torch.device) -> float:

@@ -18,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from gpu_report import markdown
 from machine import description
 from records import Data, Journal, Record
+
+if TYPE_CHECKING:
+    from gpu_run import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,23 @@ def part(arguments: argparse.Namespace) -> None:
     from gpu_run import FULL, SMALL, Run
 
     signal.signal(signal.SIGTERM, _end)
-    module, _, function = PARTS[arguments.part].place.partition(".")
-    journal, device = Journal(arguments.out / "gpu.jsonl"), torch.device(arguments.device)
-    sizes = SMALL if arguments.small else FULL
-    run = Run(arguments.part, journal, device, sizes, Path(arguments.scratch), time.monotonic() + arguments.seconds)
+    run = Run(
+        arguments.part,
+        arguments.out,
+        Journal(arguments.out / "gpu.jsonl"),
+        torch.device(arguments.device),
+        SMALL if arguments.small else FULL,
+        Path(arguments.scratch),
+        time.monotonic() + arguments.seconds,
+    )
     with run.attempt("all of it"):
-        getattr(importlib.import_module(module), function)(run)
+        part_of(arguments.part)(run)
+
+
+def part_of(name: str) -> "Callable[[Run], None]":
+    module, _, function = PARTS[name].place.partition(".")
+    found: Callable[[Run], None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from gpu_run import Run
 from tgi.attention.base import AttentionBackend, AttnSpec, Precision, Segment
 from tgi.attention.placed import Placed
 from tgi.core.config import BLOCK_SIZE
-from tgi.core.messages import Sampling, Submit
+from tgi.core.messages import Sampling, Submit, Token
 from tgi.core.plan import Work
 from tgi.layers.attention import Turn
 from tgi.runtime.kvcache import BACKENDS
@@ -59,7 +59,7 @@ def attention(run: Run) -> None:
         for made in BACKENDS:
             if made.declines(spec, precision, device) is None:
                 with run.attempt(f"{made.name}, prompt of {tokens}"):
-                    work, _ = _layers(made(spec, precision, device), spec, precision, [0], tokens, 1)
+                    work, _ = layers(made(spec, precision, device), spec, precision, [0], tokens, 1)
                     run.journal.write("attention", backend=made.name, **cell, seconds=seconds(work, device))
         for name, way in _references(heads, kv_heads, dim, tokens, compute, device):
             with run.attempt(f"{name}, prompt of {tokens}"):
@@ -71,20 +71,20 @@ def _decode(
 ) -> None:
     """As many layers as no cache holds, each with pages of its own; a step of all of them."""
     size = batch * context * 2 * spec.kv_heads * spec.head_dim * precision.stored.itemsize
-    layers = max(1, min(math.ceil(run.sizes.working_set / size), 32))
-    work, _ = _layers(backend, spec, precision, [context - 1] * batch, 1, layers)
-    each = seconds(work, run.device) / layers
+    count = max(1, min(math.ceil(run.sizes.working_set / size), 32))
+    work, _ = layers(backend, spec, precision, [context - 1] * batch, 1, count)
+    each = seconds(work, run.device) / count
     cell = {"what": "decode", "batch": batch, "context": context, "cache": _name(precision.stored), "bytes": size}
     run.journal.write("attention", backend=backend.name, **cell, seconds=each)
 
 
-def _layers(
-    backend: AttentionBackend, spec: AttnSpec, precision: Precision, starts: Sequence[int], length: int, layers: int
+def layers(
+    backend: AttentionBackend, spec: AttnSpec, precision: Precision, starts: Sequence[int], length: int, count: int
 ) -> tuple[Callable[[], object], list[torch.Tensor]]:
     """What layers do in a step of segments that begin there; pages lie anywhere. And what each returned at last."""
     device = backend.allocate(1).device
     segments, pages = paged(starts, length)
-    caches = [backend.allocate(pages) for _ in range(layers)]
+    caches = [backend.allocate(pages) for _ in range(count)]
     for cache in caches:
         randomized(cache)
     tokens = length * len(starts)
@@ -93,7 +93,7 @@ def _layers(
     turn = Turn(spec.heads, spec.kv_heads, (angles.cos(), angles.sin()), None)
     placed = Placed.of(segments, device)
     prepared = backend.prepare(segments, placed)
-    outs = [torch.empty(0)] * layers
+    outs = [torch.empty(0)] * count
 
     def work() -> None:
         for layer, cache in enumerate(caches):
@@ -147,7 +147,7 @@ def linears(run: Run) -> None:
             linear.measure(form, out, inner, run.sizes.rows, run.device.type, run.journal.write, run.sizes.working_set)
 
 
-_WISHES = {
+WISHES = {
     "greedy": Sampling(),
     "temperature": Sampling(greedy=False, temperature=0.8),
     "top-k, top-p": Sampling(greedy=False, temperature=0.8, top_k=50, top_p=0.9),
@@ -157,22 +157,24 @@ _WISHES = {
 
 
 def sampling(run: Run) -> None:
-    """The time of the kernels that draw: without that to launch them, but with what they wait for each other."""
+    """The time in the kernels that draw, and in which."""
     vocabulary = run.sizes.model["vocab_size"]
-    sampler = Sampler(None)
-    for rows, (name, wish) in product(run.sizes.drawn, _WISHES.items()):
+    for rows, (name, wish) in product(run.sizes.drawn, WISHES.items()):
         with run.attempt(f"{name}, {rows} rows"):
             logits = torch.randn(rows, vocabulary, device=run.device)
-            works = [_work(row, wish, vocabulary) for row in range(rows)]
-            work = torch.inference_mode()(partial(sampler.sample, logits, works))
-            work()
-            turns = 10
-            kernels = Trace.of(lambda: [work() for _ in range(turns)], run.device).kernels()  # noqa: B023  # done within the turn
-            each = {kernel: total / turns for kernel, (_, total) in kernels.items()}
+            draw = drawing(logits, wish)
+            draw()
+            kernels = Trace.of(draw, run.device).kernels()
+            longest = {kernel: total for kernel, (_, total) in [*kernels.items()][:8]}
             cell = {"wish": name, "rows": rows, "vocabulary": vocabulary, "bytes": logits.nbytes}
-            run.journal.write("sampling", **cell, seconds=sum(each.values()), kernels=dict([*each.items()][:8]))
+            run.journal.write("sampling", **cell, seconds=seconds(draw, run.device), kernels=longest)
 
 
-def _work(row: int, wish: Sampling, vocabulary: int) -> Work:
-    ids = [(row + 7 * at) % vocabulary for at in range(100)]
-    return Work(Submit(row, ids, 90, 20, [], wish, 0.0), ids, 99, 1, 100, True, [], {})
+def drawing(logits: torch.Tensor, wish: Sampling) -> Callable[[], Sequence[Token | str]]:
+    """What draws a token for each row, as on a device without kernels of the CPU's."""
+    rows, vocabulary = logits.shape
+    ids = [[(row + 7 * at) % vocabulary for at in range(100)] for row in range(rows)]
+    works = [
+        Work(Submit(row, own, 90, 20, [], wish, 0.0), own, 99, 1, 100, True, [], {}) for row, own in enumerate(ids)
+    ]
+    return torch.inference_mode()(partial(Sampler(None).sample, logits, works))

@@ -4,6 +4,7 @@ import importlib.util
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -80,10 +81,9 @@ class Engine:
         """All at once, to their ends. The tokens of each."""
         self.client.asked.extend(submits)
         self.client.tokens, self.client.steps = {}, []
-        try:
+        with suppress(Answered):
             self._loop.run()
-        except Answered:
-            return self.client.tokens
+        return self.client.tokens
 
 
 def _no_vocabulary() -> Vocabulary:
@@ -131,7 +131,7 @@ def _steps(run: Run, form: str, quantize: str | None) -> None:
         trace = Trace.of(lambda: engine.run(submits(sizes.new)), run.device)
         kernels = {name: total for name, (_, total) in trace.kernels().items()}
         longest = dict(islice(kernels.items(), 20))
-        run.journal.write("trace", form=form, rows=most, idle=trace.idle(), busy=sum(kernels.values()), kernels=longest)
+        run.journal.write("trace", form=form, rows=most, idle=trace.idle, busy=trace.busy, kernels=longest)
 
 
 def _allocated(device: torch.device) -> int:

@@ -87,12 +87,12 @@ def _last(kind: str, figure: Callable[[Record], float], **keys: object) -> Calla
 
 TARGETS = [
     Target("decoding at batch 1, bfloat16, of the bandwidth", 0.75, _step("bfloat16")),
-    Target("the same, fp8", 0.65, _step("fp8")),
-    Target("the same, int4", 0.55, _step("int4")),
+    Target("decoding at batch 1, fp8", 0.65, _step("fp8")),
+    Target("decoding at batch 1, int4", 0.55, _step("int4")),
     Target("attention while decoding, batch ≥ 8, the least of all sizes", 0.8, _attention("bfloat16")),
-    Target("the same, cache in fp8", 0.8, _attention("float8_e4m3fn")),
+    Target("that attention, cache in fp8", 0.8, _attention("float8_e4m3fn")),
     Target("1000 in, 1000 out, bfloat16", 8000, _load("bfloat16"), unit="tokens/s"),
-    Target("the same, fp8", 12000, _load("fp8"), unit="tokens/s"),
+    Target("1000 in, 1000 out, fp8", 12000, _load("fp8"), unit="tokens/s"),
     Target("idle while decoding", 0.03, _last("trace", lambda each: each["idle"], form="bfloat16"), most=True),
     Target("ready, weights in memory", 20, _last("start", lambda each: each["ready_s"], form="bfloat16"), True, "s"),
     Target(

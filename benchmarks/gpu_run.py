@@ -151,7 +151,9 @@ class Run:
     """One part, under way."""
 
     part: str
+    out: Path
     journal: Journal
+    """In ``out``."""
     device: torch.device
     sizes: Sizes
     scratch: Path

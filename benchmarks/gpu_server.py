@@ -55,7 +55,7 @@ async def _serve(run: Run, form: str, folder: Path, options: list[str], loads: S
 
 def transformers(run: Run) -> None:
     """The server's short load in transformers' own continuous batching, in this process and without HTTP."""
-    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = write_checkpoint(run.scratch / "model", run.sizes.model, run.device)
     tokenizer, prompts = Tokenizer.from_file(str(folder / "tokenizer.json")), Prompts(folder / "tokenizer.json", "")
@@ -64,7 +64,11 @@ def transformers(run: Run) -> None:
     ids = [tokenizer.encode(prompts.text(prompt), add_special_tokens=False).ids for _ in range(streams)]
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # By itself it takes nearly all memory, which others need of a CPU's.
-    cache = None if run.device.type != "cpu" else ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    cache = None
+    if run.device.type == "cpu":
+        from transformers import ContinuousBatchingConfig
+
+        cache = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     found = model.generate_batch(
         ids, generation_config=config, continuous_batching_config=cache, record_timestamps=True
     ).values()
