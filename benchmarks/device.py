@@ -19,9 +19,10 @@ def synchronize(device: torch.device) -> None:
     torch.get_device_module(device).synchronize()
 
 
-def seconds(work: Work, device: torch.device, runs: int = 11) -> float:
+def seconds(work: Work, device: torch.device, runs: int = 11, *, graph: bool = True) -> float:
     """Median; on a GPU without the time to launch kernels: of a graph, or, where none can be captured, in all kernels.
-    What is read should be more than caches hold, or be in them when it is read in earnest."""
+    What is read should be more than caches hold, or be in them when it is read in earnest. ``graph``: False if it is
+    known that the work asks the device for something."""
     work()
     if device.type == "cpu":
         times = []
@@ -30,7 +31,7 @@ def seconds(work: Work, device: torch.device, runs: int = 11) -> float:
             work()
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
-    replay = _captured(work, device)
+    replay = _captured(work, device) if graph else None
     if replay is None:
         return Trace.of(lambda: [work() for _ in range(runs)], device).busy / runs
     replay()
@@ -117,7 +118,7 @@ def multiplied(size: int, dtype: torch.dtype, device: torch.device) -> float:
     z, scale = x.to(dtype), torch.ones(size, 1, device=device)
 
     def product() -> torch.Tensor:
-        return torch._scaled_mm(z, z.T, scale_a=scale, scale_b=scale.T, out_dtype=torch.bfloat16)
+        return torch._scaled_mm(z, z.T, scale_a=scale, scale_b=scale.view(1, -1), out_dtype=torch.bfloat16)
 
     return 2e-9 * size**3 / seconds(product, device)
 

@@ -89,7 +89,7 @@ def part(arguments: argparse.Namespace) -> None:
         arguments.part,
         arguments.out,
         Journal(arguments.out / "gpu.jsonl"),
-        torch.device(arguments.device),
+        torch.device(arguments.device) if arguments.device == "cpu" else torch.device(arguments.device, 0),
         SMALL if arguments.small else FULL,
         Path(arguments.scratch),
         time.monotonic() + arguments.seconds,

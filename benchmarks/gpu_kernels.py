@@ -1,9 +1,9 @@
 """Kernels by themselves: what the device allows, attention, linear layers, sampling."""
 
-import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 
 import torch
@@ -23,9 +23,9 @@ from tgi.runtime.sampler import Sampler
 
 
 def ceilings(run: Run) -> None:
-    """The rooflines: the best copy of any size, and matrix products."""
+    """The rooflines: copies, of which small ones stay in a cache, and matrix products."""
     copies = {count: copied(count, run.device) for count in run.sizes.copies}
-    found = {"read_gb_s": max(copies.values()), "copies_gb_s": copies, "where": str(run.device)}
+    found = {"read_gb_s": copies[max(copies)], "copies_gb_s": copies, "where": str(run.device)}
     if run.device.type != "cpu":
         found["gpu"] = torch.get_device_module(run.device).get_device_name()
     found["gemm_gflop_s"] = multiplied(run.sizes.gemm, torch.bfloat16, run.device)
@@ -61,9 +61,12 @@ def attention(run: Run) -> None:
                 with run.attempt(f"{made.name}, prompt of {tokens}"):
                     work, _ = layers(made(spec, precision, device), spec, precision, [0], tokens, 1)
                     run.journal.write("attention", backend=made.name, **cell, seconds=seconds(work, device))
-        for name, way in _references(heads, kv_heads, dim, tokens, compute, device):
+        q = torch.randn(heads, tokens, dim, dtype=compute, device=device)
+        k, v = torch.randn(2, kv_heads, tokens, dim, dtype=compute, device=device)
+        for name, attend in _OTHERS.items():
             with run.attempt(f"{name}, prompt of {tokens}"):
-                run.journal.write("attention", backend=name, **cell, seconds=seconds(way, device))
+                each = seconds(attend(q, k, v), device)
+                run.journal.write("attention", backend=name, **cell, seconds=each)
 
 
 def _decode(
@@ -121,22 +124,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _references(
-    heads: int, kv_heads: int, dim: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Others' attention of one prompt, without pages."""
-    q = torch.randn(1, heads, tokens, dim, dtype=dtype, device=device)
-    k, v = torch.randn(2, 1, kv_heads, tokens, dim, dtype=dtype, device=device)
-    yield "torch", partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
-    if importlib.util.find_spec("flashinfer") is not None:
+def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+    return partial(scaled_dot_product_attention, q[None], k[None], v[None], is_causal=True, enable_gqa=True)
 
-        def flashinfer() -> object:
-            from flashinfer import single_prefill_with_kv_cache
 
-            q_, k_, v_ = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-            return single_prefill_with_kv_cache(q_, k_, v_, causal=True)
+def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+    from flashinfer import single_prefill_with_kv_cache
 
-        yield "flashinfer", flashinfer
+    return partial(single_prefill_with_kv_cache, *(x.transpose(0, 1).contiguous() for x in (q, k, v)), causal=True)
+
+
+_OTHERS = {"torch": _torch} | ({"flashinfer": _flashinfer} if find_spec("flashinfer") else {})
+"""Attention of one prompt without pages: [heads, tokens, dim] of q, k and v → what computes it."""
 
 
 def linears(run: Run) -> None:
@@ -167,7 +166,7 @@ def sampling(run: Run) -> None:
             kernels = Trace.of(draw, run.device).kernels()
             longest = {kernel: total for kernel, (_, total) in [*kernels.items()][:8]}
             cell = {"wish": name, "rows": rows, "vocabulary": vocabulary, "bytes": logits.nbytes}
-            run.journal.write("sampling", **cell, seconds=seconds(draw, run.device), kernels=longest)
+            run.journal.write("sampling", **cell, seconds=seconds(draw, run.device, graph=False), kernels=longest)
 
 
 def drawing(logits: torch.Tensor, wish: Sampling) -> Callable[[], Sequence[Token | str]]:

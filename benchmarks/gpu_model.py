@@ -1,5 +1,6 @@
 """A whole model in this process: a synthetic Llama-3.1-8B under load, and a small model beside transformers."""
 
+import gc
 import importlib.util
 import statistics
 from collections import deque
@@ -95,13 +96,14 @@ def step(run: Run) -> None:
     for form, quantize in FORMS.items():
         with run.attempt(form):
             _steps(run, form, quantize)
-        if run.device.type != "cpu":
-            torch.get_device_module(run.device).empty_cache()
+        _free(run.device)
 
 
 def _steps(run: Run, form: str, quantize: str | None) -> None:
     sizes, config = run.sizes, run.sizes.model
-    most, length = max(sizes.decoding), sizes.context + sizes.new
+    # The largest steps are seen in one form; prompts for them take long.
+    decoding = sizes.decoding if quantize is None else sizes.decoding[:4]
+    most, length = max(decoding), sizes.context + sizes.new
     before = _allocated(run.device)
     model = synthetic(config, quantize, run.device)
     # A step reads a few rows of the embedding.
@@ -118,20 +120,27 @@ def _steps(run: Run, form: str, quantize: str | None) -> None:
     engine.run(submits(1))  # whose prompts are in the prefix cache from now on
     prompts = [stats.duration for stats in engine.client.steps if stats.prefill_rows]
     run.journal.write("prompts", form=form, tokens=most * sizes.context, seconds=sum(prompts))
-    for rows in sizes.decoding:
+    for rows in decoding:
         engine.run(submits(sizes.new, rows=rows))
         plain = [stats for stats in engine.client.steps if not stats.prefill_rows and stats.decode_rows == rows]
         each = statistics.median(stats.duration for stats in plain[4:])
         cached = rows * position * (sizes.context + sizes.new // 2)
         cell = {"form": form, "rows": rows, "context": sizes.context, "seconds": each, "read_gb_s": reading}
         run.journal.write("step", **cell, weights=weights, cached=cached)
-    if run.device.type == "cpu":  # whose kernels aren't torch's
+    if run.device.type == "cpu" or quantize is not None:  # a CPU's kernels aren't torch's
         return
     with run.attempt(f"{form}, trace"):
         trace = Trace.of(lambda: engine.run(submits(sizes.new)), run.device)
         kernels = {name: total for name, (_, total) in trace.kernels().items()}
         longest = dict(islice(kernels.items(), 20))
         run.journal.write("trace", form=form, rows=most, idle=trace.idle, busy=trace.busy, kernels=longest)
+
+
+def _free(device: torch.device) -> None:
+    """What nobody holds any more."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def _allocated(device: torch.device) -> int:
@@ -182,12 +191,11 @@ def _distributions(run: Run, name: str, files: ModelFiles, texts: list[list[int]
     exact = AutoModelForCausalLM.from_pretrained(folder, **source, dtype=torch.float32).to(run.device)
     ids = torch.tensor(texts, device=run.device)
     rows = {"transformers, float32": _rows(exact(ids).logits)}
-    rows["transformers, bfloat16"] = _rows(exact.bfloat16()(ids).logits)
-    exact.float()
     prompt = ids[:1, : length // 2]
-    greedy = exact.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False
-    )[0, length // 2 :].tolist()
+    how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    greedy = exact.generate(prompt, attention_mask=torch.ones_like(prompt), **how)[0, length // 2 :].tolist()
+    rows["transformers, bfloat16"] = _rows(exact.bfloat16()(ids).logits)
+    del exact
     for dtype in ("float32", "bfloat16"):
         options = ["--dtype", dtype, "--device", run.device.type]
         runner, settings = load(name, options, requests=len(texts), context=length + new)
@@ -198,6 +206,7 @@ def _distributions(run: Run, name: str, files: ModelFiles, texts: list[list[int]
         same = next((at for at, (a, b) in enumerate(zip(mine, greedy, strict=True)) if a != b), new)
         run.journal.write("greedy", model=name, form=f"tgi, {dtype}", tokens=new, same=same)
         del runner, reader
+        _free(run.device)
     reference = rows["transformers, float32"]
     following = torch.tensor(texts)[:, 1:].flatten()
     right = Loss()

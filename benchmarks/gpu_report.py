@@ -11,7 +11,7 @@ from records import Data, Record
 
 _KEYS = (
     *("part", "what", "backend", "batch", "context", "cache", "form", "out", "inner", "rows", "wish"),
-    *("server", "prompt", "new", "model"),
+    *("server", "streams", "prompt", "new", "model"),
 )
 """What tells records of a kind apart."""
 
@@ -130,7 +130,7 @@ def _of(share: float | None) -> str:
 def _ceilings(data: Data) -> Iterator[str]:
     for each in data.of("ceiling")[-1:]:
         copies = ", ".join(f"{int(size) / 1e6:.0f} MB {rate:,.0f}" for size, rate in each["copies_gb_s"].items())
-        yield f"Copying, GB/s read and written: {copies}. The best is what shares below are of. "
+        yield f"Copying, GB/s read and written: {copies}. The largest is what shares below are of. "
         yield f"Matrix products, TFLOP/s: bfloat16 {each['gemm_gflop_s'] / 1e3:.0f}"
         yield f", float8 {each['float8_gflop_s'] / 1e3:.0f}." if "float8_gflop_s" in each else "."
 

@@ -92,13 +92,12 @@ class Sizes:
     new: int
     checks: tuple[int, int]
     """Windows of the benchmarks' texts, and tokens of each."""
-    streams: int
     rest: float
     """Seconds after a server's first requests."""
-    load: tuple[int, int]
-    """Tokens in, and out, of each request to the server; …"""
-    short: tuple[int, int]
-    """… where something else is to be seen than the throughput."""
+    load: tuple[int, int, int]
+    """Streams, and tokens in and out of each, at saturation; …"""
+    compared: tuple[int, int, int]
+    """… and where one way is to be seen beside another."""
 
 
 FULL = Sizes(
@@ -117,10 +116,9 @@ FULL = Sizes(
     context=1000,
     new=48,
     checks=(8, 64),
-    streams=256,
     rest=2.0,
-    load=(1000, 1000),
-    short=(1000, 150),
+    load=(256, 1000, 1000),
+    compared=(64, 1000, 150),
 )
 SMALL = Sizes(
     model={key: value for key, value in (LLAMA | _TINY).items() if value is not None},
@@ -138,10 +136,9 @@ SMALL = Sizes(
     context=33,
     new=12,
     checks=(2, 16),
-    streams=4,
     rest=0.0,
-    load=(20, 8),
-    short=(20, 4),
+    load=(4, 20, 8),
+    compared=(2, 20, 4),
 )
 """So that every line runs within seconds, on a CPU."""
 
@@ -171,7 +168,8 @@ class Run:
         try:
             yield
         except Exception as error:  # whatever it is, there is more to measure
-            words = str(error).strip().splitlines()
-            self.journal.write(
-                "error", part=self.part, what=what, error=f"{type(error).__name__}: {words[0][:300] if words else ''}"
-            )
+            first: BaseException = error
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            words = " ".join(str(first).split())
+            self.journal.write("error", part=self.part, what=what, error=f"{type(first).__name__}: {words[:1500]}")

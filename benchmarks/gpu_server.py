@@ -25,27 +25,28 @@ _LAUNCHER = "import sys; from tgi.cli import launcher; sys.exit(launcher())"
 def server(run: Run) -> None:
     """Starts, and loads at saturation; then what `--deterministic` costs."""
     folder = write_checkpoint(run.scratch / "model", run.sizes.model, run.device)
-    sizes = run.sizes
-    loads = {"bfloat16": ("--dtype bfloat16", (sizes.short, sizes.load)), "fp8": ("--quantize fp8", (sizes.load,))}
-    if run.device.type != "cpu":  # where every answer is
-        loads["deterministic"] = ("--deterministic", (sizes.short,))
-    for form, (options, sizes_of_loads) in loads.items():
+    full, compared = run.sizes.load, run.sizes.compared
+    forms = {"bfloat16": ("--dtype bfloat16", (compared, full)), "fp8": ("--quantize fp8", (full,))}
+    if run.device.type != "cpu":  # where every answer is so
+        forms["deterministic"] = ("--deterministic", (compared,))
+    for form, (options, loads) in forms.items():
         with run.attempt(form):
-            uvloop.run(_serve(run, form, folder, options.split(), sizes_of_loads))
+            uvloop.run(_serve(run, form, folder, options.split(), loads))
 
 
-async def _serve(run: Run, form: str, folder: Path, options: list[str], loads: Sequence[tuple[int, int]]) -> None:
-    streams, port, prompts = run.sizes.streams, free_port(), Prompts(folder / "tokenizer.json", form)
+async def _serve(run: Run, form: str, folder: Path, options: list[str], loads: Sequence[tuple[int, int, int]]) -> None:
+    most, prompt, new = run.sizes.load
+    port, prompts = free_port(), Prompts(folder / "tokenizer.json", form)
     command = [sys.executable, "-c", _LAUNCHER, "--model-id", str(folder), "--device", run.device.type]
-    command += ["--hostname", "127.0.0.1", "--port", str(port), "--max-total-tokens", str(2 * sum(run.sizes.load))]
-    command += ["--max-batch-size", str(streams), "--max-concurrent-requests", str(2 * streams), *options]
+    command += ["--hostname", "127.0.0.1", "--port", str(port), "--max-total-tokens", str(2 * (prompt + new))]
+    command += ["--max-batch-size", str(most), "--max-concurrent-requests", str(2 * most), *options]
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with Server(command, port, run.scratch / f"{form}.log", {"PYTHONPATH": path}) as server:
         run.journal.write("start", form=form, **await server.begin(prompts.text(16), run.left))
         # What is made when it is first used, and in idle moments.
-        await complete(server.url, [(prompts.text(16), 16) for _ in range(streams)], streams)
+        await complete(server.url, [(prompts.text(16), 16) for _ in range(most)], most)
         await asyncio.sleep(run.sizes.rest)
-        for prompt, new in loads:
+        for streams, prompt, new in loads:
             figures = summary(
                 await complete(server.url, [(prompts.text(prompt), new) for _ in range(streams)], streams)
             )
@@ -54,13 +55,13 @@ async def _serve(run: Run, form: str, folder: Path, options: list[str], loads: S
 
 
 def transformers(run: Run) -> None:
-    """The server's short load in transformers' own continuous batching, in this process and without HTTP."""
+    """One of the server's loads in transformers' own continuous batching, in this process and without HTTP."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     folder = write_checkpoint(run.scratch / "model", run.sizes.model, run.device)
     tokenizer, prompts = Tokenizer.from_file(str(folder / "tokenizer.json")), Prompts(folder / "tokenizer.json", "")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=run.device).eval()
-    (prompt, new), streams = run.sizes.short, run.sizes.streams
+    streams, prompt, new = run.sizes.compared
     ids = [tokenizer.encode(prompts.text(prompt), add_special_tokens=False).ids for _ in range(streams)]
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # By itself it takes nearly all memory, which others need of a CPU's.

@@ -55,7 +55,7 @@ def tune(run: Run) -> None:
     row = table.setdefault(name, {})
     trial = Trial(table["any"] | row)
     done: set[str] = set()
-    for title, prepare in _workloads(run):
+    for title, prepare, graph in _workloads(run):
         with run.attempt(title), torch.inference_mode():
             prepare()()  # loads what asks
             trial.install()
@@ -63,21 +63,23 @@ def tune(run: Run) -> None:
             prepare()()
             for kernel in [kernel for kernel in trial.asked if kernel not in done]:
                 done.add(kernel)
-                found, before, after = tuned(trial, kernel, prepare, run.device)
+                found, before, after = tuned(trial, kernel, prepare, run.device, graph=graph)
                 row[kernel] = dict(found)
                 run.journal.write("tile", kernel=kernel, what=title, tile=dict(found), before=before, after=after)
                 out = {device: dict(sorted(own.items())) for device, own in table.items()}
                 (run.out / "tiles.json").write_text(json.dumps(out, indent=2) + "\n")
 
 
-def tuned(trial: Trial, kernel: str, prepare: Prepare, device: torch.device) -> tuple[Tile, float, float]:
+def tuned(
+    trial: Trial, kernel: str, prepare: Prepare, device: torch.device, *, graph: bool
+) -> tuple[Tile, float, float]:
     """One constant after the other, as long as that helps: the best tile, and the seconds before and after."""
 
     def measured(tile: Tile) -> tuple[torch.Tensor, float]:
         trial.table[kernel] = tile
         torch.manual_seed(0)
         work = prepare()
-        return work().float(), seconds(work, device)
+        return work().float(), seconds(work, device, graph=graph)
 
     best = trial.table[kernel]
     expected, before = measured(best)
@@ -103,8 +105,8 @@ def _neighbours(tile: Tile) -> Iterator[Tile]:
                 yield {**tile, name: other}
 
 
-def _workloads(run: Run) -> Iterator[tuple[str, Prepare]]:
-    """(title, what makes work that runs kernels and returns something of what they made)."""
+def _workloads(run: Run) -> Iterator[tuple[str, Prepare, bool]]:
+    """(title, what makes work that runs kernels and returns something of what they made, whether a graph holds it)."""
     sizes, device = run.sizes, run.device
     heads, kv_heads, dim = (sizes.model[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     spec = AttnSpec(heads, kv_heads, dim, dim**-0.5)
@@ -115,21 +117,17 @@ def _workloads(run: Run) -> Iterator[tuple[str, Prepare]]:
         made = next(each for each in BACKENDS if each.declines(spec, precision, device) is None)
         for starts, length in (([context - 1] * batch, 1), ([0], sizes.prompts[-1])):
             title = f"attention, {len(starts)} of {length}{', fixed' * fixed}"
-            yield title, partial(_attention, made, spec, precision, device, starts, length)
+            yield title, partial(_attention, made, spec, precision, device, starts, length), True
     model = synthetic(sizes.model | {"num_hidden_layers": 2}, None, device)
     ids = torch.arange(max(sizes.drawn), device=device)
 
     def forward() -> torch.Tensor:
         return model.forward(ids, ids, lambda layer, qkv, turn: qkv[:, : heads * dim].contiguous())  # type: ignore[union-attr]  # a paged one
 
-    yield "layers", lambda: forward
+    yield "layers", lambda: forward, True
     logits = torch.randn(max(sizes.drawn), sizes.model["vocab_size"], device=device)
     for name, wish in WISHES.items():
-        draw = drawing(logits, wish)
-        yield (
-            f"sampling, {name}",
-            partial(lambda draw: lambda: torch.tensor([getattr(token, "id", -1) for token in draw()]), draw),
-        )
+        yield f"sampling, {name}", partial(_sampling, logits, wish), False
 
 
 def _attention(

@@ -55,7 +55,7 @@ def random(form: str, out: int, inner: int) -> torch.Tensor | Packed:
         case "e4m3":
             return Float8(torch.randn(out, inner).to(torch.float8_e4m3fn), scale)
         case "codes" | "e2m1":
-            table = E2M1 if kind == "e2m1" else torch.linspace(-1, 1, 16)
+            table = E2M1.to(scale.device) if kind == "e2m1" else torch.linspace(-1, 1, 16)
             return Codes(torch.randint(16, (out, inner), dtype=torch.uint8), table, scale)
         case "int8" | "int4":
             bits = int(kind.removeprefix("int"))
@@ -105,7 +105,8 @@ def measure(
     working_set: int = WORKING_SET,
 ) -> None:
     """Raises BenchmarkError if it is wrong."""
-    matrix = random(form, out, inner)
+    with torch.device(device):
+        matrix = random(form, out, inner)
     first, size = made(form, matrix, device)
     copies = [first, *(made(form, matrix, device)[0] for _ in range(working_set // size))]
     exact = (matrix if isinstance(matrix, torch.Tensor) else matrix.dequantize()).to(device)
