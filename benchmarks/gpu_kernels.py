@@ -129,7 +129,7 @@ def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], ob
 
 
 def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
-    from flashinfer import single_prefill_with_kv_cache
+    from flashinfer import single_prefill_with_kv_cache  # type: ignore[import-not-found]  # optional
 
     return partial(single_prefill_with_kv_cache, *(x.transpose(0, 1).contiguous() for x in (q, k, v)), causal=True)
 
