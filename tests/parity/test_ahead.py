@@ -1,5 +1,8 @@
 """Steps that are launched before the last one's tokens are known, as on a device that runs by itself."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +73,13 @@ def answer(engine: Engine, number: int) -> tuple[list[int], str | None, list[flo
     numbers = [token.logprob for delta in deltas for token in (*delta.prompt, *delta.tokens)]
     tops = [logprob for delta in deltas for token in delta.tokens for _, logprob in token.top]
     return engine.text(number), deltas[-1].finish, numbers + tops + [x for delta in deltas for x in delta.embedding]
+
+
+def test_replays_compute_what_steps_do() -> None:
+    """In Triton's interpreter, whose kernels read a step where a graph's would."""
+    pytest.importorskip("triton")
+    checks = Path(__file__).with_name("interpreted_graphs.py")
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checks.parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr

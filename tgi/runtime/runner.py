@@ -98,7 +98,7 @@ class Runner:
         group: Group = Group(),  # noqa: B008  # frozen
     ) -> "Runner":
         """Load this rank's weights (``progress(done, total)`` in bytes) and set up its cache. Raises StartupError."""
-        device = torch.device(settings.device, group.rank if settings.device == "cuda" else 0)
+        device = torch.device(settings.device, group.rank if settings.device != "cpu" else 0)
         dtype: torch.dtype = getattr(torch, settings.dtype)
         model = load_model(
             settings.model,
