@@ -109,7 +109,8 @@ def _steps(run: Run, form: str, quantize: str | None) -> None:
     # A step reads a few rows of the embedding.
     weights = max(_allocated(run.device) - before - 2 * config["vocab_size"] * config["hidden_size"], 0)
     pools = [KVPool(most * -(-length // BLOCK_SIZE) + 1)]
-    engine = Engine(Runner.of(model, pools, _STEP, torch.bfloat16, run.device), pools, _STEP, most)
+    runner = Runner.of(model, pools, _STEP, torch.bfloat16, run.device, graphs=decoding)
+    engine = Engine(runner, pools, _STEP, most)
     position = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     reading = copied(sizes.copies[-1], run.device)
 
@@ -204,7 +205,7 @@ def _distributions(run: Run, name: str, files: ModelFiles, texts: list[list[int]
         submit = Submit(0, prompt[0].tolist(), length // 2, new, [], Sampling(), 0.0)
         mine = [token.id for token in Engine.of(runner, settings).run([submit])[0]]
         same = next((at for at, (a, b) in enumerate(zip(mine, greedy, strict=True)) if a != b), new)
-        run.journal.write("greedy", model=name, form=f"tgi, {dtype}", tokens=new, same=same)
+        run.journal.write("greedy", model=Path(name).name, form=f"tgi, {dtype}", tokens=new, same=same)
         del runner, reader
         _free(run.device)
     reference = rows["transformers, float32"]
@@ -214,7 +215,7 @@ def _distributions(run: Run, name: str, files: ModelFiles, texts: list[list[int]
     for form, own in rows.items():
         loss = Loss()
         loss.add(own.flatten(0, 1), reference.flatten(0, 1), following)
-        run.journal.write("distribution", model=name, form=form, **figures(loss, right))
+        run.journal.write("distribution", model=Path(name).name, form=form, **figures(loss, right))
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:
@@ -236,4 +237,4 @@ def _invariance(run: Run, name: str, texts: list[list[int]]) -> None:
     ]
     among = engine.run(submits)
     same = sum(engine.run([submit])[submit.id] == among[submit.id] for submit in submits[: len(texts)])
-    run.journal.write("invariance", model=name, alike=same, asked=len(texts), among=len(submits))
+    run.journal.write("invariance", model=Path(name).name, alike=same, asked=len(texts), among=len(submits))

@@ -116,7 +116,7 @@ FULL = Sizes(
     context=1000,
     new=48,
     checks=(8, 64),
-    rest=2.0,
+    rest=4.0,
     load=(256, 1000, 1000),
     compared=(64, 1000, 150),
 )
