@@ -215,7 +215,9 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
         "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
-        "attention": bill.parts(batch_size) if machine.triton else bill.gathered(GATHERED_TOKENS),
+        "attention": bill.parts(batch_size * (8 if options.deterministic else 1))
+        if machine.triton
+        else bill.gathered(GATHERED_TOKENS),
         **({f"graphs of {len(graphs)} sizes": bill.activations(graphs[-1]) + len(graphs) * _GRAPH} if graphs else {}),
         "programs": _PROGRAMS,
         "slack": int(slack * budget),
@@ -337,7 +339,8 @@ class _Bill:
 
     def parts(self, requests: int) -> int:
         """What Triton's attention keeps of the parts into which it splits the contexts of single tokens: of each query
-        head a sum, its weight, and the largest score. There are as many parts as programs, or a few per processor."""
+        head a sum, its weight, and the largest score. There are as many parts as programs, or a few per processor; a
+        fixed number of each request is as if there were so many more."""
         shape = self.shape
         shared = shape.heads // shape.kv_heads
         return (requests * shape.kv_heads + _PARTS) * shared * ((shape.latent or shape.head_dim) + 2) * 4

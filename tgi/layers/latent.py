@@ -19,7 +19,7 @@ from tgi.layers.checkpoint import Checkpoint, Piece, Shared
 from tgi.layers.linear import ColumnLinear, RowLinear
 from tgi.layers.norm import RMSNorm
 from tgi.layers.rotary import Angles
-from tgi.quantization.base import NativeLinear
+from tgi.quantization.base import LinearMethod, NativeLinear
 
 _EPS = 1e-6
 """Of the norms between the projections, whatever the config says of others."""
@@ -138,6 +138,29 @@ class TorchAbsorbed:
         return torch.bmm(_by_head(attended, len(self._out)), self._out).transpose(0, 1).flatten(1)
 
 
+class SeparateAbsorbed:
+    """Head by head, each a product of its own, whose rows don't know of each other."""
+
+    def __init__(self, latent: Latent, into: list[LinearMethod], out: list[LinearMethod]) -> None:
+        self._latent = latent
+        self._into = into
+        self._out = out
+
+    def join(self, q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        heads, turning = len(self._into), self._latent.turning
+        still, turned = q.tensor_split((heads * self._latent.still,), dim=1)
+        qkv = q.new_empty(len(q), heads + 1, key.shape[1])
+        qkv[:, :heads, :turning] = turned.view(len(q), heads, turning)
+        for head, (linear, own) in enumerate(zip(self._into, still.chunk(heads, 1), strict=True)):
+            qkv[:, head, turning:] = linear(own)
+        qkv[:, heads] = key
+        return qkv.flatten(1)
+
+    def out(self, attended: torch.Tensor) -> torch.Tensor:
+        parts = attended.chunk(len(self._out), 1)
+        return torch.cat([linear(own) for linear, own in zip(self._out, parts, strict=True)], 1)
+
+
 def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[tokens, heads · size] → [heads, tokens, size]."""
     return x.reshape(len(x), heads, -1).transpose(0, 1)
@@ -159,6 +182,9 @@ def _absorbed(checkpoint: Checkpoint, name: str, heads: int, own: range, latent:
         columns = slice(at, at + latent.still)
         into.append(Piece(name, (rank, heads * wide), [slice(0, rank)], columns, transposed=True))
         out.append(Piece(name, (heads * wide, rank), [slice(at + latent.still, at + wide)], slice(0, rank)))
+    if checkpoint.library is None and checkpoint.fixed:
+        methods = ([checkpoint.linear([piece], bias=False) for piece in pieces] for pieces in (into, out))
+        return SeparateAbsorbed(latent, *methods)
     if checkpoint.library is None:
         # A method's weight is [out, in].
         first, second = (torch.stack([checkpoint.table([piece]).T for piece in pieces]) for pieces in (into, out))
