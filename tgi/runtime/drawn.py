@@ -21,7 +21,7 @@ class Tops(NamedTuple):
 
 
 class Drawn:
-    """One token for each row. What the host needs goes there in one copy; nobody waits for it before ``read``."""
+    """One token for each row. What the host needs goes there in one copy, for which nobody waits before ``read``."""
 
     def __init__(self, ids: torch.Tensor, said: torch.Tensor, tops: Tops | None = None) -> None:
         """ids: int64 [rows], always of the vocabulary. said: int32 [2, rows]: ids, or -1 for logits that are not
