@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from tgi.core.messages import Sampling
 from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green_bits
 from tgi.kernels.triton.choices import CHOICE, ENTRIES, FREE, GREEDY, LIMITED, Changes
@@ -17,6 +19,8 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 """Extreme temperatures stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 _ALIGNED = 16
 """Bytes. Kernels are compiled anew for addresses that aren't."""
+_Section = tuple[torch.dtype, Sequence[Any]]
+"""The buffers that make up a tensor."""
 
 
 class TritonSampler:
@@ -36,44 +40,10 @@ class TritonSampler:
         wishes = [self._wishes(work) for work in works]
         choices = np.frombuffer(bytearray(b"".join([own.choice for own in wishes])), CHOICE)
         choices["position"] = [len(work.tokens) for work in works]
-        bits: list[Any] = []
-        end = 0
-        if masks is not None:
-            rows, width = masks.bits.shape
-            choices["mask"][masks.rows] = np.arange(0, rows * width, width)
-            bits.append(np.ascontiguousarray(masks.bits))
-            end = rows * width
-        entries: list[_Entries] = []
-        owners: list[int] = []
-        for row, (own, work) in enumerate(zip(wishes, works, strict=True)):
-            if own.gamma is not None:
-                bits.append(green_bits(work.tokens[-1], self._vocabulary, own.gamma))
-                choices["green"][row], end = end, end + len(bits[-1])
-            if own.entries.follow(work):
-                entries.append(own.entries)
-                owners += [row] * (len(own.entries.ids) // ENTRIES)
-        changes = (choices["mask"] >= 0) | (choices["green"] >= 0)
-        changes[owners] = True
-        changed = changes.nonzero()[0].astype(np.int32)
-        choices["copy"][changed] = np.arange(len(changed))
-        limited = (choices["way"] == LIMITED).nonzero()[0].astype(np.int32)
-        sent = _sent(
-            self._device,
-            (torch.int32, [choices]),
-            (torch.int32, [limited]),
-            (torch.int32, [changed]),
-            (torch.uint8, bits),
-            (torch.int32, [array("i", owners)]),
-            (torch.int32, [own.ids for own in entries]),
-            (torch.float32, [own.counts for own in entries]),
-            (torch.float32, [own.bias for own in entries]),
-        )
-        draws = self._draw(
-            logits,
-            sent[0],
-            Changes(*sent[2:]) if len(changed) else None,
-            sent[1] if len(limited) else None,
-        )
+        limited = _rows(choices["way"] == LIMITED)
+        changes = self._changes(choices, wishes, works, masks)
+        sent = _sent(self._device, [(torch.int32, [choices]), (torch.int32, [limited]), *changes])
+        draws = self._draw(logits, sent[0], Changes(*sent[2:]) if changes else None, sent[1] if len(limited) else None)
         return Drawn(draws.ids, draws.said, tops(logits, draws.norms, [own.top_n for own in wishes]))
 
     def _wishes(self, work: Work) -> "_Wishes":
@@ -82,9 +52,53 @@ class TritonSampler:
             wishes = work.scratch["wishes"] = _Wishes(work, self._vocabulary)
         return wishes
 
+    def _changes(
+        self, choices: NDArray[Any], wishes: "Sequence[_Wishes]", works: Sequence[Work], masks: Masks | None
+    ) -> list[_Section]:
+        """What becomes Changes, or nothing if no row is changed. Enters in ``choices`` where rows find their own.
 
-def _sent(device: torch.device, *sections: tuple[torch.dtype, Sequence[Any]]) -> list[torch.Tensor]:
-    """Each section's buffers, one behind the other, as a tensor of a type; all of them are one copy to the device."""
+        Histories go there whole: 12 bytes for each different token, some 10 KB for 2,000 tokens of text, where the
+        row's logits, which are read several times, have hundreds.
+        """
+        bits: list[NDArray[np.uint8]] = []
+        end = 0
+        if masks is not None:
+            rows, width = masks.bits.shape
+            choices["mask"][masks.rows] = np.arange(0, rows * width, width)
+            bits.append(np.ascontiguousarray(masks.bits))
+            end = rows * width
+        entries: list[_Entries] = []
+        owners = array("i")
+        for row, (own, work) in enumerate(zip(wishes, works, strict=True)):
+            if own.gamma is not None:
+                green = green_bits(work.tokens[-1], self._vocabulary, own.gamma)
+                bits.append(green)
+                choices["green"][row], end = end, end + len(green)
+            if own.entries is not None and own.entries.follow(work):
+                entries.append(own.entries)
+                owners.extend([row] * (len(own.entries.ids) // ENTRIES))
+        changed = (choices["mask"] >= 0) | (choices["green"] >= 0)
+        changed[owners] = True
+        rows = _rows(changed)
+        if not len(rows):
+            return []
+        choices["copy"][rows] = np.arange(len(rows))
+        return [
+            (torch.int32, [rows]),
+            (torch.uint8, bits),
+            (torch.int32, [owners]),
+            (torch.int32, [own.ids for own in entries]),
+            (torch.float32, [own.counts for own in entries]),
+            (torch.float32, [own.bias for own in entries]),
+        ]
+
+
+def _rows(chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
+    return chosen.nonzero()[0].astype(np.int32)
+
+
+def _sent(device: torch.device, sections: Sequence[_Section]) -> list[torch.Tensor]:
+    """Tensors on the device, all by one copy."""
     parts: list[Any] = []
     places: list[slice] = []
     end = 0
@@ -130,7 +144,11 @@ class _Wishes:
         self.choice = choice.tobytes()
         self.gamma = s.watermark[0] if s.watermark is not None else None
         self.top_n = s.top_n_tokens
-        self.entries = _Entries(work, vocabulary)
+        self.entries = _Entries(work, vocabulary) if s.logit_bias or s.min_tokens or _remembers(s) else None
+
+
+def _remembers(s: Sampling) -> bool:
+    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
 
 
 class _Entries:
@@ -160,7 +178,7 @@ class _Entries:
             self._barred = barred
             for id in self._ends:
                 self.bias[self._place(id)] = -math.inf if barred else s.logit_bias.get(id, 0.0)
-        remembers = s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
+        remembers = _remembers(s)
         if remembers:
             for position, id in enumerate(work.tokens[self._seen :], self._seen):
                 place = self._place(id)

@@ -125,11 +125,13 @@ def _seek(step: _Step, rows: torch.Tensor) -> None:
     listing, limits = tile("sampling.list", device), tile("sampling.limit", device)
     parts, block = limits["PARTS"], listing["BLOCK"]
     span = triton.cdiv(step.size, parts * block) * block
-    numbers = step.logits.new_empty(len(rows), parts, span)
+    depths = step.logits.new_empty(len(rows), parts, span)
     counts = rows.new_empty(len(rows), parts)
     buckets = triton.next_power_of_2(step.buckets)
-    _list[len(rows), parts](step, rows, numbers, counts, span, BUCKETS=buckets, **listing)
-    _limit[(len(rows),)](step, rows, numbers, counts, span, BUCKETS=buckets, **limits)
+    _list[len(rows), triton.cdiv(step.size, span)](
+        step, rows, depths, counts, span, PARTS=parts, BUCKETS=buckets, **listing
+    )
+    _limit[(len(rows),)](step, rows, depths, counts, span, BUCKETS=buckets, **limits)
 
 
 @triton.jit
@@ -189,8 +191,8 @@ def _survey(step, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _list(step, rows, numbers, counts, span, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a part of a row, the numbers that the limits may depend on."""
+def _list(step, rows, depths, counts, span, PARTS: tl.constexpr, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):
+    """The depths, in a part of a row, on which its limits may depend."""
     row, part = tl.load(rows + tl.program_id(0)), tl.program_id(1)
     temperature = _float(step, row, _TEMPERATURE)
     most, mass = _stats(step, row, 2, BUCKETS)
@@ -198,54 +200,54 @@ def _list(step, rows, numbers, counts, span, BUCKETS: tl.constexpr, BLOCK: tl.co
     top_k, top_p, min_p = _int(step, row, _TOP_K), _float(step, row, _TOP_P), _float(step, row, _MIN_P)
     deepest = _DEEPEST * 1.0
     if top_k > 0:
-        # So many buckets have a token of that depth: the k-th can't be deeper.
+        # So many buckets have a token of that depth: the k-th of all can't be deeper.
         peaks = step.stats + (row.to(tl.int64) * 4 + 2) * step.buckets
-        count = tl.full((1,), 1, tl.int32) * step.buckets
-        deepest = _reach(peaks, 0, count, top, temperature, float("inf"), 0.0, top_k.to(tl.float32), True, BUCKETS)
+        count = tl.full((1,), 0, tl.int32) + step.buckets
+        deepest = _reach(peaks, 0, count, float("inf"), top, top_k.to(tl.float32), True, BUCKETS)
+        deepest = tl.div_rn(deepest, temperature)
     elif top_p < 1:
         # Together, deeper tokens have at most half of what top-p leaves away.
         deepest = tl.minimum(deepest, -tl.log(0.5 * (1 - top_p) * tl.sum(weights) / step.size))
     elif _float(step, row, _TYPICAL_P) == 1:
         deepest = tl.minimum(deepest, -tl.log(min_p))
     deepest = tl.minimum(deepest, _GREATEST)
-    place = tl.program_id(0) * tl.num_programs(1) + part
-    kept = numbers + place.to(tl.int64) * span
+    place = tl.program_id(0) * PARTS + part
+    listed = depths + place.to(tl.int64) * span
     count = 0
     for start in range(part * span, tl.minimum((part + 1) * span, step.size), BLOCK):
-        x = _numbers(step, row, start + tl.arange(0, BLOCK))
-        matters = (_depth(x, top, temperature) <= deepest).to(tl.int32)
-        tl.store(kept + count + tl.cumsum(matters, 0) - 1, x, mask=matters != 0)
+        depth = _depth(_numbers(step, row, start + tl.arange(0, BLOCK)), top, temperature)
+        matters = (depth <= deepest).to(tl.int32)
+        tl.store(listed + count + tl.cumsum(matters, 0) - 1, depth, mask=matters != 0)
         count += tl.sum(matters)
     tl.store(counts + place, count)
 
 
 @triton.jit
-def _limit(step, rows, numbers, counts, span, BUCKETS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _limit(step, rows, depths, counts, span, BUCKETS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Which tokens of a row may come: top-k, top-p, typical-p and min-p, one after the other."""
     row = tl.load(rows + tl.program_id(0))
-    temperature = _float(step, row, _TEMPERATURE)
     most, mass = _stats(step, row, 2, BUCKETS)
-    top, weights = _settled(most, mass, temperature)
+    top, weights = _settled(most, mass, _float(step, row, _TEMPERATURE))
     total = tl.sum(weights)
-    first = tl.program_id(0).to(tl.int64) * PARTS
-    x, count = numbers + first * span, tl.load(counts + first + tl.arange(0, PARTS))
+    part = tl.arange(0, PARTS)
+    x = depths + tl.program_id(0).to(tl.int64) * PARTS * span
+    count = tl.load(counts + tl.program_id(0) * PARTS + part, mask=part * span < step.size, other=0)
     deepest, center, far = float("inf"), 0.0, float("inf")
     top_k, top_p = _int(step, row, _TOP_K), _float(step, row, _TOP_P)
     typical_p, min_p = _float(step, row, _TYPICAL_P), _float(step, row, _MIN_P)
     if top_k > 0:
-        deepest = _reach(x, span, count, top, temperature, deepest, center, top_k.to(tl.float32), True, BLOCK)
+        deepest = _reach(x, span, count, deepest, center, top_k.to(tl.float32), True, BLOCK)
     if top_p < 1:
         if top_k > 0:
-            total, _, _ = _sums(x, span, count, top, temperature, deepest, center, far, BLOCK)
-        nucleus = _reach(x, span, count, top, temperature, deepest, center, top_p * total, False, BLOCK)
-        deepest = tl.minimum(deepest, nucleus)
+            total, _, _ = _sums(x, span, count, deepest, center, far, BLOCK)
+        deepest = tl.minimum(deepest, _reach(x, span, count, deepest, center, top_p * total, False, BLOCK))
     if typical_p < 1:
         # A token's information less the entropy is its depth less the mean depth.
-        total, moment, _ = _sums(x, span, count, top, temperature, deepest, center, far, BLOCK)
+        total, moment, _ = _sums(x, span, count, deepest, center, far, BLOCK)
         center = moment / total
-        far = _reach(x, span, count, top, temperature, deepest, center, typical_p * total, False, BLOCK)
+        far = _reach(x, span, count, deepest, center, typical_p * total, False, BLOCK)
     if min_p > 0:
-        _, _, least = _sums(x, span, count, top, temperature, deepest, center, far, BLOCK)
+        _, _, least = _sums(x, span, count, deepest, center, far, BLOCK)
         deepest = tl.minimum(deepest, least - tl.log(min_p))
     limits = step.limits + row * 4
     tl.store(limits, deepest)
@@ -296,9 +298,9 @@ def _draw(step, draws, BUCKETS: tl.constexpr):
 
 
 @triton.jit
-def _reach(numbers, span, count, top, temperature, deepest, center, target, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The least distance from the depth ``center`` within which tokens, of those no deeper than ``deepest``, have the
-    mass ``target`` (or are so many); infinite if there is none. Bisection, from number to number that occurs."""
+def _reach(x, span, count, largest, center, target, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
+    """The least distance from ``center`` within which the listed numbers up to ``largest`` are so many as ``target``,
+    or else have that mass as depths; infinite if there is none. Bisection, from one listed number to another."""
     least, most = tl.full((), 0, tl.int32), tl.full((), _INFINITE, tl.int32)
     while least < most:
         middle = least + (most - least) // 2
@@ -306,11 +308,11 @@ def _reach(numbers, span, count, top, temperature, deepest, center, target, COUN
         below = tl.zeros((count.shape[0], BLOCK), tl.int32)
         above = below + _INFINITE
         for start in range(0, tl.max(count), BLOCK):
-            depth = _listed(numbers, span, count, start, top, temperature, BLOCK)
-            distance = tl.abs(depth - center).to(tl.int32, bitcast=True)
-            distance = tl.where((depth < float("inf")) & (depth <= deepest), distance, _INFINITE)
+            number = _listed(x, span, count, start, BLOCK)
+            distance = tl.abs(number - center).to(tl.int32, bitcast=True)
+            distance = tl.where((number < float("inf")) & (number <= largest), distance, _INFINITE)
             inside = distance <= middle
-            mass += tl.where(inside, 1.0 if COUNTED else tl.exp(-depth), 0)
+            mass += tl.where(inside, 1.0 if COUNTED else tl.exp(-number), 0)
             below = tl.maximum(below, tl.where(inside, distance, 0))
             above = tl.minimum(above, tl.where(inside, _INFINITE, distance))
         if tl.sum(mass) >= target:
@@ -321,13 +323,13 @@ def _reach(numbers, span, count, top, temperature, deepest, center, target, COUN
 
 
 @triton.jit
-def _sums(numbers, span, count, top, temperature, deepest, center, far, BLOCK: tl.constexpr):
-    """Of the listed tokens that may come: mass, mass times depth, and the least depth."""
+def _sums(x, span, count, deepest, center, far, BLOCK: tl.constexpr):
+    """Of listed depths that may come: mass, mass times depth, and the least."""
     mass = tl.zeros((count.shape[0], BLOCK), tl.float32)
     moment = tl.zeros((count.shape[0], BLOCK), tl.float32)
     least = mass + float("inf")
     for start in range(0, tl.max(count), BLOCK):
-        depth = _listed(numbers, span, count, start, top, temperature, BLOCK)
+        depth = _listed(x, span, count, start, BLOCK)
         depth = tl.where((depth <= deepest) & (tl.abs(depth - center) <= far), depth, float("inf"))
         weight = tl.exp(-depth)
         mass += weight
@@ -337,12 +339,11 @@ def _sums(numbers, span, count, top, temperature, deepest, center, far, BLOCK: t
 
 
 @triton.jit
-def _listed(numbers, span, count, start, top, temperature, BLOCK: tl.constexpr):
-    """Depths of what each part lists from a place on; infinite behind its end: [parts, BLOCK]."""
+def _listed(x, span, count, start, BLOCK: tl.constexpr):
+    """What each part lists from a place on; infinite behind its end: [parts, BLOCK]."""
     at = start + tl.arange(0, BLOCK)[None, :]
     part = tl.arange(0, count.shape[0])[:, None]
-    x = tl.load(numbers + part * span + at, mask=at < count[:, None], other=float("-inf"))
-    return _depth(x, top, temperature)
+    return tl.load(x + part * span + at, mask=at < count[:, None], other=float("inf"))
 
 
 @triton.jit
@@ -364,7 +365,7 @@ def _sum_up(x, temperature):
     """The largest number of each bucket, and the mass relative to it."""
     most = tl.max(x, 1)
     top = tl.where(most > float("-inf"), most, 0)
-    return most, tl.sum(tl.exp(-_depth(x, top[:, None], temperature)), 1)
+    return most, tl.sum(tl.exp((x - top[:, None]) * (1 / temperature)), 1)
 
 
 @triton.jit
@@ -381,7 +382,7 @@ def _settled(most, mass, temperature):
     """A row's largest number, and what its buckets' masses are relative to that."""
     top = tl.max(most, 0)
     top = tl.where(top > float("-inf"), top, 0)
-    return top, mass * tl.exp(-_depth(most, top, temperature))
+    return top, mass * tl.exp((most - top) * (1 / temperature))
 
 
 @triton.jit
