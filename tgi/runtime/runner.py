@@ -16,6 +16,7 @@ from tgi.core.errors import StartupError
 from tgi.core.messages import Implementation, Sampling, Submit, Token
 from tgi.core.plan import Masks, Sampled, Work
 from tgi.kernels.library import library
+from tgi.kernels.triton import runs_on
 from tgi.models.registry import Model, load_model
 from tgi.parallel import Group
 from tgi.runtime.batch import Batch
@@ -25,6 +26,7 @@ from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.ranks import Leader
 from tgi.runtime.sampler import NOT_A_NUMBER, Drawn, Sampler
 from tgi.runtime.staging import Staging
+from tgi.runtime.triton_sampler import TritonSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class Runner:
         self._forward = forward
         self._device = device
         self._library = library() if device.type == "cpu" else None
-        self._sampler = Sampler(self._library, model.head)
+        triton = TritonSampler(model.vocab_size, device) if self._library is None and runs_on(device) else None
+        self._sampler = Sampler(self._library, model.head, triton)
         self._staging = Staging(device)
 
     @property

@@ -1,4 +1,4 @@
-"""The next token of every row: watermark, penalties, mask, warpers, draw; by a kernel on CPUs, by torch elsewhere.
+"""The next token of every row: watermark, penalties, mask, warpers, draw; by kernels on CPUs and GPUs, or by torch.
 
 A draw is a pure function of (seed, position): the same request gives the same tokens alone, in a batch, after
 preemption and after a restart. Log-probabilities are the model's own, before all of this.
@@ -19,6 +19,7 @@ from tgi.kernels.ops import Choice
 from tgi.kernels.program import Program
 from tgi.kernels.sampling import Draws, Head, HeadDraws
 from tgi.runtime import torch_sampler
+from tgi.runtime.triton_sampler import TritonSampler
 
 NOT_A_NUMBER = "the model's output is not a number"
 
@@ -56,9 +57,11 @@ class _Known(NamedTuple):
 class Sampler:
     """Draws tokens for the rows of a step: of logits or, for requests with plain wishes, of what logits are made of."""
 
-    def __init__(self, library: Library | None, head: Head | None = None) -> None:
-        """Without a library, which needs logits in the CPU's memory, torch does it. ``head``: what makes the logits."""
+    def __init__(self, library: Library | None, head: Head | None = None, triton: TritonSampler | None = None) -> None:
+        """``library``: for logits in the CPU's memory; ``triton``: on a GPU. With neither, torch draws. ``head``: what
+        makes the logits."""
         self._draws = Draws(library) if library is not None else None
+        self._triton = triton
         self._head = head
         self._head_draws = HeadDraws(library, head, _ROWS) if library is not None and head is not None else None
 
@@ -89,9 +92,9 @@ class Sampler:
     def draw(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> "Drawn":
         """Draw one token for each of at least one row, without waiting for it. logits: float32 [rows, vocabulary];
         works: one a row; masks: of those that have one."""
-        if self._draws is None:
-            return torch_sampler.draw(logits, works, masks)
-        return _Known(_sample(self._draws, logits, works, masks))
+        if self._draws is not None:
+            return _Known(_sample(self._draws, logits, works, masks))
+        return (self._triton or torch_sampler).draw(logits, works, masks)
 
     def sample(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> list[Token | str]:
         """The same, and wait. A row whose logits are not numbers gets an error text instead of a token."""
