@@ -34,6 +34,7 @@ from tgi.models.weights import open_weights
 from tgi.parallel import Group
 from tgi.quantization.base import ACTS, activate
 from tgi.quantization.quantized import Packed, Quantized
+from tgi.quantizer.sites import Sites
 
 __all__ = ["pair"]  # a fixture
 
@@ -227,6 +228,26 @@ def test_what_can_not_be_multiplied_as_it_is() -> None:
         assert torch.equal(
             found.weight[-found.outs // (1 + (part == "up")) :].cpu(), matrices[f"0.1.{part}_proj.weight"].dequantize()
         )
+
+
+def test_rounding_at_load() -> None:
+    tensors = Given({f"0.0.{part}_proj.weight": torch.randn(64, 64) for part in ("gate", "up", "down")})
+    checkpoint = Checkpoint(tensors, torch.float32, DEVICE, Group(), None, "fp8")
+    experts = FusedExperts.load(checkpoint, "0", shape(64), config(1, 64), "silu")
+    assert isinstance(experts._gate_up.weight, Coded) and isinstance(experts._down.weight, Coded)
+
+
+def test_experts_are_quantized_one_by_one() -> None:
+    """By ``quantize``, which has to see the input of each."""
+    parts = [f"experts.{expert}.{part}_proj" for expert in range(2) for part in ("gate", "up", "down")]
+    tensors: Any = Given(
+        {f"0.mlp.{part}.weight": torch.zeros(32, 32) for part in parts} | {"0.mlp.gate.weight": torch.zeros(2, 32)}
+    )
+    sites = Sites(
+        tensors=tensors, dtype=torch.float32, device=DEVICE, group=Group(), quantize="gptq", ready=lambda *_: None
+    )  # type: ignore[arg-type,return-value]  # nothing is computed
+    MoE.load(sites, "0", shape(32), config(2, 32), "silu")
+    assert [site.name for site in sites.found[1:]] == [f"0.mlp.{part}" for part in parts if "up" not in part]
 
 
 def test_ranks_add_up(pair: tuple[torch.nn.Module, dict[str, torch.Tensor], Experts]) -> None:

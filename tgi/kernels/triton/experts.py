@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
 from tgi.kernels.triton.linear import Tile, _columns, _constants, _matrix, _scaled, _words
+from tgi.kernels.triton.rows import active
 from tgi.kernels.triton.tiles import tile
 
 
@@ -118,12 +119,15 @@ def mix(x: torch.Tensor, weights: torch.Tensor, into: torch.Tensor | None = None
 
 
 _FEW = 16
-"""Rows of an expert, on average, up to which a tile takes as many: the fewest that tensor cores multiply."""
+"""Rows of an expert, on average, up to which tiles are for few: the fewest that tensor cores multiply."""
 
 
 def _multiply(
     x: torch.Tensor, matrices: Matrices, pairs: Pairs, activation: str | None, *, fixed: bool
 ) -> torch.Tensor:
+    # With few rows all time goes into reading matrices: a program has 48 KB of them under way, and a multiprocessor has
+    # two programs. Many rows take tiles as square as registers allow, so that what is read serves many products. Coded
+    # matrices are taken as in linear.py, but with fewer loads under way where rows are many: more would spill.
     x = x.contiguous()
     weight, outs, experts, count = matrices.weight, matrices.outs, matrices.experts, len(pairs.pair)
     kind = "coded" if isinstance(weight, Coded) else "plain"
@@ -133,9 +137,7 @@ def _multiply(
         kind += " of many rows"
     constants = tile(f"experts, {kind}", x.device)
     rows = constants["ROWS"]
-    # Each expert that has any pairs has a tile, and another one for so many more.
-    most = min(experts, count)
-    grid = most + (count - most) // rows, triton.cdiv(outs, constants["OUTS"])
+    grid = most_tiles(count, experts, rows), triton.cdiv(outs, constants["OUTS"])
     out = x.new_empty(count, outs if activation is None else outs // 2)
     common = x, pairs.first, pairs.pair, out, experts, outs
     shape = {
@@ -149,6 +151,12 @@ def _multiply(
     else:
         _plain[grid](*common, weight, weight.shape[1], **shape, **constants)
     return out
+
+
+def most_tiles(count: int, experts: int, rows: int) -> int:
+    """Of so many ``rows`` that ``count`` pairs can fill or begin."""
+    some = min(experts, count)
+    return some + (count - some) // rows  # each expert that has any pairs has a tile, and another for so many more
 
 
 @triton.jit
@@ -234,7 +242,7 @@ def _arrange(chosen, first, pair, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows(first, pair, experts, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, EXPERTS: tl.constexpr):
+def tile_rows(first, pair, experts, ROWS: tl.constexpr, PER_TOKEN: tl.constexpr, EXPERTS: tl.constexpr):
     """A tile's expert, ``experts`` or more if there is no such tile; the rows that it reads and writes, and which of
     them there are."""
     number = tl.program_id(0)
@@ -297,7 +305,7 @@ def _plain(
     OUTS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    expert, source, target, known = _rows(first, pair, experts, ROWS, PER_TOKEN, EXPERTS)
+    expert, source, target, known = tile_rows(first, pair, experts, ROWS, PER_TOKEN, EXPERTS)
     if expert >= experts:
         return
     rows = _outs(expert, outs, OUTS, ACTIVATION)
@@ -336,7 +344,7 @@ def _coded(
     OUTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    expert, source, target, known = _rows(first, pair, experts, ROWS, PER_TOKEN, EXPERTS)
+    expert, source, target, known = tile_rows(first, pair, experts, ROWS, PER_TOKEN, EXPERTS)
     if expert >= experts:
         return
     rows = _outs(expert, outs, OUTS, ACTIVATION)
@@ -368,17 +376,3 @@ def _mix(x, weights, out, stride, factor, size, PER_TOKEN: tl.constexpr, ADD: tl
     if ADD:
         total += tl.load(out, mask=known, other=0).to(tl.float32)
     tl.store(out, total, mask=known)
-
-
-@triton.jit
-def active(x, ACTIVATION: tl.constexpr):
-    """``activation`` of float32 numbers."""
-    if ACTIVATION == "silu":
-        return x * tl.sigmoid(x)
-    if ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
-        return x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-    positive = tl.where(x < 0, 0.0, x)
-    return positive * positive if ACTIVATION == "relu2" else positive

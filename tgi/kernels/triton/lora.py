@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi.kernels.triton.experts import Pairs, _rows
+from tgi.kernels.triton.experts import Pairs, most_tiles, tile_rows
 from tgi.kernels.triton.tiles import tile
 
 
@@ -40,12 +40,10 @@ def add(into: torch.Tensor, x: torch.Tensor, adapters: Adapters, rows: Pairs) ->
     parts = x.new_empty(splits, tokens, rank, dtype=torch.float32)
     common = rows.first, rows.pair, count, tokens, rank
     shape = {"ADAPTERS": triton.next_power_of_2(count), "RANK": max(triton.next_power_of_2(rank), 16)}
-    # Each adapter that has any rows has a tile, and another one for so many more.
-    most = min(count, tokens)
-    _shrink[most + (tokens - most) // shrink["ROWS"], splits](
+    _shrink[most_tiles(tokens, count, shrink["ROWS"]), splits](
         *common, x, adapters.a, parts, inner, each, **shape, **shrink
     )
-    _expand[most + (tokens - most) // expand["ROWS"], triton.cdiv(outs, expand["OUTS"])](
+    _expand[most_tiles(tokens, count, expand["ROWS"]), triton.cdiv(outs, expand["OUTS"])](
         *(*common, parts, adapters.b, adapters.scale, into, into.stride(0), outs), SPLITS=splits, **shape, **expand
     )
 
@@ -67,7 +65,7 @@ def _shrink(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    adapter, source, target, known = _rows(first, row, adapters, ROWS, 1, ADAPTERS)
+    adapter, source, target, known = tile_rows(first, row, adapters, ROWS, 1, ADAPTERS)
     if adapter >= adapters:
         return
     own = tl.arange(0, RANK)
@@ -103,7 +101,7 @@ def _expand(
     ROWS: tl.constexpr,
     OUTS: tl.constexpr,
 ):
-    adapter, source, target, known = _rows(first, row, adapters, ROWS, 0, ADAPTERS)
+    adapter, source, target, known = tile_rows(first, row, adapters, ROWS, 0, ADAPTERS)
     if adapter >= adapters:
         return
     own, column = tl.arange(0, RANK), tl.program_id(1) * OUTS + tl.arange(0, OUTS)
