@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -39,12 +40,36 @@ class TritonAttention:
         self.layout = kernels.Layout(spec.heads, spec.kv_heads, spec.head_dim, spec.latent, window, fixed)
         slopes = None if spec.slopes is None else torch.tensor(spec.slopes, device=device)
         self.score = kernels.Score(spec.scale, spec.softcap, slopes, None)
-        self.stored = precision.stored
+        self._stored = precision.stored
         self._device = device
 
     def allocate(self, blocks: int) -> torch.Tensor:
         layout = self.layout
-        return zeros((blocks, layout.kv_heads, layout.kinds, BLOCK_SIZE, layout.dim), self.stored, self._device)
+        return zeros((blocks, layout.kv_heads, layout.kinds, BLOCK_SIZE, layout.dim), self._stored, self._device)
+
+    def store(self, placed: Placed, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
+        """Write k and v of the step's tokens to the pages; → q [tokens, heads, head_dim]."""
+        norm = turn.norm
+        q: torch.Tensor = self.kernels.store(
+            self.layout,
+            self.step(placed),
+            pages,
+            qkv,
+            angles=turn.angles,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            scales=self.scales(turn),
+        )
+        return q
+
+    def step(self, placed: Placed) -> Any:
+        """As kernels take it."""
+        return self.kernels.Step(placed.starts, placed.contexts, placed.firsts, placed.pages, placed.rows)
+
+    def scales(self, turn: Turn) -> tuple[float, float]:
+        """Of keys and values."""
+        key, value = turn.scales if self._stored == torch.float8_e4m3fn else (1.0, 1.0)
+        return key, key if self.layout.latent else value
 
     def prepare(self, segments: Sequence[Segment], placed: Placed | None = None) -> PreparedAttention:
         return _Prepared(self, Placed.of(segments, self._device) if placed is None else placed)
@@ -56,25 +81,12 @@ class _Prepared:
     placed: Placed
 
     def run(self, pages: torch.Tensor, qkv: torch.Tensor, turn: Turn) -> torch.Tensor:
-        backend, placed, norm = self.backend, self.placed, turn.norm
-        key, value = turn.scales if backend.stored == torch.float8_e4m3fn else (1.0, 1.0)
-        if backend.layout.latent:
-            value = key
-        step = backend.kernels.Step(placed.starts, placed.contexts, placed.firsts, placed.pages, placed.rows)
-        q = backend.kernels.store(
-            backend.layout,
-            step,
-            pages,
-            qkv,
-            angles=turn.angles,
-            norm=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            scales=(key, value),
-        )
+        backend = self.backend
+        q = backend.store(self.placed, pages, qkv, turn)
+        key, value = backend.scales(turn)
         score = backend.score._replace(scale=backend.score.scale * key, sinks=turn.sinks)
-        out: torch.Tensor = backend.kernels.attend(
-            backend.layout, step, pages, q, score, singles=placed.singles, scale=value
-        )
+        step, singles = backend.step(self.placed), self.placed.singles
+        out: torch.Tensor = backend.kernels.attend(backend.layout, step, pages, q, score, singles=singles, scale=value)
         return out
 
 

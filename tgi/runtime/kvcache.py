@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from tgi.attention.base import Attend, AttentionBackend, AttnSpec, Precision, Segment, Turn, choose
+from tgi.attention.flashinfer import FlashInferAttention
 from tgi.attention.native import NativeAttention
 from tgi.attention.placed import Placed
 from tgi.attention.sdpa import SdpaAttention
@@ -13,21 +14,32 @@ from tgi.core.config import KVPool
 
 BACKENDS: tuple[type[AttentionBackend], ...] = (NativeAttention, TritonAttention, SdpaAttention)
 """In order of preference."""
+ASKED: tuple[type[AttentionBackend], ...] = (FlashInferAttention,)
+"""Used by name alone."""
 
 
 class KVCache:
     """Pages of BLOCK_SIZE tokens in every layer; a block's id means the same in all layers of a pool."""
 
     def __init__(
-        self, specs: Sequence[AttnSpec], pools: Sequence[KVPool], precision: Precision, device: torch.device
+        self,
+        specs: Sequence[AttnSpec],
+        pools: Sequence[KVPool],
+        precision: Precision,
+        device: torch.device,
+        attention: str | None = None,
     ) -> None:
-        """``pools``: the first sees farthest. Raises StartupError if no backend serves a layer."""
+        """``pools``: the first sees farthest. ``attention``: the only backend to use, by name. Raises StartupError if
+        none serves a layer."""
         self.pools = len(pools)
         self.blocks = [pool.blocks for pool in pools]
         self._specs = list(specs)
         self._pools = {spec: _pool(spec, pools) for spec in dict.fromkeys(specs)}
+        backends = BACKENDS
+        if attention is not None:
+            backends = tuple(backend for backend in (*BACKENDS, *ASKED) if backend.name == attention)
         self._backends = {
-            spec: choose(spec, precision, device, BACKENDS)(spec, precision, device) for spec in dict.fromkeys(specs)
+            spec: choose(spec, precision, device, backends)(spec, precision, device) for spec in dict.fromkeys(specs)
         }
         self.names = sorted({backend.name for backend in self._backends.values()})
         """Of the backends."""

@@ -516,7 +516,7 @@ def _shares(weight, total, scale):
     return total / tl.where(weight == 0, 1, weight)[:, None] * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_splits(
     parts,
     marks,
