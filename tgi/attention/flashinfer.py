@@ -25,6 +25,7 @@ class FlashInferAttention:
     that share a kv head are rows of its tiles, too."""
 
     name = "flashinfer"
+    static = False
 
     @staticmethod
     def declines(spec: AttnSpec, precision: Precision, device: torch.device) -> str | None:
