@@ -151,7 +151,7 @@ def test_our_attention_is_declined_for_a_reason(tmp_path: Path, name: str, caplo
 
 def test_who_waits_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A preempted request would hold memory that the pool doesn't know of."""
-    engine = Engine(write(tmp_path, *OWN["sinks"][:2]), blocks=8, step_tokens=24)
+    engine = Engine(write(tmp_path, *OWN["chunks"][:2]), blocks=8, step_tokens=24)
     schedule = engine.scheduler.schedule
 
     def checked() -> Plan:

@@ -66,6 +66,8 @@ class FlashInferAttention:
             starts.append(starts[-1] + segment.length)
             ends.append(len(blocks))
             last.append(segment.start + segment.length - (used - 1) * BLOCK_SIZE)
+        # The last step's plan may still be on its way from memory that this one's is written to.
+        torch.get_device_module(self._device).synchronize()
         spec = self._spec
         self.wrapper.plan(
             *(torch.tensor(part, dtype=torch.int32) for part in (starts, ends, blocks, last)),

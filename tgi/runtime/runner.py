@@ -131,6 +131,7 @@ class Runner:
             group,
             graphs=settings.graphs,
             fixed=settings.deterministic,
+            attention=settings.attention,
         )
 
     @classmethod
@@ -145,10 +146,11 @@ class Runner:
         *,
         graphs: Sequence[int] = (),
         fixed: bool = False,
+        attention: str | None = None,
     ) -> "Runner":
         """With a cache of ``pools`` whose numbers are ``stored``, for steps of up to ``tokens`` tokens. ``graphs``: as
-        in ``choose``; ``fixed``: as in Precision."""
-        cache = KVCache(model.specs, pools, Precision(model.compute, stored, fixed), device)
+        in ``choose``; ``fixed``: as in Precision; ``attention``: as in KVCache."""
+        cache = KVCache(model.specs, pools, Precision(model.compute, stored, fixed), device, attention)
         forward = choose(model, cache, tokens, device, group, graphs)
         return cls(model, forward, device, Implementation(model.description, forward.how, cache.names), group)
 
