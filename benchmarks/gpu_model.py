@@ -70,7 +70,7 @@ class Engine:
     def __init__(self, runner: Runner, pools: Sequence[KVPool], step: int, rows: int) -> None:
         """``step``: its most tokens; ``rows``: its most requests."""
         self.client = Client()
-        scheduler = Scheduler(pools=pools, step_tokens=step, max_running=rows)
+        scheduler = Scheduler(pools=pools, step_tokens=step, max_running=rows, ahead=runner.ahead)
         self._loop = Loop(self.client, scheduler, runner, _no_vocabulary)  # type: ignore[arg-type]  # all of a mailbox that it uses
         self.run([])  # captures graphs
 
