@@ -98,6 +98,8 @@ def draw(
         size,
         buckets,
     )
+    # Four warps with 16 numbers a thread, which are loaded four at once, wherever a row is passed over: then even one
+    # row occupies half of the multiprocessors.
     if changes is not None:
         block = tile("sampling.copy", device)
         _copy[len(changes.rows), triton.cdiv(size, block["BLOCK"])](step, changes, **block)
@@ -122,6 +124,8 @@ def draw(
 def _seek(step: _Step, rows: torch.Tensor) -> None:
     """Find the limits of some rows."""
     device = rows.device
+    # A row is listed by a few programs, and one looks through all that they list. It waits more than it computes: so it
+    # has eight warps, and reads some of each part at once.
     listing, limits = tile("sampling.list", device), tile("sampling.limit", device)
     parts, block = limits["PARTS"], listing["BLOCK"]
     span = triton.cdiv(step.size, parts * block) * block
