@@ -17,9 +17,11 @@ from tgi.attention.placed import Placed
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.messages import Sampling, Submit, Token
 from tgi.core.plan import Work
+from tgi.kernels.triton import runs_on
 from tgi.layers.attention import Turn
 from tgi.runtime.kvcache import BACKENDS
 from tgi.runtime.sampler import Sampler
+from tgi.runtime.triton_sampler import TritonSampler
 
 
 def ceilings(run: Run) -> None:
@@ -169,11 +171,12 @@ def sampling(run: Run) -> None:
             run.journal.write("sampling", **cell, seconds=seconds(draw, run.device, graph=False), kernels=longest)
 
 
-def drawing(logits: torch.Tensor, wish: Sampling) -> Callable[[], Sequence[Token | str]]:
+def drawing(logits: torch.Tensor, wish: Sampling) -> Callable[[], Sequence[Token | None]]:
     """What draws a token for each row, as on a device without kernels of the CPU's."""
     rows, vocabulary = logits.shape
     ids = [[(row + 7 * at) % vocabulary for at in range(100)] for row in range(rows)]
     works = [
         Work(Submit(row, own, 90, 20, [], wish, 0.0), own, 99, 1, 100, True, [], {}) for row, own in enumerate(ids)
     ]
-    return torch.inference_mode()(partial(Sampler(None).sample, logits, works))
+    triton = TritonSampler(vocabulary, logits.device) if runs_on(logits.device) else None
+    return torch.inference_mode()(lambda: Sampler(None, triton=triton).draw(logits, works).read())

@@ -211,8 +211,8 @@ class Runner:
         of layers."""
         tokens = [0, 0]
         pages = [array("i", [0])] * kinds
-        for start, greedy in ((0, True), (2, False)):
-            submit = Submit(0, tokens, 2, 2, [], Sampling(greedy=greedy), 0.0)
+        for start, wish in ((0, Sampling()), (2, Sampling(greedy=False, top_k=2, presence_penalty=1.0))):
+            submit = Submit(0, tokens, 2, 2, [], wish, 0.0)
             work = Work(submit, tokens, start, len(tokens) - start, len(tokens), True, pages, {})
             self.sample(self.launch([work]))
             tokens.append(0)
