@@ -28,8 +28,6 @@ class Placed(NamedTuple):
     """[tokens]: the segment of each."""
     singles: int
     """Segments of one token."""
-    longest: int
-    """Tokens of the longest segment."""
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Placed":
@@ -37,8 +35,7 @@ class Placed(NamedTuple):
         starts, contexts, firsts, pages, rows = (
             torch.tensor(part, dtype=torch.int32, device=device) for part in lists(segments)
         )
-        longest = max(segment.length for segment in segments)
-        return cls(starts, contexts, firsts, pages, rows, singles(segments), longest)
+        return cls(starts, contexts, firsts, pages, rows, singles(segments))
 
 
 def lists(segments: Sequence[Segment]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:

@@ -156,7 +156,7 @@ class Checkpoint:
         weight = torch.empty(height, matrices[0].width, dtype=self.dtype, device=self.device)
         at = 0
         for matrix in matrices:
-            for rows in _slabs(matrix.height, matrix.width):
+            for rows in _slabs(matrix.height, matrix.width, _SLAB if self.device.type == "cpu" else _DEVICE_SLAB):
                 for part in matrix[rows]:
                     weight[at : at + part.shape[0]].copy_(_plain(part))
                     at += part.shape[0]

@@ -35,8 +35,11 @@ class Forward:
     """In words."""
     ahead = False
     """Whether a call returns before all is computed, and may be about tokens that are being drawn."""
-    uncaptured = False
-    """Whether ``capture`` can do more."""
+
+    @property
+    def uncaptured(self) -> bool:
+        """Whether ``capture`` can do more."""
+        return False
 
     def __call__(self, batch: Batch, then: Then | None = None) -> torch.Tensor:
         """``then`` is run behind."""
@@ -94,8 +97,8 @@ class Eager(Forward):
             widths = [self._drawn.shape[1], *[0] * (self.group.size - 1)]
             known = self.group.all_gather(self._drawn if self.group.rank == 0 else self._drawn[:, :0], widths)[0]
             ids = torch.where(sources < 0, ids, known[sources.clamp(min=0)])
-        longest = max(segment.length for segment in segments[0])
-        placed = [Placed(starts, contexts, first, pages, rows, singles(segments[0]), longest) for first in firsts]
+        alone = singles(segments[0])
+        placed = [Placed(starts, contexts, first, pages, rows, alone) for first in firsts]
         return self._model.forward(ids, positions.long(), self.cache.attend(segments, placed))
 
 
@@ -176,7 +179,7 @@ class Captured(Forward):
         return hidden[:count]
 
     @property
-    def uncaptured(self) -> bool:  # type: ignore[override]  # it changes
+    def uncaptured(self) -> bool:
         return bool(self._left)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from tgi.runtime.forward import Forward, Then, choose
 from tgi.runtime.kvcache import KVCache
 from tgi.runtime.prompt import Scores, pool, score, told
 from tgi.runtime.ranks import Leader
-from tgi.runtime.sampler import NOT_A_NUMBER, Drawn, Sampler
+from tgi.runtime.sampler import NOT_A_NUMBER, Draw, Sampler
 from tgi.runtime.staging import Staging
 from tgi.runtime.triton_sampler import TritonSampler
 
@@ -56,7 +56,7 @@ class Drawing:
 
     launched: Launched
     works: Sequence[Work]
-    tokens: list[tuple[Sequence[int], Drawn]] = field(default_factory=list)
+    tokens: list[tuple[Sequence[int], Draw]] = field(default_factory=list)
     """Indices of works, and what is drawn for them."""
     scores: list[Scores] = field(default_factory=list)
     """Of the targets."""
@@ -202,7 +202,7 @@ class Runner:
 
     def _rows(self, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
         """Of the hidden states those at some places."""
-        if places == range(len(places)):
+        if places == [*range(len(places))]:
             return hidden[: len(places)]
         return hidden.index_select(0, self._staging.put([places])[0][: len(places)])
 

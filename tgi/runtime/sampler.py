@@ -30,7 +30,7 @@ _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32)
 """Extreme settings stop here: infinities and divisions by zero would make a row's numbers no numbers."""
 
 
-class Drawn(Protocol):
+class Draw(Protocol):
     """Tokens of some rows, which may still be being drawn."""
 
     @property
@@ -89,7 +89,7 @@ class Sampler:
         assert self._head_draws is not None
         return _tokens(self._head_draws.ids, self._head_draws.logprobs, rows)
 
-    def draw(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> "Drawn":
+    def draw(self, logits: torch.Tensor, works: Sequence[Work], masks: Masks | None = None) -> "Draw":
         """Draw one token for each of at least one row, without waiting for it. logits: float32 [rows, vocabulary];
         works: one a row; masks: of those that have one."""
         if self._draws is not None:
