@@ -104,6 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds: a step that takes longer hangs."""
     packed: str | None = None
     """Folder where packed weights are kept."""
+    compiled: str | None = None
+    """Folder where Triton keeps what it has compiled, unless its own variable names another."""
     trust_remote_code: bool = False
     """Python files of the model's folder may be run."""
     rope_scaling: str | None = None

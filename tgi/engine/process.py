@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings, place: child.Place, report: child.Report) -> None:
     """Load the model and run the step loop until the process is ended. Raises StartupError."""
     begin = time.monotonic()
+    if settings.compiled is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", settings.compiled)  # which it reads when it is imported
     from tgi.engine.loop import Loop  # torch: over a second
     from tgi.runtime.ranks import Follower, Leader, fingerprint, join
     from tgi.runtime.runner import Runner

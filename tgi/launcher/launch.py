@@ -85,6 +85,7 @@ def engine_settings(options: Options, run_dir: str) -> Settings:
         graphs=plan.graphs,
         deterministic=options.deterministic,
         packed=str(store(options).cache / "packed"),
+        compiled=str(store(options).cache / "triton"),
         trust_remote_code=options.trust_remote_code,
         rope_scaling=options.rope_scaling,
         rope_factor=options.rope_factor,
