@@ -30,7 +30,12 @@ SIZES = {
     ("family", "config", "by"),
     [
         ("jais2", {}, "paged attention"),
-        ("granite_swa", {}, "a cache of its own"),
+        ("granite_swa", {}, "paged attention"),
+        (
+            "llama4_text",
+            {"head_dim": 16, "attention_chunk_size": 8, "intermediate_size_mlp": 96, "num_local_experts": 4},
+            "a cache of its own",
+        ),
     ],
 )
 def test_greedy_text_is_the_references(tmp_path: Path, family: str, config: dict[str, int], by: str) -> None:
