@@ -45,7 +45,7 @@ class Again:
 
 
 def submits(count: int) -> list[Submit]:
-    prompts = [tokens(10 + 9 * number, seed=number).tolist() for number in range(count)]
+    prompts = [tokens(12 + 5 * number, seed=number).tolist() for number in range(count)]
     return [
         Submit(
             number, ids, len(ids), 2 + number, [], Sampling(top_n_tokens=2, greedy=number != 1, seed=5), float(number)
@@ -56,7 +56,7 @@ def submits(count: int) -> list[Submit]:
 
 @pytest.mark.parametrize("family", ["gemma3"])
 def test_replays_compute_what_steps_do(tmp_path: Path, family: str) -> None:
-    folder = write_model(tmp_path, family)
+    folder = write_model(tmp_path, family, num_hidden_layers=2, sliding_window_pattern=2)
     found = []
     for captures in (False, True):
         engine = Engine(folder, DEVICE, ahead=True)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
-from tgi.kernels.triton.linear import Tile, _columns, _constants, _matrix, _scaled, _words
+from tgi.kernels.triton.linear import columns_of, constants_of, matrix_of, numbers_of, words_of
 from tgi.kernels.triton.rows import active
 from tgi.kernels.triton.tiles import tile
 
@@ -146,8 +146,7 @@ def _multiply(
         "EXPERTS": triton.next_power_of_2(experts),
     }
     if isinstance(weight, Coded):
-        taken = Tile(constants["OUTS"], constants["WORDS"], constants["num_warps"], constants["num_stages"])
-        _coded[grid](*common, _matrix(weight), matrices.order, ROWS=rows, **shape, **_constants(weight, taken))
+        _coded[grid](*common, matrix_of(weight), matrices.order, **shape, **constants_of(weight, constants))
     else:
         _plain[grid](*common, weight, weight.shape[1], **shape, **constants)
     return out
@@ -351,13 +350,13 @@ def _coded(
     x += source[None, :] * matrix.inner
     total = tl.zeros((OUTS, ROWS), tl.float32)
     for start in range(0, matrix.width, WORDS):
-        words = _words(matrix, rows, start, WORDS)
+        words = words_of(matrix, rows, start, WORDS)
         for part in tl.static_range(32 // BITS):
-            columns, there = _columns(matrix, start, part, WORDS)
+            columns, there = columns_of(matrix, start, part, WORDS)
             if order is not None:
                 columns = tl.load(order + expert * matrix.inner + columns, mask=there, other=0)
             inputs = tl.load(x + columns[:, None], mask=there[:, None] & known[None, :], other=0)
-            weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
+            weight = numbers_of(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
             total = tl.dot(weight.to(inputs.dtype), inputs, total, input_precision="ieee")
     _store(out, total, target, known, outs, ACTIVATION)
 

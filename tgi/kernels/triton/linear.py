@@ -6,6 +6,7 @@ these make is added in a fixed order. More: the matrix is made floating point, a
 multiplies it. Where rows must not know of each other, all are multiplied in tiles of one size.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,25 +15,11 @@ import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
 from tgi.kernels.triton.split import add, split, store
+from tgi.kernels.triton.tiles import tile
 
-
-class Tile(NamedTuple):
-    """What a program takes at once."""
-
-    outs: int
-    words: int
-    """Of a row."""
-    warps: int
-    stages: int
-    """Loads that are under way while one is computed."""
-
-
-ROW = Tile(16, 128, 8, 1)
-"""Fewer words than threads, so that each thread loads what of x and of scales goes with its words."""
-TILES = {16: Tile(64, 32, 4, 4), 32: Tile(64, 32, 4, 3), 64: Tile(64, 32, 4, 3)}
-"""By rows, which are filled up to so many."""
-FLOATING = Tile(16, 128, 4, 1)
-
+_FEW = 16
+_MANY = 64
+"""Rows of the smallest tile and of the largest: powers of two between them, to which rows are filled up."""
 _FIXED = 64
 """Rows of a tile where the number of all rows must not matter."""
 _AT_ONCE = 512
@@ -64,32 +51,34 @@ def linear(
             own = slice(rows, rows + _AT_ONCE)
             _linear_tiles(x[own], weight, bias, out[own], added, _FIXED)
     elif len(x) == 1:
-        grid = (triton.cdiv(weight.outs, ROW.outs),)
-        _row[grid](x, _matrix(weight), bias, out, added, **_constants(weight, ROW))
-    elif len(x) > max(TILES) or x.dtype == torch.float32:  # which tensor cores don't multiply
+        # Fewer words than threads, so that each thread loads what of x and of scales goes with its words.
+        constants = constants_of(weight, tile("coded, one row", x.device))
+        grid = (triton.cdiv(weight.outs, constants["OUTS"]),)
+        _row[grid](x, matrix_of(weight), bias, out, added, **constants)
+    elif len(x) > _MANY or x.dtype == torch.float32:  # which tensor cores don't multiply
         _linear_floating(x, weight, bias, out, added)
     else:
-        _linear_tiles(x, weight, bias, out, added, max(triton.next_power_of_2(len(x)), min(TILES)))
+        _linear_tiles(x, weight, bias, out, added, max(triton.next_power_of_2(len(x)), _FEW))
     return out
 
 
 def _linear_tiles(
     x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, out: torch.Tensor, factor: float | None, rows: int
 ) -> None:
-    tile = TILES[rows]
-    across, along = triton.cdiv(weight.outs, tile.outs), triton.cdiv(weight.width, tile.words)
+    constants = constants_of(weight, tile(f"coded, {rows} rows", x.device))
+    across, along = triton.cdiv(weight.outs, constants["OUTS"]), triton.cdiv(weight.width, constants["WORDS"])
     ways, each = split(across, along, x.device)
     parts = out if ways == 1 else x.new_empty(ways, *out.shape, dtype=torch.float32)
     _tile[across, ways, triton.cdiv(len(x), rows)](
         x,
-        _matrix(weight),
+        matrix_of(weight),
         bias if ways == 1 else None,
         parts,
         factor if ways == 1 else None,
         len(x),
-        each * tile.words,
+        each * constants["WORDS"],
         ROWS=rows,
-        **_constants(weight, tile),
+        **constants,
     )
     if ways > 1:
         add(parts, bias, out, factor)
@@ -99,7 +88,7 @@ def _linear_floating(
     x: torch.Tensor, weight: Coded, bias: torch.Tensor | None, out: torch.Tensor, factor: float | None
 ) -> None:
     beta, alpha = (0, 1.0) if factor is None else (1, factor)
-    slab = max(_SLAB // weight.inner // FLOATING.outs, 1) * FLOATING.outs
+    slab = max(_SLAB // weight.inner // _FEW, 1) * _FEW
     for first in range(0, weight.outs, slab):
         part = floating(weight, first, slab, x.dtype)
         out[:, first : first + slab].addmm_(x, part.T, beta=beta, alpha=alpha)
@@ -112,8 +101,9 @@ def floating(weight: Coded, first: int, count: int, dtype: torch.dtype) -> torch
     columns."""
     count = min(count, weight.outs - first)
     out = torch.empty(count, weight.inner, dtype=dtype, device=weight.words.device)
-    grid = triton.cdiv(count, FLOATING.outs), triton.cdiv(weight.width, FLOATING.words)
-    _float[grid](_matrix(weight), out, first, first + count, **_constants(weight, FLOATING))
+    constants = constants_of(weight, tile("coded, floating", out.device))
+    grid = triton.cdiv(count, constants["OUTS"]), triton.cdiv(weight.width, constants["WORDS"])
+    _float[grid](matrix_of(weight), out, first, first + count, **constants)
     return out
 
 
@@ -130,23 +120,20 @@ class _Matrix(NamedTuple):
     width: int
 
 
-def _matrix(weight: Coded) -> _Matrix:
+def matrix_of(weight: Coded) -> _Matrix:
     parts = weight.words, weight.scale, weight.min, weight.factor, weight.table
     return _Matrix(*parts, weight.outs, weight.inner, weight.width)
 
 
-def _constants(weight: Coded, tile: Tile) -> dict[str, int]:
-    """What they are compiled for."""
+def constants_of(weight: Coded, taken: Mapping[str, int]) -> dict[str, int]:
+    """What they are compiled for. ``taken``: OUTS rows and WORDS of each at once, and Triton's own."""
     return {
+        **taken,
         "BITS": weight.bits,
         "ZERO": weight.zero,
         "EXPONENT": weight.exponent,
         "GROUP": weight.group if weight.group < weight.inner else 0,
-        "SPAN": min(weight.span, tile.words),
-        "OUTS": tile.outs,
-        "WORDS": tile.words,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "SPAN": min(weight.span, taken["WORDS"]),
     }
 
 
@@ -168,9 +155,9 @@ def _row(
     rows = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     total = tl.zeros((OUTS, WORDS // SPAN, SPAN // 4), tl.float32)
     for start in range(0, matrix.width, WORDS):
-        words = _words(matrix, rows, start, WORDS)
+        words = words_of(matrix, rows, start, WORDS)
         for part in tl.static_range(32 // BITS):
-            columns, known = _columns(matrix, start, part, WORDS)
+            columns, known = columns_of(matrix, start, part, WORDS)
             inputs = tl.load(x + columns, mask=known, other=0).to(tl.float32)
             # Four at a time, which are one thread's, so that one product with a scale does for them.
             numbers = _numbers(matrix, words, part, BITS, ZERO, EXPONENT) * inputs[None, :]
@@ -209,12 +196,12 @@ def _tile(
     total = tl.zeros((OUTS, ROWS), tl.float32)
     begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, matrix.width), WORDS):
-        words = _words(matrix, rows, start, WORDS)
+        words = words_of(matrix, rows, start, WORDS)
         for part in tl.static_range(32 // BITS):
-            columns, known = _columns(matrix, start, part, WORDS)
+            columns, known = columns_of(matrix, start, part, WORDS)
             at = token[None, :] * matrix.inner + columns[:, None]
             inputs = tl.load(x + at, mask=known[:, None] & (token < tokens)[None, :], other=0)
-            weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
+            weight = numbers_of(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
             total = tl.dot(weight.to(inputs.dtype), inputs, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + rows, mask=rows < matrix.outs, other=0).to(tl.float32)[:, None]
@@ -238,16 +225,16 @@ def _float(
 ):
     rows = begin + tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     start = tl.program_id(1) * WORDS
-    words = _words(matrix, rows, start, WORDS)
+    words = words_of(matrix, rows, start, WORDS)
     for part in tl.static_range(32 // BITS):
-        columns, known = _columns(matrix, start, part, WORDS)
-        weight = _scaled(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
+        columns, known = columns_of(matrix, start, part, WORDS)
+        weight = numbers_of(matrix, words, rows, start, part, BITS, ZERO, EXPONENT, GROUP, SPAN)
         at = (rows - begin)[:, None] * matrix.inner + columns[None, :]
         tl.store(out + at, weight, mask=(rows < end)[:, None] & known[None, :])
 
 
 @triton.jit
-def _words(matrix, rows, start, WORDS: tl.constexpr):
+def words_of(matrix, rows, start, WORDS: tl.constexpr):
     """Of rows, from ``start`` on."""
     place = start + tl.arange(0, WORDS)
     at = rows.to(tl.int64)[:, None] * matrix.width + place[None, :]
@@ -255,7 +242,7 @@ def _words(matrix, rows, start, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _columns(matrix, start, part, WORDS: tl.constexpr):
+def columns_of(matrix, start, part, WORDS: tl.constexpr):
     """Those that the words from ``start`` on have of a part, and which of them there are."""
     place = start + tl.arange(0, WORDS)
     columns = part * matrix.width + place
@@ -304,7 +291,7 @@ def _scales(matrix, rows, start, part: tl.constexpr, GROUP: tl.constexpr, SPAN: 
 
 
 @triton.jit
-def _scaled(
+def numbers_of(
     matrix,
     words,
     rows,
