@@ -37,6 +37,14 @@ def text_of(prompt: Sequence[int], new: int, stops: Sequence[int] = ()) -> list[
     return tokens[len(prompt) :]
 
 
+class Launched(list[Work]):
+    """A step that was launched."""
+
+    @property
+    def works(self) -> "Launched":
+        return self
+
+
 class FakeRunner:
     vocab_size = VOCABULARY
 
@@ -47,11 +55,11 @@ class FakeRunner:
         self.computed = 0
         self.scored = 0
 
-    def launch(self, works: Sequence[Work]) -> Sequence[Work]:
+    def launch(self, works: Sequence[Work]) -> "Launched":
         for at in range(len(self.pools)):
             self._compute(at, works)
         self.computed += sum(work.length for work in works)
-        return works
+        return Launched(works)
 
     def _compute(self, at: int, works: Sequence[Work]) -> None:
         """What one kind of layer does."""

@@ -124,7 +124,8 @@ class Loop:
         """Start the draws of a step, now that those of the step before are known."""
         begin = time.monotonic()
         chunks = step.plan.chunks
-        works = [chunk.work() for chunk in chunks]
+        # Nothing has changed since they were launched if no step was booked meanwhile.
+        works = [chunk.work() for chunk in chunks] if self._runner.ahead else step.launched.works
         masks = self._grammars.masks([chunk.request for chunk in chunks], works)
         step.masks = time.monotonic() - begin
         step.drawing = self._runner.draw(step.launched, works, masks)

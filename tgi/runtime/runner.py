@@ -163,7 +163,6 @@ class Runner:
         """Whether pages hold what was computed, so that requests can share them."""
         return bool(self._model.specs)
 
-    @torch.inference_mode()
     def launch(self, works: Sequence[Work]) -> Launched:
         """Start the forward of one step. Before that of another, ``draw`` must have been called for this one."""
         # Decoding requests stand together, longest first, so that attention can batch neighbours of like length.
@@ -184,8 +183,7 @@ class Runner:
             self._group.begin()
             self.leader.send(batch, places, first)
         hidden = self._forward(batch, then)
-        rows = self._rows(hidden, places) if places else None
-        logits = None if rows is None else self._model.logits(rows[:first])
+        rows, logits = self._logits(hidden, places, first) if places else (None, None)
         embeddings = self._pooled(order, ordered, hidden)
         return Launched(works, order, [*plain], [*drawing], batch.scored_ids, rows, logits, embeddings)
 
@@ -195,16 +193,18 @@ class Runner:
         self._group.begin()
         hidden = self._forward(batch)
         if places:
-            rows = self._rows(hidden, places)
-            self._model.logits(rows[:first])
+            rows, _ = self._logits(hidden, places, first)
             for at in range(first, len(places), SCORED_ROWS):
                 self._model.logits(rows[at : at + SCORED_ROWS])
 
-    def _rows(self, hidden: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-        """Of the hidden states those at some places."""
+    @torch.inference_mode()
+    def _logits(self, hidden: torch.Tensor, places: Sequence[int], first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the hidden states those at some places, and the logits of the first of these."""
         if places == [*range(len(places))]:
-            return hidden[: len(places)]
-        return hidden.index_select(0, self._staging.put([places])[0][: len(places)])
+            rows = hidden[: len(places)]
+        else:
+            rows = hidden.index_select(0, self._staging.put([places])[0][: len(places)])
+        return rows, self._model.logits(rows[:first])
 
     def warm(self, kinds: int) -> None:
         """Run two steps of nobody's, while no request holds pages: what is made on first use is there then. ``kinds``:
@@ -241,7 +241,6 @@ class Runner:
         """Draw, and wait for it: where no other step is under way."""
         return self.collect(self.draw(launched, launched.works, masks))
 
-    @torch.inference_mode()
     def draw(self, launched: Launched, works: Sequence[Work], masks: Masks | None = None) -> Drawing:
         """Start to draw tokens and to score known ones.
 
@@ -249,9 +248,14 @@ class Runner:
         masks: of such as have a grammar.
         """
         drawing = Drawing(launched, works)
-        rows, logits = launched.rows, launched.logits
-        if rows is None or logits is None:
-            return drawing
+        if launched.rows is not None and launched.logits is not None:
+            self._read(drawing, launched.rows, launched.logits, masks)
+        return drawing
+
+    @torch.inference_mode()
+    def _read(self, drawing: Drawing, rows: torch.Tensor, logits: torch.Tensor, masks: Masks | None) -> None:
+        """Draw and score by a few logits at a time."""
+        works, launched = drawing.works, drawing.launched
         at, targets = 0, list(launched.targets)
         while True:
             # Of these logits the first are of works that draw, or were to.
@@ -263,7 +267,7 @@ class Runner:
                 del targets[:count]
             at += len(logits)
             if at >= len(rows):
-                return drawing
+                return
             # Each part's logits, the widest tensor there is, are gone when the next part's are made.
             logits = self._model.logits(rows[at : at + SCORED_ROWS])
 
@@ -316,9 +320,12 @@ class Runner:
 
 def _sampled(pooled: torch.Tensor | None, known: list[Token], drawn: list[Token | None]) -> Sampled:
     """All that one work yields."""
-    embedding: list[float] = [] if pooled is None else pooled.tolist()
-    numbers = itertools.chain((token.logprob for token in known), embedding)
-    tokens = [*known, *(token for token in drawn if token is not None)]
-    if len(tokens) < len(known) + len(drawn) or not all(map(math.isfinite, numbers)):
+    tokens = [token for token in drawn if token is not None]
+    if len(tokens) < len(drawn):
         return Sampled(error=NOT_A_NUMBER)
-    return Sampled(tokens, embedding)
+    if not known and pooled is None:
+        return Sampled(tokens)
+    embedding: list[float] = [] if pooled is None else pooled.tolist()
+    if not all(map(math.isfinite, itertools.chain((token.logprob for token in known), embedding))):
+        return Sampled(error=NOT_A_NUMBER)
+    return Sampled([*known, *tokens], embedding)
