@@ -96,7 +96,7 @@ class Eager(Forward):
             # It is the first rank that has drawn.
             widths = [self._drawn.shape[1], *[0] * (self.group.size - 1)]
             known = self.group.all_gather(self._drawn if self.group.rank == 0 else self._drawn[:, :0], widths)[0]
-            ids = torch.where(sources < 0, ids, known[sources.clamp(min=0)])
+            ids = torch.where(sources < 0, ids, known.index_select(0, sources.clamp(min=0)))
         alone = singles(segments[0])
         placed = [Placed(starts, contexts, first, pages, rows, alone) for first in firsts]
         return self._model.forward(ids, positions.long(), self.cache.attend(segments, placed))
