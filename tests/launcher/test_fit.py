@@ -595,6 +595,9 @@ def test_what_cannot_be_deterministic_is_refused(tmp_path: Path) -> None:
             fit(options, files, machine)
 
 
-def test_flashinfer_is_for_gpus(tmp_path: Path) -> None:
+def test_flashinfer_is_for_gpus_and_takes_memory_of_its_own(tmp_path: Path) -> None:
+    own, theirs = (fit(Options(attention=name), model(tmp_path), TRITON) for name in (None, "flashinfer"))
+    assert theirs.ledger["attention"] == own.ledger["attention"] + (136 << 20)
+    assert not theirs.graphs
     with pytest.raises(ArgumentValidation, match="`--attention flashinfer` runs on NVIDIA's GPUs, not on cpu"):
         fit(Options(attention="flashinfer"), model(tmp_path), NATIVE)

@@ -67,6 +67,8 @@ _GRACE = 60.0
 """Seconds for all that a step does besides: a disk that wakes up, a neighbour that takes the processors."""
 _GRAPH = 16 << 20
 """Bytes of a captured graph, beside the memory that all graphs share."""
+_FLASHINFER = 136 << 20
+"""Bytes that FlashInfer works in, for each kind of layer."""
 _PARTS = 4096
 """Programs, at most, into which attention is split for so few requests that the device wouldn't be full otherwise."""
 _SAMPLING_BYTES = 40
@@ -211,13 +213,16 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     bill = dataclasses.replace(whole, shape=share.shape, experts=share.experts)
     weights = whole.weights(headers, held, rounded, copies=tail or (machine.device == "cpu" and not native))
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
+    attention = bill.gathered(GATHERED_TOKENS)
+    if machine.triton:
+        attention = bill.parts(batch_size * (8 if options.deterministic else 1))
+    if options.attention == "flashinfer":
+        attention += _FLASHINFER * len({*config.windows})
     ledger = {
         "weights": int(weights * share.weights) + share.copied * WIDTH[dtype],
         f"activations of {prefill} tokens": bill.activations(prefill),
         f"logits of {rows} rows": rows * shape.vocab * _SAMPLING_BYTES,
-        "attention": bill.parts(batch_size * (8 if options.deterministic else 1))
-        if machine.triton
-        else bill.gathered(GATHERED_TOKENS),
+        "attention": attention,
         **({f"graphs of {len(graphs)} sizes": bill.activations(graphs[-1]) + len(graphs) * _GRAPH} if graphs else {}),
         "programs": _PROGRAMS,
         "slack": int(slack * budget),
