@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.conftest import Engine, tokens
+from tests.parity.conftest import Engine, reference, reference_logits, tokens
 from tests.parity.test_ahead import answer
 from tests.tiny import write_model
 from tgi.attention.triton import TritonAttention
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("without_library")
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tgi.kernels.library.library", lambda: None)
     monkeypatch.setattr("tgi.runtime.kvcache.BACKENDS", (TritonAttention,))
+    monkeypatch.setattr("tgi.runtime.runner.library", lambda: None)
 
 
 class Again:
@@ -61,7 +62,7 @@ def test_replays_compute_what_steps_do(tmp_path: Path, family: str) -> None:
     for captures in (False, True):
         engine = Engine(folder, DEVICE, ahead=True)
         eager, again = engine.runner._forward, Again()
-        assert isinstance(eager, Eager) and eager.cache.static
+        assert isinstance(eager, Eager) and eager.cache.static and engine.runner._sampler._triton is not None
         if captures:
             record = Graphs() if DEVICE == "cuda" else again
             forward = engine.runner._forward = Captured(eager, SIZES, torch.device(DEVICE), record)
@@ -72,7 +73,11 @@ def test_replays_compute_what_steps_do(tmp_path: Path, family: str) -> None:
         engine.run(*submits(3))
         assert again.replays > 0 or DEVICE == "cuda" or not captures
         found.append([answer(engine, number) for number in range(3)])
-    for (ids, finish, numbers), (own_ids, own_finish, own_numbers) in zip(*found, strict=True):
+    theirs = reference(folder).to(DEVICE)
+    for submit, (ids, finish, numbers), (own_ids, own_finish, own_numbers) in zip(submits(3), *found, strict=True):
+        if submit.sampling.greedy:
+            told = reference_logits(theirs, torch.tensor(submit.token_ids + ids, device=DEVICE))
+            assert told[submit.prompt_length - 1 : -1].argmax(-1).tolist() == ids
         assert (own_ids, own_finish) == (ids, finish)
         assert torch.allclose(torch.tensor(own_numbers), torch.tensor(numbers), atol=1e-5)
 
