@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
+from numpy.typing import ArrayLike, NDArray
 
 from tgi.attention.base import Segment
 
@@ -32,24 +34,24 @@ class Placed(NamedTuple):
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Placed":
         """In memory of their own."""
-        starts, contexts, firsts, pages, rows = (
-            torch.tensor(part, dtype=torch.int32, device=device) for part in lists(segments)
-        )
+        starts, contexts, rows, firsts, pages = (torch.from_numpy(part).to(device) for part in arrays([segments]))
         return cls(starts, contexts, firsts, pages, rows, singles(segments))
 
 
-def lists(segments: Sequence[Segment]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """The tensors of Placed, in their order."""
-    starts, contexts, firsts = [0], [], []
-    pages: list[int] = []
-    rows: list[int] = []
-    for at, segment in enumerate(segments):
-        starts.append(starts[-1] + segment.length)
-        contexts.append(segment.start)
-        firsts.append(len(pages))
-        pages += segment.blocks
-        rows += [at] * segment.length
-    return starts, contexts, firsts, pages, rows
+def arrays(kinds: Sequence[Sequence[Segment]]) -> list[NDArray[numpy.int32]]:
+    """Of segments that have other pages for each kind of layer: starts, contexts, rows, each kind's firsts, and all
+    pages, as in Placed."""
+    lengths = numpy.array([segment.length for segment in kinds[0]], numpy.int32)
+    contexts = numpy.array([segment.start for segment in kinds[0]], numpy.int32)
+    rows = numpy.repeat(numpy.arange(len(lengths), dtype=numpy.int32), lengths)
+    pages = [numpy.asarray(segment.blocks, numpy.int32) for segments in kinds for segment in segments]
+    firsts = _begins([len(part) for part in pages])[:-1].reshape(len(kinds), -1)
+    return [_begins(lengths), contexts, rows, *firsts, numpy.concatenate(pages)]
+
+
+def _begins(lengths: ArrayLike) -> NDArray[numpy.int32]:
+    """Where runs of these lengths begin that lie one behind the other, and where the last ends."""
+    return numpy.concatenate(([0], numpy.cumsum(lengths))).astype(numpy.int32)
 
 
 def singles(segments: Sequence[Segment]) -> int:

@@ -1,7 +1,6 @@
 """How the model's forward is run: step by step through Python, request by request, recorded once as a program of native
 kernels, or captured as graphs of a GPU's."""
 
-import itertools
 import logging
 from array import array
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import numpy
 import torch
 
 from tgi.attention.base import Segment
-from tgi.attention.placed import Placed, singles
+from tgi.attention.placed import Placed, arrays, singles
 from tgi.core.config import BLOCK_SIZE
 from tgi.core.plan import Work
 from tgi.kernels.library import Library
@@ -90,7 +89,7 @@ class Eager(Forward):
     ) -> torch.Tensor:
         """The forward of what is in ``places``, as ``_numbers`` has it. ``drawn``: some tokens may be among what was
         drawn."""
-        ids, positions, sources, rows, starts, contexts, *firsts, pages = places
+        ids, positions, sources, starts, contexts, rows, *firsts, pages = places
         ids = ids.long()
         if drawn:
             # It is the first rank that has drawn.
@@ -103,24 +102,11 @@ class Eager(Forward):
 
 
 def _numbers(batch: Batch) -> list[Numbers]:
-    """A step as the device reads it: ids, positions, places among what was drawn (-1: known), segments of the tokens,
-    and the parts of Placed."""
+    """A step as the device reads it: ids, positions, places among what was drawn (-1: known), and its segments."""
     sources = numpy.full(len(batch.token_ids), -1, numpy.int32)
     for place, row in batch.drawn:
         sources[place] = row
-    kind = batch.segments[0]
-    lengths = numpy.fromiter((segment.length for segment in kind), numpy.int32, len(kind))
-    starts = numpy.concatenate(([0], lengths.cumsum()))
-    contexts = [segment.start for segment in kind]
-    firsts, at = [], 0
-    for kind in batch.segments:
-        counts = [len(segment.blocks) for segment in kind]
-        firsts.append([at + before for before in itertools.accumulate(counts[:-1], initial=0)])
-        at += sum(counts)
-    blocks = (segment.blocks for kind in batch.segments for segment in kind)
-    pages = numpy.frombuffer(b"".join(map(bytes, blocks)), numpy.int32)
-    rows = numpy.repeat(numpy.arange(len(lengths), dtype=numpy.int32), lengths)
-    return [batch.token_ids, batch.positions, sources, rows, starts, contexts, *firsts, pages]
+    return [batch.token_ids, batch.positions, sources, *arrays(batch.segments)]
 
 
 Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], object], torch.Tensor]]
