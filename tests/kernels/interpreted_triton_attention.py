@@ -107,7 +107,7 @@ def serve(
 
 def check(spec: AttnSpec, precision: Precision, requests: Sequence[Request], turn: Turn, **how: object) -> None:
     chance = random.Random(0)
-    outs = serve(spec, precision, requests, chance, turn=turn, **how)  # type: ignore[arg-type]
+    outs = serve(spec, precision, requests, chance, turn=turn, **how)  # type: ignore[arg-type]  # of several
     error = {torch.float32: 1e-5, torch.float16: 4e-3}[precision.compute]
     for request, out in zip(requests, outs, strict=True):
         expected = request.expected(spec, turn, precision.stored)
@@ -115,7 +115,7 @@ def check(spec: AttnSpec, precision: Precision, requests: Sequence[Request], tur
 
 
 def plain(spec: AttnSpec, **fields: object) -> Turn:
-    return Turn(spec.heads, spec.kv_heads, None, None, spec.latent, **fields)  # type: ignore[arg-type]
+    return Turn(spec.heads, spec.kv_heads, None, None, spec.latent, **fields)  # type: ignore[arg-type]  # of several
 
 
 @pytest.mark.parametrize("seed", range(8))

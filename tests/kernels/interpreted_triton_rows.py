@@ -157,7 +157,7 @@ def test_rows_do_not_know_each_other(
 ) -> None:
     """Alone and among others, where columns are split among programs, and rows are some at a time."""
     for module in ("linear", "matmul"):
-        monkeypatch.setattr(f"tgi.kernels.triton.{module}._AT_ONCE", 64)
+        monkeypatch.setattr(f"tgi.kernels.triton.{module}.AT_ONCE", 64)
     bias = torch.randn(outs, device=DEVICE).half()
     made: LinearMethod
     if isinstance(what, str) and "float8" in what:

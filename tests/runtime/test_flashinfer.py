@@ -38,7 +38,7 @@ class Wrapper:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("flashinfer")
-    module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
+    module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]  # a stand-in
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     monkeypatch.setattr(flashinfer, "find_spec", lambda name: module)
     monkeypatch.setattr("tgi.attention.triton.runs_on", lambda device: True)

@@ -56,6 +56,16 @@ class Sampling(msgspec.Struct, array_like=True, frozen=True):
     top_n_tokens: int = 0
     """Also of each prompt token, where ``prompt_logprobs`` asks for those."""
 
+    @property
+    def limits(self) -> bool:
+        """Whether some tokens may not be drawn because others are likelier."""
+        return self.top_k > 0 or self.top_p != 1.0 or self.typical_p != 1.0 or self.min_p != 0.0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether tokens that the request holds already are penalized."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 Pooling = Literal["mean", "last"]
 """How the hidden states of a prompt become one vector."""

@@ -69,6 +69,8 @@ _GRAPH = 16 << 20
 """Bytes of a captured graph, beside the memory that all graphs share."""
 _FLASHINFER = 136 << 20
 """Bytes that FlashInfer works in, for each kind of layer."""
+_FIXED = 8
+"""Parts of each context with `--deterministic`: kernels/triton/attention.py's, which imports Triton."""
 _PARTS = 4096
 """Programs, at most, into which attention is split for so few requests that the device wouldn't be full otherwise."""
 _SAMPLING_BYTES = 40
@@ -215,7 +217,7 @@ def fit(options: Options, files: ModelFiles, machine: Machine) -> Plan:
     rows = min(SCORED_ROWS if machine.device == "cpu" else max(batch_size, SCORED_ROWS), prefill)
     attention = bill.gathered(GATHERED_TOKENS)
     if machine.triton:
-        attention = bill.parts(batch_size * (8 if options.deterministic else 1))
+        attention = bill.parts(batch_size * (_FIXED if options.deterministic else 1))
     if options.attention == "flashinfer":
         attention += _FLASHINFER * len({*config.windows})
     ledger = {

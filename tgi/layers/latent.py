@@ -126,12 +126,9 @@ class TorchAbsorbed:
         self._out = out
 
     def join(self, q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        tokens, heads, turning = len(q), len(self._into), self._latent.turning
-        still, turned = q.tensor_split((heads * self._latent.still,), dim=1)
-        qkv = q.new_empty(tokens, heads + 1, key.shape[1])
-        qkv[:, :heads, :turning] = turned.view(tokens, heads, turning)
-        qkv[:, :heads, turning:] = torch.bmm(_by_head(still, heads), self._into).transpose(0, 1)
-        qkv[:, heads] = key
+        heads = len(self._into)
+        qkv, still = _laid(self._latent, q, key, heads)
+        qkv[:, :heads, self._latent.turning :] = torch.bmm(_by_head(still, heads), self._into).transpose(0, 1)
         return qkv.flatten(1)
 
     def out(self, attended: torch.Tensor) -> torch.Tensor:
@@ -147,18 +144,25 @@ class SeparateAbsorbed:
         self._out = out
 
     def join(self, q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        heads, turning = len(self._into), self._latent.turning
-        still, turned = q.tensor_split((heads * self._latent.still,), dim=1)
-        qkv = q.new_empty(len(q), heads + 1, key.shape[1])
-        qkv[:, :heads, :turning] = turned.view(len(q), heads, turning)
+        heads = len(self._into)
+        qkv, still = _laid(self._latent, q, key, heads)
         for head, (linear, own) in enumerate(zip(self._into, still.chunk(heads, 1), strict=True)):
-            qkv[:, head, turning:] = linear(own)
-        qkv[:, heads] = key
+            qkv[:, head, self._latent.turning :] = linear(own)
         return qkv.flatten(1)
 
     def out(self, attended: torch.Tensor) -> torch.Tensor:
         parts = attended.chunk(len(self._out), 1)
         return torch.cat([linear(own) for linear, own in zip(self._out, parts, strict=True)], 1)
+
+
+def _laid(latent: Latent, q: torch.Tensor, key: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Absorbed makes, [tokens, heads + 1, turning + rank], but for the queries' latent parts; and what these are
+    to be made of, [tokens, heads · still]."""
+    still, turned = q.tensor_split((heads * latent.still,), dim=1)
+    qkv = q.new_empty(len(q), heads + 1, key.shape[1])
+    qkv[:, :heads, : latent.turning] = turned.view(len(q), heads, latent.turning)
+    qkv[:, heads] = key
+    return qkv, still
 
 
 def _by_head(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ class Forward:
         raise NotImplementedError
 
     def keep(self, ids: torch.Tensor, first: int) -> None:
-        """int64 [rows]: of the last step's draws those from ``first`` on, for the next."""
+        """int64 [rows]: of the last step's draws those from ``first`` on, for the next; asked of what is ``ahead``."""
         raise NotImplementedError
 
     def capture(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from tgi.core.messages import Sampling, Token
+from tgi.core.messages import Token
 from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green_bits
 from tgi.kernels.library import Library
@@ -160,7 +160,7 @@ class _Wishes:
         ends = [id for id in work.submit.stop_token_ids if 0 <= id < vocabulary]
         # The mask of a grammar sees to the end by itself: it may leave nothing but to stop.
         self._barred = array("i", ends if s.min_tokens and not s.grammar else [])
-        self._history = _History() if _remembers(s) else None
+        self._history = _History() if s.remembers else None
         self._green: Any = None
         self._choice = Choice(
             seed=s.seed,
@@ -184,9 +184,8 @@ class _Wishes:
         self.top_n = s.top_n_tokens
         self.change = s.watermark is not None or self._history is not None or bool(self._barred)
         """Whether something depends on the tokens so far."""
-        warped = s.top_k > 0 or s.top_p != 1.0 or s.typical_p != 1.0 or s.min_p != 0.0
         masked = bool(s.grammar) or s.thinking is not None
-        self.plain = not (self.change or masked or self._biased or self.top_n or (warped and not s.greedy))
+        self.plain = not (self.change or masked or self._biased or self.top_n or (s.limits and not s.greedy))
         """Whether nothing is wished but the likeliest token, or one drawn at some temperature."""
 
     def follow(self, work: Work, vocabulary: int) -> None:
@@ -202,10 +201,6 @@ class _Wishes:
         if self._barred:
             generated = len(work.tokens) - work.submit.prompt_length
             choice.barred_size = len(self._barred) if generated < s.min_tokens else 0
-
-
-def _remembers(s: Sampling) -> bool:
-    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
 
 
 class _History:

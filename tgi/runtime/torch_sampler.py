@@ -117,7 +117,7 @@ def _may_not_stop(work: Work) -> bool:
 
 
 def _penalizes(s: Sampling) -> bool:
-    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0 or bool(s.logit_bias)
+    return s.remembers or bool(s.logit_bias)
 
 
 class _History:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tgi.core.messages import Sampling
 from tgi.core.plan import Masks, Work
 from tgi.core.watermark import green_bits
 from tgi.kernels.triton.choices import CHOICE, ENTRIES, FREE, GREEDY, LIMITED, Changes
@@ -121,12 +120,11 @@ class _Wishes:
 
     def __init__(self, work: Work, vocabulary: int) -> None:
         s = work.submit.sampling
-        limited = s.top_k > 0 or s.top_p != 1.0 or s.typical_p != 1.0 or s.min_p != 0.0
         choice = np.zeros((), CHOICE)
         for name, value in {
             "seed": s.seed & 0xFFFFFFFF,
             "seed_above": s.seed >> 32 & 0xFFFFFFFF,
-            "way": GREEDY if s.greedy else LIMITED if limited else FREE,
+            "way": GREEDY if s.greedy else LIMITED if s.limits else FREE,
             "copy": -1,
             "green": -1,
             "mask": -1,
@@ -144,11 +142,7 @@ class _Wishes:
         self.choice = choice.tobytes()
         self.gamma = s.watermark[0] if s.watermark is not None else None
         self.top_n = s.top_n_tokens
-        self.entries = _Entries(work, vocabulary) if s.logit_bias or s.min_tokens or _remembers(s) else None
-
-
-def _remembers(s: Sampling) -> bool:
-    return s.repetition_penalty != 1.0 or s.frequency_penalty != 0.0 or s.presence_penalty != 0.0
+        self.entries = _Entries(work, vocabulary) if s.logit_bias or s.min_tokens or s.remembers else None
 
 
 class _Entries:
@@ -178,13 +172,12 @@ class _Entries:
             self._barred = barred
             for id in self._ends:
                 self.bias[self._place(id)] = -math.inf if barred else s.logit_bias.get(id, 0.0)
-        remembers = _remembers(s)
-        if remembers:
+        if s.remembers:
             for position, id in enumerate(work.tokens[self._seen :], self._seen):
                 place = self._place(id)
                 self.counts[place] = max(self.counts[place], 0.0) + (position >= prompt)
             self._seen = len(work.tokens)
-        return remembers or barred or bool(s.logit_bias)
+        return s.remembers or barred or bool(s.logit_bias)
 
     def _place(self, id: int) -> int:
         place = self._places.setdefault(id, len(self._places))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from tgi.kernels.triton.coded import Coded
-from tgi.kernels.triton.split import add, split, store
+from tgi.kernels.triton.split import AT_ONCE, add, split, store
 from tgi.kernels.triton.tiles import tile
 
 _FEW = 16
@@ -22,8 +22,6 @@ _MANY = 64
 """Rows of the smallest tile and of the largest: powers of two between them, to which rows are filled up."""
 _FIXED = 64
 """Rows of a tile where the number of all rows must not matter."""
-_AT_ONCE = 512
-"""Rows, at most, of which there are sums of parts: tens of megabytes."""
 _SLAB = 1 << 24
 """Numbers that are made floating point at once: 32 MB, which are in the cache when they are multiplied."""
 
@@ -47,8 +45,8 @@ def linear(
     out = x.new_empty(len(x), weight.outs) if into is None else into
     added = None if into is None else factor
     if fixed:
-        for rows in range(0, len(x), _AT_ONCE):
-            own = slice(rows, rows + _AT_ONCE)
+        for rows in range(0, len(x), AT_ONCE):
+            own = slice(rows, rows + AT_ONCE)
             _linear_tiles(x[own], weight, bias, out[own], added, _FIXED)
     elif len(x) == 1:
         # Fewer words than threads, so that each thread loads what of x and of scales goes with its words.

@@ -8,13 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from tgi.kernels.triton.split import add, split, store
+from tgi.kernels.triton.split import AT_ONCE, add, split, store
 from tgi.kernels.triton.tiles import tile
 
 GROUP = 128
 """Columns of a tile of float8, which have one scale."""
-_AT_ONCE = 512
-"""Rows, at most, of which there are sums of parts where their number must not matter: tens of megabytes."""
 
 
 def matmul(
@@ -48,7 +46,7 @@ def matmul(
     across = triton.cdiv(outs, constants["OUTS"])
     along = triton.cdiv(inner, constants["INNER"])
     ways, each = split(across if fixed else across * triton.cdiv(len(x), rows), along, x.device)
-    step = _AT_ONCE if fixed else max(len(x), 1)
+    step = AT_ONCE if fixed else max(len(x), 1)
     for first in range(0, len(x), step):
         at_once = slice(first, first + step)
         some, own = x[at_once], out[at_once]

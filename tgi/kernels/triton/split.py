@@ -11,6 +11,8 @@ _PROGRAMS = 2
 _LEAST = 4
 """… or each has so few tiles left."""
 _BLOCK = 1024
+AT_ONCE = 512
+"""Rows, at most, of which there are sums of parts where their number must not matter: tens of megabytes."""
 
 
 def split(across: int, along: int, device: torch.device) -> tuple[int, int]:
